@@ -1,0 +1,127 @@
+"""From a scene and its questions to what the model eats, and from what it writes back to points.
+
+    scene --queries--> question, targets --answer_pieces--> text and grounding tokens --branch--> tokens, loss mask
+      |                                                                                              |
+      +--image_views / video_views--> crops, pooling, layout ----------- trunk ----------------- Example (a message tree)
+
+Synthetic sets are endless: example number i is a pure function of (seed, i), so a set is never stored and any range of
+numbers can be held out for evaluation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import Dataset
+
+import synthetic
+from model import Answer, MolmoConfig, Spelling
+from packing import Branch, Example
+from pointing import (CLOSE_LIST, TOKEN_INDEX, PatchMap, Point, grounded_pieces, grounded_points, grounding_targets, read_text,
+                      write_text)
+from preprocess import Views, image_views, video_views
+from synthetic import Query, Scene
+from tokenizer import Tokenizer
+
+NONE = "There are none."
+
+
+def spelling(tokenizer: Tokenizer) -> Spelling:
+    return Spelling(tokenizer.eos_id, tokenizer.encode(CLOSE_LIST))
+
+
+def places(views: Views) -> list[str]:
+    """What the text form calls each picture: image numbers from 1, or seconds."""
+    return [f"{t:.1f}" for t in views.times] if views.times is not None else [str(i + 1) for i in range(len(views.sizes))]
+
+
+def patch_map(views: Views) -> PatchMap:
+    return PatchMap(views.patches, views.pooling, views.indexable)
+
+
+def scene_views(scene: Scene, config: MolmoConfig) -> Views:
+    if scene.is_video:
+        return video_views(list(scene.frames), scene.times, config.views)
+    return image_views(list(scene.frames), config.views)
+
+
+def truth(scene: Scene, query: Query) -> list[Point]:
+    """One point per target, in a video where the target is first clearly seen."""
+    frames = [synthetic.first_seen(scene, thing) if scene.is_video else 0 for thing in query.targets]
+    return [Point(thing, frame, *map(float, scene.points[frame, thing])) for thing, frame in zip(query.targets, frames)]
+
+
+def answer_pieces(query: Query, points: Sequence[Point], views: Views, map_: PatchMap, config: MolmoConfig):
+    """-> the answer as pieces for `Tokenizer.encode_layout`, and the rows (G, 3) of its grounding tokens.
+
+    point: the list alone; count: `Counting the {list} shows a total of {n}.`; nothing there: `There are none.`
+    """
+    if query.task not in ("point", "count"):
+        return [query.answer], np.zeros((0, 3), int)
+    if not points:
+        return [NONE], np.zeros((0, 3), int)
+    if config.points_as == "text":
+        pieces, rows, count = [write_text(points, places(views), views.sizes, query.label)], np.zeros((0, 3), int), len(points)
+    else:
+        rows, ids = grounding_targets(points, map_)
+        pieces, count = grounded_pieces(ids, query.label), len(ids)
+        rows = np.append(rows, [[-1, -1, -1]], axis=0)
+    if query.task == "count":
+        pieces = ["Counting the " + pieces[0], *pieces[1:]]
+        pieces[-1] += f" shows a total of {count}."
+    return pieces, rows
+
+
+def branch(tokenizer: Tokenizer, question: str, pieces: Sequence[str], rows: np.ndarray) -> Branch:
+    """A question and its answer; loss on the answer and on the end-of-turn token after it."""
+    asked, answered = tokenizer.chat_prompt(question), tokenizer.encode_layout(pieces) + [tokenizer.eos_id]
+    return Branch(np.array(asked + answered), np.arange(len(asked) + len(answered)) >= len(asked), rows)
+
+
+def trunk(tokenizer: Tokenizer, views: Views) -> np.ndarray:
+    return np.array([tokenizer.bos_id] + tokenizer.encode_layout(views.layout))
+
+
+def prompt(tokenizer: Tokenizer, views: Views, question: str) -> Example:
+    """A question that waits for its answer. (The last token of a branch is never an input, hence the end token.)"""
+    asked = tokenizer.chat_prompt(question) + [tokenizer.eos_id]
+    waiting = Branch(np.array(asked), np.zeros(len(asked), bool), np.zeros((0, 3), int))
+    return Example(trunk(tokenizer, views), views.crops, views.pooling, [waiting])
+
+
+def read_answer(answer: Answer, tokenizer: Tokenizer, views: Views) -> tuple[str, list[Point]]:
+    """What the model wrote -> the text, with special tokens spelled out, and its points in pixels. The two forms of
+    points never mix in one answer: grounding tokens, if there are any, are the points."""
+    text = tokenizer.decode(answer.tokens)
+    if answer.rows:
+        return text, grounded_points(text, answer.rows, patch_map(views))
+    return text, read_text(text, places(views), views.sizes)
+
+
+@dataclass
+class SyntheticSet(Dataset):
+    """Scenes drawn on demand: item i -> a message tree of `branches` questions. A share `videos` of them are clips."""
+
+    seed: int
+    tokenizer: Tokenizer
+    config: MolmoConfig
+    branches: int = 6
+    videos: float = 0.0
+
+    def __len__(self) -> int:
+        return 1 << 40  # endless
+
+    def scene(self, index: int) -> tuple[Scene, np.random.Generator]:
+        """The scene, and a random stream for its questions."""
+        rng = np.random.default_rng([self.seed, index, 1])
+        make = synthetic.clip if rng.random() < self.videos else synthetic.still
+        return make(self.seed, index), rng
+
+    def __getitem__(self, index: int) -> Example:
+        scene, rng = self.scene(index)
+        views = scene_views(scene, self.config)
+        map_, branches = patch_map(views), []
+        for query in synthetic.queries(scene, rng, self.branches):
+            pieces, rows = answer_pieces(query, truth(scene, query), views, map_, self.config)
+            branches.append(branch(self.tokenizer, query.question, pieces, rows))
+        return Example(trunk(self.tokenizer, views), views.crops, views.pooling, branches)

@@ -1,0 +1,466 @@
+"""Molmo: a ViT, a connector and a language model that reads pictures in both directions and answers with points.
+
+    crops ---> ViT ---> connector ---> + word embeddings of the placeholders --+
+                 |                                                             v
+    tokens ------|--------------------> word embeddings ----------------> decoder blocks ---> h ---> final norm ---> logits
+                 |                                                                            |
+                 +-- features of each window --------------------------------> point predictor (grounding tokens)
+
+The decoder is Qwen3's: pre-norm, grouped-query attention with an RMSNorm on each head's query and key, RoPE, SwiGLU.
+One rule says who may look at whom (`may_attend`); training, the oracle `generate_slowly` and the cached `generate` all use it.
+
+B sequences, T tokens, d LLM width, N crops of the batch, S patches per crop, v ViT feature width, M visual tokens of the
+batch, K slots of a pool window, G points, V rows of the base vocabulary.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from connector import Connector, ConnectorConfig, gather_windows
+from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, PointConfig, PointDecoder, PointPredictor, RMSNorm, Sight, rope
+from preprocess import ViewConfig
+from tokenizer import EXTRA_TOKENS, RESERVED
+from vit import ViT, ViTConfig
+
+PLACEHOLDERS = ("<im_patch>", "<im_low>")  # one per visual token
+VISUAL_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<im_low>",
+                 "<frame_start>", "<frame_end>")  # these see each other in both directions
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass(frozen=True)
+class LLMConfig:
+    vocabulary: int = 151_936  # V, without the extra tokens
+    width: int = 4096          # d
+    layers: int = 36
+    heads: int = 32
+    kv_heads: int = 8
+    head_width: int = 128
+    mlp_hidden: int = 12_288
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    tied: bool = False         # the head reuses the embedding table
+
+
+@dataclass(frozen=True)
+class MolmoConfig:
+    views: ViewConfig = field(default_factory=ViewConfig)
+    vit: ViTConfig = field(default_factory=ViTConfig)
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    point: PointConfig = field(default_factory=PointConfig)
+    points_as: str = "tokens"  # "tokens": grounding tokens (MolmoPoint); "text": coordinates written out (Molmo2)
+    optimizer: str = "adamw"   # "adamw" as in the papers; "muon" for the matrices of small models trained from nothing
+
+    def __post_init__(self):
+        if self.points_as not in ("tokens", "text"):
+            raise ValueError(f"points_as must be 'tokens' or 'text', not {self.points_as!r}")
+
+    def token_ids(self) -> dict[str, int]:
+        """Extra token -> id: they follow the base vocabulary."""
+        return {name: self.llm.vocabulary + i for i, name in enumerate(EXTRA_TOKENS)}
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "MolmoConfig":
+        """Strict inverse of `to_json`: unknown or missing entries raise ValueError."""
+        parts = {"views": ViewConfig, "vit": ViTConfig, "connector": ConnectorConfig, "llm": LLMConfig, "point": PointConfig}
+        values = {}
+        for name, value in json.loads(text).items():
+            values[name] = _build(parts[name], value, name) if name in parts else value
+        return _build(cls, values, "config")
+
+
+def _build(cls, values: dict, name: str):
+    wrong = {f.name for f in fields(cls)} ^ set(values)
+    if wrong:
+        raise ValueError(f"{name}: unknown or missing: {', '.join(sorted(wrong))}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+# Sizes: Molmo2 and MolmoPoint papers and the released config files. `tiny` trains on two CPU cores: 126 px crops of 9x9
+# patches (odd like 27x27, so that 2x2 pooling leaves an empty column and 3x3 does not), every mechanism of the large ones.
+MOLMOPOINT_8B = MolmoConfig(connector=ConnectorConfig(output_layer=False))
+PRESETS = {
+    "tiny": MolmoConfig(
+        views=ViewConfig(crop_size=126, margins=(1, 1), max_crops=4, max_frames=16),
+        vit=ViTConfig(width=128, layers=5, heads=4, mlp_hidden=512, taps=(-1, -3), grid=9),
+        connector=ConnectorConfig(width=128, heads=4, mlp_hidden=256, output_layer=False),
+        llm=LLMConfig(vocabulary=512, width=192, layers=4, heads=6, kv_heads=2, head_width=32, mlp_hidden=512, rope_theta=1e4),
+        point=PointConfig(width=64),
+        optimizer="muon",
+    ),
+    "molmopoint-8b": MOLMOPOINT_8B,
+    "molmo2-8b": replace(MOLMOPOINT_8B, views=ViewConfig(low_res_pointing=True), connector=ConnectorConfig(), points_as="text"),
+    "molmo2-4b": replace(
+        MOLMOPOINT_8B,
+        views=ViewConfig(low_res_pointing=True),
+        connector=ConnectorConfig(mlp_hidden=9728),
+        llm=LLMConfig(width=2560, mlp_hidden=9728, rope_theta=5e6, tied=True),
+        points_as="text",
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the model eats
+
+
+@dataclass
+class Batch:
+    """B sequences of T tokens and the pictures in them."""
+
+    tokens: Tensor        # (B, T)
+    targets: Tensor       # (B, T) the token to predict at each place
+    loss_weights: Tensor  # (B, T) float, 0 = no loss
+    positions: Tensor     # (B, T) for RoPE; every branch of a message tree restarts where its trunk ends
+    example_ids: Tensor   # (B, T), -1 = padding
+    branch_ids: Tensor    # (B, T), 0 = the trunk that all branches of the example share
+    crops: Tensor         # (N, S, 3P²) uint8
+    pooling: Tensor       # (M, K) into the N*S patches, -1 = empty slot, in the order of the visual tokens
+    points: Tensor        # (G, 3) visual token of the batch, slot, location of each <|token_index|>; stops have token -1
+
+    def to(self, device) -> "Batch":
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+
+class Ids(NamedTuple):
+    """All that the mask rule asks of a token; each (B, T)."""
+
+    example: Tensor
+    branch: Tensor
+    order: Tensor   # place in the sequence
+    visual: Tensor  # bool
+
+
+def may_attend(q: Ids, k: Ids) -> Tensor:
+    """The mask rule: (B, Tq) and (B, Tk) -> (B, Tq, Tk) bool.
+
+    Same example; the key is in the shared trunk or in the query's own branch; and it is not later than the query, or
+    both are visual. Trunk `v v v a`, two branches `b b` and `c c` (rows look at columns):
+
+                v v v a b b c c
+            v   # # # . . . . .
+            v   # # # . . . . .
+            v   # # # . . . . .
+            a   # # # # . . . .
+            b   # # # # # . . .
+            b   # # # # # # . .
+            c   # # # # . . # .
+            c   # # # # . . # #
+    """
+    q, k = Ids(*(x[:, :, None] for x in q)), Ids(*(x[:, None, :] for x in k))
+    same = (q.example == k.example) & ((k.branch == 0) | (k.branch == q.branch))
+    return same & ((k.order <= q.order) | (q.visual & k.visual))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The language model
+
+
+class Cache:
+    """Keys and values of all layers, allocated once: (layers, B, kv_heads, room, head_width)."""
+
+    def __init__(self, c: LLMConfig, batch: int, room: int, like: Tensor):
+        shape = (c.layers, batch, c.kv_heads, room, c.head_width)
+        self.keys, self.values, self.used = like.new_zeros(shape), like.new_zeros(shape), 0
+
+    def add(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k and v (B, kv_heads, T, head_width) behind what is there; returns all so far."""
+        end = self.used + k.shape[2]
+        self.keys[layer, :, :, self.used:end], self.values[layer, :, :, self.used:end] = k, v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, c: LLMConfig):
+        super().__init__()
+        self.c = c
+        self.att_proj = nn.Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_width, bias=False)  # rows q, k, v
+        self.attn_out = nn.Linear(c.heads * c.head_width, c.width, bias=False)
+        self.q_norm, self.k_norm = (RMSNorm(c.head_width, c.norm_eps) for _ in range(2))
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, cache: Cache | None, layer: int) -> Tensor:
+        c = self.c
+        heads = self.att_proj(x).unflatten(-1, (-1, c.head_width)).transpose(1, 2)  # (B, heads + 2 kv_heads, T, head_width)
+        q, k, v = heads.split([c.heads, c.kv_heads, c.kv_heads], dim=1)
+        q, k = (rope(y, positions[:, None], c.rope_theta) for y in (self.q_norm(q), self.k_norm(k)))
+        if cache is not None:
+            k, v = cache.add(layer, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
+        return self.attn_out(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU; `ff_proj` holds the rows of (up, gate)."""
+
+    def __init__(self, c: LLMConfig):
+        super().__init__()
+        self.ff_proj = nn.Linear(c.width, 2 * c.mlp_hidden, bias=False)
+        self.ff_out = nn.Linear(c.mlp_hidden, c.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, gate = self.ff_proj(x).chunk(2, dim=-1)
+        return self.ff_out(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, c: LLMConfig):
+        super().__init__()
+        self.attn_norm, self.ff_norm = (RMSNorm(c.width, c.norm_eps) for _ in range(2))
+        self.self_attn, self.mlp = SelfAttention(c), MLP(c)
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, cache: Cache | None, layer: int) -> Tensor:
+        x = x + self.self_attn(self.attn_norm(x), positions, mask, cache, layer)
+        return x + self.mlp(self.ff_norm(x))
+
+
+class Table(nn.Module):
+    """Word embeddings: the base vocabulary and, trained from nothing, the extra tokens."""
+
+    def __init__(self, c: LLMConfig):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(c.vocabulary, c.width))
+        self.new_embedding = nn.Parameter(torch.empty(RESERVED, c.width))
+
+    def rows(self) -> Tensor:
+        return torch.cat([self.embedding, self.new_embedding])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole
+
+
+class Molmo(nn.Module):
+    def __init__(self, config: MolmoConfig):
+        super().__init__()
+        c = self.config = config
+        self.ids = c.token_ids()
+        self.vit = ViT(c.vit)
+        self.connector = Connector(c.connector, c.vit.feature_width, c.llm.width)
+        self.wte = Table(c.llm)
+        self.blocks = nn.ModuleList(Block(c.llm) for _ in range(c.llm.layers))
+        self.ln_f = RMSNorm(c.llm.width, c.llm.norm_eps)
+        self.lm_head = None if c.llm.tied else Table(c.llm)
+        self.point_predictor = PointPredictor(c.point, c.llm.width, c.vit.feature_width) if c.points_as == "tokens" else None
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> "Molmo":
+        """Random weights from a seed: matrices normal with 1/sqrt(inputs), outputs into the residual stream smaller."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if "norm" in name or name.startswith("ln_f"):
+                p.fill_(1.0 if name.endswith("weight") else 0.0)
+            elif p.dim() < 2:
+                p.zero_()
+            else:
+                into_residual = name.endswith(("wo.weight", "feed_forward.w2.weight", "attn_out.weight", "ff_out.weight"))
+                std = 0.02 if "embedding" in name and "patch" not in name and "build" not in name else p.shape[1] ** -0.5
+                p.normal_(0, std * (0.5 if into_residual else 1.0), generator=generator)
+        return self
+
+    def visual(self, tokens: Tensor) -> Tensor:
+        """(B, T) bool: picture tokens and the start, end and column tokens around them."""
+        return torch.isin(tokens, torch.tensor([self.ids[name] for name in VISUAL_TOKENS], device=tokens.device))
+
+    def see(self, batch: Batch) -> Sight:
+        """ViT and connector over all pictures of the batch, matched to the placeholders in its tokens."""
+        placeholder = torch.isin(batch.tokens, torch.tensor([self.ids[n] for n in PLACEHOLDERS], device=batch.tokens.device))
+        if (count := int(placeholder.sum())) != len(batch.pooling):
+            raise ValueError(f"{count} visual placeholder tokens, but {len(batch.pooling)} pool windows")
+        windows, valid = gather_windows(self.vit(batch.crops).flatten(0, 1), batch.pooling)
+        at, indexable = placeholder.flatten().nonzero()[:, 0], batch.tokens[placeholder] == self.ids["<im_patch>"]
+        return Sight.of(windows, valid, self.connector(windows, valid), at, self.owners(batch)[placeholder], indexable)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Word embeddings (B, T, d); <im_low> shares <im_patch>'s."""
+        tokens = torch.where(tokens == self.ids["<im_low>"], self.ids["<im_patch>"], tokens)
+        return F.embedding(tokens, self.wte.rows())
+
+    def inputs(self, batch: Batch, sight: Sight) -> Tensor:
+        """Word embeddings, plus what visual and grounding tokens carry: (B, T, d)."""
+        x = self.embed(batch.tokens).flatten(0, 1).index_add(0, sight.at, sight.embeddings.to(self.wte.embedding.dtype))
+        if self.point_predictor is not None:
+            chosen = batch.points[:, 0] >= 0  # "no more points" carries nothing
+            at_token, at_patch = ((batch.tokens.flatten() == self.ids[n]).nonzero()[:, 0] for n in (TOKEN_INDEX, VIT_INDEX))
+            token, slot, _ = batch.points[chosen].T
+            x = x.index_add(0, at_token[chosen], sight.embeddings[token].to(x.dtype))
+            token, slot = token[:len(at_patch)], slot[:len(at_patch)]  # an answer being written may end between the two
+            patch = self.point_predictor.build_vit_embedding(sight.windows[token, slot])
+            x = x.index_add(0, at_patch, patch.to(x.dtype))
+        return x.view(*batch.tokens.shape, -1)
+
+    def decode(self, x: Tensor, positions: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:
+        """x (B, T, d) -> hidden states after the last block, before the final norm."""
+        for layer, block in enumerate(self.blocks):
+            x = block(x, positions, mask, cache, layer)
+        if cache is not None:
+            cache.used += x.shape[1]
+        return x
+
+    def logits(self, h: Tensor) -> Tensor:
+        """h (..., d) -> (..., V) scores of the base vocabulary, and of the extra tokens if points are grounding tokens."""
+        head = self.wte if self.lm_head is None else self.lm_head
+        return self.ln_f(h) @ (head.rows() if self.point_predictor is not None else head.embedding).T
+
+    def owners(self, batch: Batch) -> Tensor:
+        """(B, T): one number per example of the batch."""
+        rows, length = batch.tokens.shape
+        return batch.example_ids + 1 + torch.arange(rows, device=batch.tokens.device)[:, None] * (length + 1)
+
+    def mask_ids(self, batch: Batch) -> Ids:
+        order = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
+        return Ids(batch.example_ids, batch.branch_ids, order, self.visual(batch.tokens))
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Sight]:
+        """-> hidden states (B, T, d) and what was seen."""
+        sight = self.see(batch)
+        ids = self.mask_ids(batch)
+        return self.decode(self.inputs(batch, sight), batch.positions, may_attend(ids, ids)), sight
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Weighted sums: `token`, `patch`, `slot`, `location`; and counts `right` of `choices`. The caller divides by
+        the summed loss weights (of all devices)."""
+        h, sight = self(batch)
+        h, targets, weights = h.flatten(0, 1), batch.targets.flatten(), batch.loss_weights.flatten()
+        rows = weights.nonzero()[:, 0]
+        cross_entropy = F.cross_entropy(self.logits(h[rows]).float(), targets[rows], reduction="none")
+        losses = {"token": (cross_entropy * weights[rows]).sum()}
+        if self.point_predictor is not None:
+            owners, branches = self.owners(batch).flatten(), batch.branch_ids.flatten()
+            losses |= self.point_predictor.losses(h, targets, weights, owners, branches, batch.points, sight, self.ids)
+        return losses
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing answers
+
+
+class Answer(NamedTuple):
+    tokens: list[int]       # without the end-of-turn token
+    rows: list[list[int]]   # [visual token of the example, slot, location] of every <|token_index|>
+    finish_reason: str      # "stop": the model ended its turn; "length": max_new_tokens were written
+
+
+class Spelling(NamedTuple):
+    """The token ids that steer generation, from the tokenizer."""
+
+    eos: int          # ends the answer
+    close: list[int]  # `">`, which must follow "no more points"
+
+
+class FreeDecoder:
+    """The decoder of a model that writes its points as text: no rules."""
+
+    def __init__(self):
+        self.rows: list[list[int]] = []
+
+    def step(self, logits: Tensor, h: Tensor, sample: Callable[[Tensor], int]) -> tuple[int, None]:
+        return sample(logits), None
+
+
+def sampler(temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Callable[[Tensor], int]:
+    """Logits (V,) -> token: greedy at temperature 0, else among the fewest tokens whose probabilities reach top_p."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def sample(logits: Tensor) -> int:
+        if temperature == 0:
+            return int(logits.argmax())
+        p, order = (logits.float().cpu() / temperature).softmax(-1).sort(descending=True)
+        p = p * (p.cumsum(0) - p < top_p)
+        return int(order[torch.multinomial(p, 1, generator=generator)])
+
+    return sample
+
+
+def start_decoder(model: Molmo, h: Tensor, sight: Sight, owner: int, close: Sequence[int]):
+    """The decoder of one example of a prompt batch: h (B, T, d) of the prompt."""
+    if model.point_predictor is None:
+        return FreeDecoder()
+    sight = sight.only(sight.owner == owner)
+    return PointDecoder(model.point_predictor, h.flatten(0, 1)[sight.at], sight, model.ids, close)
+
+
+def speakable(model: Molmo, logits: Tensor) -> Tensor:
+    """Bars the extra tokens that only a picture or a prompt may bring."""
+    spoken = torch.tensor([model.ids[name] for name in (TOKEN_INDEX, VIT_INDEX, VIT_LOC)], device=logits.device)
+    number = torch.arange(logits.shape[-1], device=logits.device)
+    return logits.masked_fill((number >= model.config.llm.vocabulary) & ~torch.isin(number, spoken), float("-inf"))
+
+
+@torch.inference_mode()
+def generate_slowly(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int, sample=sampler()) -> Answer:
+    """The oracle: one unpadded prompt, the whole sequence through the model for every token, no cache."""
+    tokens, decoder = [], None
+    for _ in range(max_new_tokens):
+        h, sight = model(batch)
+        decoder = decoder or start_decoder(model, h, sight, int(model.owners(batch)[0, -1]), spelling.close)
+        token, _ = decoder.step(speakable(model, model.logits(h[0, -1])), h[0, -1], sample)
+        if token == spelling.eos:
+            return Answer(tokens, decoder.rows, "stop")
+        tokens.append(token)
+        batch = _with_token(batch, token, decoder.rows)
+    return Answer(tokens, decoder.rows if decoder else [], "length")
+
+
+def _with_token(batch: Batch, token: int, rows: list[list[int]]) -> Batch:
+    """The batch with one more token, in the branch of the last one, and with the choices made so far."""
+    grow = lambda values, last: torch.cat([values, last], dim=1)
+    return replace(
+        batch,
+        tokens=grow(batch.tokens, torch.full_like(batch.tokens[:, -1:], token)),
+        positions=grow(batch.positions, batch.positions[:, -1:] + 1),
+        example_ids=grow(batch.example_ids, batch.example_ids[:, -1:]),
+        branch_ids=grow(batch.branch_ids, batch.branch_ids[:, -1:]),
+        points=torch.tensor(rows, dtype=torch.long, device=batch.tokens.device).view(-1, 3),
+    )
+
+
+@torch.inference_mode()
+def generate(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int, sample=sampler()) -> list[Answer]:
+    """Answers B prompts (padded on the right, one example a row) with a cache; the same answers as `generate_slowly`."""
+    # Prefill: the prompts once; their keys and values stay.
+    rows, length = batch.tokens.shape
+    keys, sight = model.mask_ids(batch), model.see(batch)
+    x = model.inputs(batch, sight)
+    cache = Cache(model.config.llm, rows, length + max_new_tokens, like=x)
+    h = model.decode(x, batch.positions, may_attend(keys, keys), cache)
+    last = (batch.example_ids >= 0).sum(1) - 1
+    every = torch.arange(rows, device=x.device)
+    owners = model.owners(batch)[every, last]
+    decoders = [start_decoder(model, h, sight, int(owner), spelling.close) for owner in owners]
+    h, position = h[every, last], batch.positions[every, last]
+
+    # Grow: one token a row; new tokens stand behind the longest prompt, padding between is nobody's example.
+    answers, finished = [[] for _ in range(rows)], [False] * rows
+    for step in range(max_new_tokens):
+        logits = speakable(model, model.logits(h))
+        x = model.embed(torch.full((rows, 1), spelling.eos, device=x.device))
+        for row in range(rows):
+            if finished[row]:
+                continue
+            token, carried = decoders[row].step(logits[row], h[row], sample)
+            if token == spelling.eos:
+                finished[row] = True
+                continue
+            answers[row].append(token)
+            x[row, 0] = model.embed(torch.tensor([[token]], device=x.device))[0, 0] + (0 if carried is None else carried)
+        if all(finished) or step + 1 == max_new_tokens:
+            break
+        new = Ids(batch.example_ids[every, last], batch.branch_ids[every, last],
+                  torch.full_like(last, length + step), torch.zeros_like(last, dtype=torch.bool))
+        new = Ids(*(field[:, None] for field in new))
+        keys = Ids(*(torch.cat([old, field], dim=1) for old, field in zip(keys, new)))
+        h = model.decode(x, (position + 1 + step)[:, None], may_attend(new, keys), cache)[:, 0]
+    return [Answer(a, d.rows, "stop" if f else "length") for a, d, f in zip(answers, decoders, finished)]

@@ -1,0 +1,390 @@
+"""Points: as text, as grounding tokens, and back to pixels.
+
+A point as **text** (Molmo2) is eight or so tokens of digits. A point as **grounding tokens** (MolmoPoint) is three tokens,
+each a choice among things the model already has in front of it, from coarse to fine:
+
+    <|token_index|>  which visual token?       hidden state x  .  hidden states of all visual tokens  (+ "no more points")
+    <|vit_index|>    which patch of its window?             x  .  the K ViT features of the chosen window
+    <|vit_loc|>      which ninth of that patch?             x  -> Linear(9)
+
+    <points coords="  T V L 1  T V L 2  T ">cups</points>       (T alone: the "no more points" choice won)
+
+Everything is decided one position earlier: the hidden state that predicts <|token_index|> also asks for the visual token.
+The choice is then fed back: <|token_index|> carries the chosen token's connector output, <|vit_index|> the chosen patch.
+
+    PatchMap          pixels <-> (visual token, slot, location)
+    PointPredictor    the three heads and their losses
+    PointDecoder      the rules that hold while an answer is being written
+    write_text ...    the same points as text, and the strict reader
+
+B sequences, T tokens, d LLM width, M visual tokens, K slots of a pool window, v ViT feature width, G points, w head width.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TOKEN_INDEX, VIT_INDEX, VIT_LOC = "<|token_index|>", "<|vit_index|>", "<|vit_loc|>"
+CLOSE_LIST = '">'  # must follow when "no more points" was chosen
+
+
+class Point(NamedTuple):
+    """One point of an answer: its id, the image or frame it is in (from 0), x and y in pixels of the displayed picture."""
+
+    id: int
+    picture: int
+    x: float
+    y: float
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pixels <-> grounding targets
+
+
+class PatchMap:
+    """Where the patch in every slot of every visual token lies, for going from pixels to targets and back.
+
+    patches (N*S, 5): picture, x, y, width, height of each patch's box in pixels; pooling (M, K) into them, -1 = empty;
+    indexable (M,) bool: the visual tokens that may be pointed at.
+    """
+
+    def __init__(self, patches: np.ndarray, pooling: np.ndarray, indexable: np.ndarray):
+        self.patches, self.pooling = patches, pooling
+        self.tokens, self.slots = np.nonzero((pooling >= 0) & indexable[:, None])
+        self.boxes = patches[pooling[self.tokens, self.slots]]
+
+    def target(self, picture: int, x: float, y: float) -> tuple[int, int, int]:
+        """Pixel -> (visual token, slot, location 3 * column + row); the nearest patch if the point lies outside."""
+        number, left, top, width, height = self.boxes.T
+        column, row = (x - left) / width, (y - top) / height  # 0..1 inside the box
+        distance = np.maximum(abs(column - 0.5), abs(row - 0.5))
+        i = np.where(number == picture, distance, np.inf).argmin()
+        third = lambda position: min(max(int(3 * position), 0), 2)
+        return int(self.tokens[i]), int(self.slots[i]), 3 * third(column[i]) + third(row[i])
+
+    def pixel(self, token: int, slot: int, location: int) -> tuple[int, float, float]:
+        """(visual token, slot, location) -> (picture, x, y), the middle of that ninth of the patch."""
+        picture, left, top, width, height = self.patches[self.pooling[token, slot]]
+        column, row = divmod(location, 3)
+        return int(picture), float(left + (column + 0.5) / 3 * width), float(top + (row + 0.5) / 3 * height)
+
+
+def grounding_targets(points: Sequence[Point], patch_map: PatchMap, tracks: bool = False):
+    """Points -> (G, 3) targets sorted by (token, slot, location), and the id written after each.
+
+    Two points in one slot are merged: a slot can be chosen once. Ids of a `points` list count 1, 2, 3, ...;
+    in `tracks` an id names an object and is renumbered by first appearance.
+    """
+    found = {}
+    for point in points:
+        token, slot, location = patch_map.target(point.picture, point.x, point.y)
+        key = (token, slot)
+        found[key] = min(found.get(key, (location, point.id)), (location, point.id))
+    triples, ids, names = [], [], {}
+    for (token, slot), (location, identity) in sorted(found.items()):
+        triples.append((token, slot, location))
+        ids.append(names.setdefault(identity, len(names) + 1) if tracks else len(triples))
+    return np.array(triples, dtype=np.int64).reshape(-1, 3), ids
+
+
+def grounded_pieces(ids: Sequence[int], label: str, tracks: bool = False) -> list[str]:
+    """The answer around given point ids as pieces: special tokens one by one, text in between."""
+    tag = "tracks" if tracks else "points"
+    pieces = [f'<{tag} coords="']
+    for identity in ids:
+        pieces += [TOKEN_INDEX, VIT_INDEX, VIT_LOC, str(identity)]
+    return pieces + [TOKEN_INDEX, f"{CLOSE_LIST}{label}</{tag}>"]
+
+
+def grounded_points(text: str, rows: Sequence[Sequence[int]], patch_map: PatchMap) -> list[Point]:
+    """A decoded answer and the rows of its `PointDecoder` -> points in pixels; unfinished triples are left out. The id is
+    the number written after the triple; a triple without one takes its place in the answer."""
+    triples = [row for row in rows if min(row) >= 0]
+    written = re.findall(re.escape(VIT_LOC) + r"([0-9]{0,9})", text)
+    return [Point(int(number or order), *patch_map.pixel(*triple))
+            for order, (number, triple) in enumerate(zip(written, triples), start=1)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two tools shared with the decoder of model.py
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
+
+
+def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Rotary position embedding, rotate-half: channel i turns with channel i + c/2 by positions * theta^(-2i/c).
+
+    x (..., T, c), positions broadcastable to (..., T); angles in float32.
+    """
+    half = x.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = positions[..., None].float() * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The heads
+
+
+@dataclass(frozen=True)
+class PointConfig:
+    width: int = 512          # w, of queries and keys
+    rope_theta: float = 50_000.0
+    locations: int = 9        # thirds of a patch: 3 * column + row
+
+
+class Sight(NamedTuple):
+    """What the model sees: one row per visual token of the batch."""
+
+    windows: Tensor    # (M, K, v) ViT features of the pool window, zeros in empty slots
+    valid: Tensor      # (M, K) bool, the slots that hold a patch
+    embeddings: Tensor  # (M, d) connector outputs
+    at: Tensor         # (M,) flat position of the token among the B * T
+    owner: Tensor      # (M,) which example of the batch it belongs to
+    indexable: Tensor  # (M,) bool: may be pointed at
+    index: Tensor      # (M,) number among the indexable tokens of its example: the RoPE position of its key
+
+    @classmethod
+    def of(cls, windows: Tensor, valid: Tensor, embeddings: Tensor, at: Tensor, owner: Tensor, indexable: Tensor):
+        """Counts `index` per example; the tokens of an example are neighbours in the batch."""
+        before = indexable.cumsum(0) - indexable.long()
+        _, sizes = owner.unique_consecutive(return_counts=True)
+        starts = sizes.cumsum(0) - sizes
+        return cls(windows, valid, embeddings, at, owner, indexable, before - before[starts].repeat_interleave(sizes))
+
+    def only(self, rows: Tensor) -> "Sight":
+        """The visual tokens of one example, `rows` (M,) bool."""
+        return Sight(*(field[rows] for field in self))
+
+
+class PointPredictor(nn.Module):
+    """MolmoPoint's three heads on x = norm(h), h the hidden state after the last block and before the final norm."""
+
+    def __init__(self, c: PointConfig, d: int, feature_width: int):
+        super().__init__()
+        self.config = c
+        self.x_norm = RMSNorm(d)
+        self.patch_q = nn.Linear(d, c.width)
+        self.patch_k = nn.Linear(d, c.width)
+        self.no_more_points = nn.Parameter(torch.zeros(c.width))
+        self.subpatch_q = nn.Linear(d, c.width)
+        self.subpatch_k = nn.Linear(feature_width, c.width)
+        self.subpatch_loc_k = nn.Linear(d, c.locations)
+        self.build_vit_embedding = nn.Linear(feature_width, d)  # <|vit_index|> carries the chosen patch
+
+    def patch_keys(self, x: Tensor, index: Tensor) -> Tensor:
+        """x (M, d) of the visual tokens, index (M,) among the indexable ones -> (M, w)."""
+        return rope(self.patch_k(x), index, self.config.rope_theta)
+
+    def patch_scores(self, x: Tensor, index: Tensor, keys: Tensor) -> Tensor:
+        """x (G, d), index (G,) of the previously chosen token (0 if none), keys (M, w) -> (G, M + 1), stop class last.
+
+        The stop class is a learned key at position 0. Scores are divided by sqrt(w).
+        """
+        q = rope(self.patch_q(x), index, self.config.rope_theta)
+        return q @ torch.cat([keys, self.no_more_points[None].to(keys.dtype)]).T / self.config.width**0.5
+
+    def slot_scores(self, x: Tensor, windows: Tensor, valid: Tensor) -> Tensor:
+        """x (G, d), windows (G, K, v) of the chosen tokens, valid (G, K) -> (G, K), -inf in empty slots."""
+        scores = torch.einsum("gw,gkw->gk", self.subpatch_q(x), self.subpatch_k(windows)) / self.config.width**0.5
+        return scores.masked_fill(~valid, float("-inf"))
+
+    def losses(self, h, targets, weights, owner, branch, points, sight: Sight, ids: dict[str, int]) -> dict[str, Tensor]:
+        """Weighted sums of the three cross-entropies, and the number of visual tokens chosen right.
+
+        h (B*T, d); targets, weights, owner (example) and branch (B*T,); points (G, 3): visual token, slot and location
+        of every <|token_index|>, in order; visual token -1 is the "no more points" choice.
+        """
+        ask, at_slot, at_location = ((targets == ids[name]).nonzero()[:, 0] for name in (TOKEN_INDEX, VIT_INDEX, VIT_LOC))
+        triples = points[points[:, 0] >= 0]
+        chosen = points[:, 0]
+        previous = chosen.roll(1)  # a stop (-1) ends its list, so the next list begins at -1
+        previous[(owner[ask] != owner[ask].roll(1)) | (branch[ask] != branch[ask].roll(1))] = -1
+        previous[:1] = -1
+
+        keys = self.patch_keys(self.x_norm(h[sight.at]), sight.index)
+        index = torch.where(previous < 0, 0, _take(sight.index, previous))
+        scores = self.patch_scores(self.x_norm(h[ask]), index, keys)
+        number = torch.arange(len(sight.at), device=h.device)
+        allowed = (sight.owner == owner[ask, None]) & sight.indexable & (number >= previous[:, None])
+        scores = scores.masked_fill(~F.pad(allowed, (0, 1), value=True), float("-inf"))
+        right_choice = torch.where(chosen < 0, len(number), chosen)
+
+        window = triples[:, 0]
+        slots = self.slot_scores(self.x_norm(h[at_slot]), sight.windows[window], sight.valid[window])
+        locations = self.subpatch_loc_k(self.x_norm(h[at_location]))
+
+        def loss(scores, target, at):
+            return (F.cross_entropy(scores.float(), target, reduction="none") * weights[at]).sum()
+
+        return {
+            "patch": loss(scores, right_choice, ask),
+            "slot": loss(slots, triples[:, 1], at_slot),
+            "location": loss(locations, triples[:, 2], at_location),
+            "right": (scores.argmax(-1) == right_choice).sum(),
+            "choices": torch.tensor(len(ask), device=h.device),
+        }
+
+
+def _take(values: Tensor, at: Tensor) -> Tensor:
+    """values[at] where `at` may be -1 (any value then) and `values` may be empty."""
+    return values[at.clamp(min=0)] if len(values) else torch.zeros_like(at)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rules of decoding
+
+
+class PointDecoder:
+    """Writes one answer: free text is sampled, grounding tokens follow the rules.
+
+    After <|token_index|> come <|vit_index|> and <|vit_loc|>; a list never goes back to an earlier visual token and never
+    takes a slot twice (inside a token, slots ascend); once a list has begun it holds at least one point; when "no more
+    points" wins, `">` follows. `rows` collects [visual token, slot, location] of every <|token_index|>: visual token -1 is
+    "no more points", slot and location are -1 until they are chosen.
+    """
+
+    def __init__(self, predictor: PointPredictor, h: Tensor, sight: Sight, ids: dict[str, int], close: Sequence[int]):
+        """h (M, d) hidden states of the example's visual tokens, `close` the token ids of `">`."""
+        self.predictor, self.sight, self.ids, self.close = predictor, sight, ids, list(close)
+        self.keys = predictor.patch_keys(predictor.x_norm(h), sight.index)
+        self.rows: list[list[int]] = []
+        self.expects: str | None = None  # a grounding token that must come next
+        self.forced: list[int] = []      # the rest of `">`
+        self.begin_list()
+
+    def begin_list(self):
+        self.token, self.slot = -1, -1   # the last choice of the list at hand
+
+    def step(self, logits: Tensor, h: Tensor, sample: Callable[[Tensor], int]) -> tuple[int, Tensor | None]:
+        """logits (V,), h (d,) at the last position -> the next token and what is added to its word embedding."""
+        if self.forced:
+            return self.forced.pop(0), None
+        x = self.predictor.x_norm(h)[None]
+        if self.expects == VIT_INDEX:
+            self.rows[-1][1] = self.slot = self.choose_slot(x)
+            self.expects = VIT_LOC
+            return self.ids[VIT_INDEX], self.predictor.build_vit_embedding(self.sight.windows[self.token, self.slot])
+        if self.expects == VIT_LOC:
+            self.rows[-1][2] = int(self.predictor.subpatch_loc_k(x).argmax())
+            self.expects = None
+            return self.ids[VIT_LOC], None
+        banned = [VIT_INDEX, VIT_LOC] if self.sight.indexable.any() else [VIT_INDEX, VIT_LOC, TOKEN_INDEX]
+        logits = logits.index_fill(0, torch.tensor([self.ids[name] for name in banned], device=logits.device), float("-inf"))
+        token = sample(logits)
+        if token == self.close[0]:
+            self.begin_list()            # the list was closed without asking for a stop
+        return (token, self.choose_token(x)) if token == self.ids[TOKEN_INDEX] else (token, None)
+
+    def choose_token(self, x: Tensor) -> Tensor | None:
+        """Choose a visual token (its embedding is fed back) or "no more points" (nothing is, and `">` is forced)."""
+        index = self.sight.index[self.token].clone() if self.token >= 0 else torch.zeros_like(self.sight.index[0])
+        scores = self.predictor.patch_scores(x, index[None], self.keys)[0]
+        allowed = F.pad(self.sight.indexable, (0, 1), value=self.token >= 0)  # the stop class is last
+        allowed[:max(self.token, 0)] = False
+        if self.token >= 0 and not self.sight.valid[self.token, self.slot + 1:].any():
+            allowed[self.token] = False  # no slot left in it
+        choice = int(scores.masked_fill(~allowed, float("-inf")).argmax())
+        if choice == len(self.keys):
+            self.rows.append([-1, -1, -1])
+            self.forced = list(self.close)
+            self.begin_list()
+            return None
+        if choice != self.token:
+            self.token, self.slot = choice, -1
+        self.rows.append([choice, -1, -1])
+        self.expects = VIT_INDEX
+        return self.sight.embeddings[choice]
+
+    def choose_slot(self, x: Tensor) -> int:
+        scores = self.predictor.slot_scores(x, self.sight.windows[self.token, None], self.sight.valid[self.token, None])[0]
+        return self.slot + 1 + int(scores[self.slot + 1:].argmax())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Points as text
+
+
+def write_text(points: Sequence[Point], places: Sequence[str], sizes, label: str, tracks: bool = False) -> str:
+    """Points -> `<points coords="1 1 123 456 2 130 460;2 3 ...">label</points>` on a 0-1000 scale.
+
+    `places` names each picture: image numbers "1", "2", ... or seconds "0.5"; `sizes` its (width, height) in pixels.
+    Sorted by picture, x, y after rounding; ids count 1, 2, 3, ... In tracks an id names an object, numbered by first
+    appearance, and a picture's points are sorted by id.
+    """
+    scale = lambda value, side: min(max(round(1000 * value / side), 0), 1000)
+    rows = sorted((p.picture, scale(p.x, sizes[p.picture][0]), scale(p.y, sizes[p.picture][1]), p.id) for p in points)
+    names, groups = {}, {}
+    for order, (picture, x, y, identity) in enumerate(rows, start=1):
+        number = names.setdefault(identity, len(names) + 1) if tracks else order
+        groups.setdefault(places[picture], []).append((number, x, y))
+    listed = (f"{place} " + " ".join(f"{i} {x:03d} {y:03d}" for i, x, y in (sorted(group) if tracks else group))
+              for place, group in groups.items())
+    tag = "tracks" if tracks else "points"
+    return f'<{tag} coords="{";".join(listed)}">{label}</{tag}>'
+
+
+_LIST = re.compile(r'<(points|tracks) coords="([^"<>]*)">[^<>]*</(?:\1|point)>', re.ASCII)
+_GROUP = re.compile(r"(\d{1,6}(?:\.\d)?)((?: \d{1,6} (?:\d{3}|1000) (?:\d{3}|1000))+)", re.ASCII)
+_OLD = re.compile(r"<points?((?: [xy]\d*=\"[^\"<>]*\")+)(?: alt=\"[^\"<>]*\")?>[^<>]*</points?>")
+
+
+def read_text(text: str, places: Sequence[str], sizes) -> list[Point]:
+    """Strict reader of the text form and of Molmo-1's older one; never raises, never guesses.
+
+    A tag that breaks any rule (unknown place, a coordinate off the scale, ids of `points` that do not count 1, 2, 3, ...,
+    an object twice in one picture) gives no points at all. The attribute names tell the scales apart: `coords` is
+    0-1000, Molmo-1's `x`/`y` are percent and belong to the first picture.
+    """
+    points = []
+    for tag in re.finditer(f"{_LIST.pattern}|{_OLD.pattern}", text, re.ASCII):
+        kind, coords, old = tag.group(1), tag.group(2), tag.group(3)
+        points += (_read_old(old, sizes) if old else _read_list(kind, coords, places, sizes)) or []
+    return points
+
+
+def _read_list(kind: str, coords: str, places: Sequence[str], sizes) -> list[Point] | None:
+    points = []
+    for group in coords.split(";"):
+        match = _GROUP.fullmatch(group)
+        if not match or match[1] not in places:
+            return None
+        picture, numbers = list(places).index(match[1]), [int(n) for n in match[2].split()]
+        width, height = sizes[picture]
+        for identity, x, y in zip(numbers[::3], numbers[1::3], numbers[2::3]):
+            points.append(Point(identity, picture, x * width / 1000, y * height / 1000))
+    ids = [p.id for p in points]
+    counted = ids == list(range(1, len(ids) + 1))
+    once = len({(p.id, p.picture) for p in points}) == len(points)
+    return points if (once if kind == "tracks" else counted) else None
+
+
+def _read_old(attributes: str, sizes) -> list[Point] | None:
+    found = dict(re.findall(r'([xy]\d*)="([^"]*)"', attributes))
+    names = sorted((name[1:] for name in found if name[0] == "x"), key=lambda n: (len(n), n))
+    percent = re.compile(r"\d{1,3}(\.\d+)?", re.ASCII)
+    if len(found) != 2 * len(names) or not all(percent.fullmatch(v) and float(v) <= 100 for v in found.values()):
+        return None
+    if names not in ([""], [str(i) for i in range(1, len(names) + 1)]) or not all("y" + n in found for n in names):
+        return None
+    width, height = sizes[0]
+    return [Point(i, 0, float(found["x" + n]) * width / 100, float(found["y" + n]) * height / 100)
+            for i, n in enumerate(names, start=1)]

@@ -1,0 +1,440 @@
+"""Pictures in, crops and the tokens that stand for them out.
+
+An image is seen twice: once whole, squeezed into one square crop, and once sharp, as a tiling of overlapping crops.
+A video is seen as one whole crop per sampled frame.
+
+       whole picture          the tiling (2 x 3 here), crops overlap by both margins
+      +-------------+         +-----+--+-----+--+-----+
+      |             |         |  0  |01|  1  |12|  2  |      every place of the picture is covered by one or more
+      |  1 crop     |         +-----+--+-----+--+-----+      crops but read from one only: a crop gives away the
+      |             |         |  3  |34|  4  |45|  5  |      margin it shares with a neighbour, so what is read
+      +-------------+         +-----+--+-----+--+-----+      was never at the edge of the ViT's view
+
+Each crop is a grid of patches; a window of patches (2x2 for images, 3x3 for frames) becomes one visual token.
+`Views.pooling` says which patches a token pools, `Views.patches` where each patch lies in the displayed picture:
+these two tables lead from a token the model points at back to pixels. (Molmo2, on its image and video inputs.)
+
+A sampled frame carries its real time, counted from the first frame, and never index / fps: clips with a variable
+frame rate, a late start or a cut-off end are common.
+"""
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain, islice
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]  # no others: .eps, for one, would run Ghostscript
+# no playlists among them: these open other files
+VIDEO_FORMATS = "mov,matroska,webm,avi,gif,apng,mpegts,mpeg,flv,asf,ogg,h264,hevc"
+VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".apng", ".ts", ".mts", ".m2ts", ".mpg",
+                  ".mpeg", ".3gp", ".flv", ".wmv", ".ogv", ".h264", ".hevc"}
+MAX_PIXELS = 64_000_000        # of an image or a frame
+MAX_CLIP_PIXELS = 1 << 30      # of all the sampled frames together, 3 GB
+MAX_DECODED_FRAMES = 200_000   # nearly two hours at 30 fps
+MAX_MISSING = 0.25             # seconds; a video that ends earlier than its header says by more than this is cut off
+TIME_EPS = 1e-6                # seconds; timestamps are rounded to the container's clock
+
+
+class MediaError(ValueError):
+    """A picture or a video that cannot be used: one line with the file, what was wrong, what to do."""
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """How pictures are cut. The defaults are the released models'; every count below follows from them."""
+    crop_size: int = 378            # px, side of a crop
+    patch_size: int = 14            # px, side of a patch
+    margins: tuple[int, int] = (4, 4)  # patches given away to the neighbour on the left/top, right/bottom
+    image_pool: int = 2             # side of an image's pool window, in patches
+    video_pool: int = 3             # the same for a frame
+    max_crops: int = 24             # of the tiling of an image (K)
+    max_frames: int = 128           # sampled from a video
+    fps: float = 2.0                # sampled frames per second, if max_frames allows
+    low_res_pointing: bool = False  # may tokens of the whole-picture crop be pointed at? Molmo2 yes, MolmoPoint no
+
+    def __post_init__(self) -> None:
+        if self.crop_size % self.patch_size or self.window < 1:
+            raise ValueError(f"crops of {self.crop_size} px need whole patches of {self.patch_size} px "
+                             f"and more of them than the margins {self.margins} give away")
+
+    @property
+    def grid(self) -> int:
+        """Patches along the side of a crop."""
+        return self.crop_size // self.patch_size
+
+    @property
+    def window(self) -> int:
+        """Patches from one crop of a tiling to the next: what a crop adds to its neighbours."""
+        return self.grid - sum(self.margins)
+
+
+@dataclass
+class Views:
+    """What the model gets to see of one medium. N crops, S patches per crop, M visual tokens, K patches per token."""
+    crops: np.ndarray             # (N, S, 3*P*P) uint8, patches flattened (row, column, channel)
+    patches: np.ndarray           # (N*S, 5) float64: picture number, then x, y, width, height in displayed pixels
+    pooling: np.ndarray           # (M, K) int64 into the N*S patches, -1 = empty slot, in the order of the tokens
+    indexable: np.ndarray         # (M,) bool: tokens that can be pointed at
+    layout: list[str]             # special-token spellings one by one, and pieces of plain text
+    sizes: list[tuple[int, int]]  # (width, height) per picture, px
+    times: list[float] | None     # seconds per frame; None for images
+
+
+# ---- 1. pictures -> views --------------------------------------------------------------------------------------------
+
+def image_views(images: list[np.ndarray], config: ViewConfig) -> Views:
+    """Views of one or several images, each (H, W, 3) uint8. Raises MediaError on any other array, or none."""
+    views = _Collector(images, config.image_pool, config)
+    low = "<im_patch>" if config.low_res_pointing else "<im_low>"
+    for number, image in enumerate(images):
+        if len(images) > 1:
+            views.layout.append(f"Image {number + 1}")
+        rows, cols = views.add(number, (1, 1))
+        views.layout += ["<low_res_im_start>"] + [low] * (rows * cols) + ["<im_end>"]
+        rows, cols = views.add(number, select_tiling(*image.shape[:2], config))
+        views.layout += ["<im_start>"] + (["<im_patch>"] * cols + ["<im_col>"]) * rows + ["<im_end>"]
+    return views.finish(times=None)
+
+
+def video_views(frames: list[np.ndarray], times: Sequence[float], config: ViewConfig) -> Views:
+    """Views of sampled frames, each (H, W, 3) uint8, shown at `times` seconds. Raises MediaError on other arrays,
+    or none, or not one time per frame."""
+    if len(frames) != len(times):
+        raise MediaError(f"{len(frames)} frames came with {len(times)} times: give one time per frame")
+    views = _Collector(frames, config.video_pool, config)
+    for number, seconds in enumerate(times):
+        rows, cols = views.add(number, (1, 1))
+        views.layout.append(f"{' ' if number else ''}{seconds:.1f} ")
+        views.layout += ["<frame_start>"] + ["<im_patch>"] * (rows * cols) + ["<frame_end>"]
+    return views.finish([float(seconds) for seconds in times])
+
+
+class _Collector:
+    """The arrays of a Views, growing tiling by tiling; patch ids go on where the last tiling ended."""
+
+    def __init__(self, pictures: list[np.ndarray], pool: int, config: ViewConfig) -> None:
+        if not pictures:
+            raise MediaError("no picture was given: give at least one")
+        for number, picture in enumerate(pictures):
+            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
+                raise MediaError(f"picture {number} is {picture.dtype} of shape {picture.shape}: "
+                                 "give (height, width, 3) uint8 with no side of 0")
+        self.pictures, self.pool, self.config = pictures, pool, config
+        self.crops, self.patches, self.pooling, self.layout = [], [], [], []
+        self.patch_count = 0
+
+    def add(self, number: int, tiling: tuple[int, int]) -> tuple[int, int]:
+        """Cut picture `number` into a tiling of crops; returns the rows and columns of its visual tokens."""
+        crops, boxes = cut(self.pictures[number], tiling, self.config)
+        windows = pool_windows(self.patch_count + patch_map(tiling, self.config), self.pool)
+        self.crops.append(crops)
+        self.patches.append(np.column_stack([np.full(len(boxes), number), boxes]))
+        self.pooling.append(windows.reshape(-1, self.pool ** 2))
+        self.patch_count += len(boxes)
+        return windows.shape[:2]
+
+    def finish(self, times: list[float] | None) -> Views:
+        """All that was added, as one Views; which tokens can be pointed at follows from how they are written."""
+        indexable = [piece == "<im_patch>" for piece in self.layout if piece in ("<im_patch>", "<im_low>")]
+        return Views(crops=np.concatenate(self.crops), patches=np.concatenate(self.patches),
+                     pooling=np.concatenate(self.pooling), indexable=np.array(indexable), layout=self.layout,
+                     sizes=[(picture.shape[1], picture.shape[0]) for picture in self.pictures], times=times)
+
+
+# ---- 2. one picture -> crops and the map of their patches ------------------------------------------------------------
+
+def select_tiling(height: int, width: int, config: ViewConfig) -> tuple[int, int]:
+    """Rows and columns of crops for an image of pixels: the least enlarging that shows it in full, or the least
+    shrinking if none does.
+
+    The margins around the image come on top of the rows * columns windows, so they are taken off its sides first; of
+    equals the tiling with fewer crops, then with fewer rows, wins. (Molmo2, section on crops.)
+    """
+    window, margin = config.window * config.patch_size, sum(config.margins) * config.patch_size
+    most = config.max_crops
+    tilings = sorted(((rows, cols) for rows in range(1, most + 1) for cols in range(1, most // rows + 1)),
+                     key=lambda tiling: (tiling[0] * tiling[1], tiling[0]))
+
+    def scale(tiling: tuple[int, int]) -> float:
+        return min(n * window / (side - margin) if side > margin else float("inf")  # inf: the margins alone show it all
+                   for n, side in zip(tiling, (height, width)))
+
+    enlarging = [tiling for tiling in tilings if scale(tiling) >= 1]
+    return min(enlarging, key=scale) if enlarging else max(tilings, key=scale)
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8 -> (h, w, 3) uint8 for size (h, w): bilinear between pixel centres, without antialiasing."""
+    pixels = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)[None]  # torch rounds twice on uint8
+    pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=False)
+    return pixels[0].permute(1, 2, 0).round_().clamp_(0, 255).to(torch.uint8).contiguous().numpy()
+
+
+def cut(image: np.ndarray, tiling: tuple[int, int], config: ViewConfig) -> tuple[np.ndarray, np.ndarray]:
+    """An image (H, W, 3) -> crops (N, S, 3*P*P) uint8 in reading order, boxes (N*S, 4): x, y, width, height of their
+    patches in pixels of the image. The tiling (1, 1) is the whole image in one crop."""
+    grid, P = config.grid, config.patch_size
+    R, C = (n * config.window + sum(config.margins) for n in tiling)  # patches of the resized image
+    patches = resize(image, (R * P, C * P)).reshape(R, P, C, P, 3).swapaxes(1, 2).reshape(R, C, 3 * P * P)
+
+    first_row, first_col = (config.window * np.arange(n) for n in tiling)
+    row = (first_row[:, None] + np.arange(grid))[:, None, :, None]  # crop row, crop column, row and column in the crop
+    col = (first_col[:, None] + np.arange(grid))[None, :, None, :]
+    height, width = image.shape[0] / R, image.shape[1] / C          # of a patch, in pixels of the image
+    boxes = np.stack(np.broadcast_arrays(col * width, row * height, width, height), axis=-1)
+    return patches[row, col].reshape(-1, grid * grid, 3 * P * P), boxes.reshape(-1, 4)
+
+
+def patch_map(tiling: tuple[int, int], config: ViewConfig) -> np.ndarray:
+    """(R, C) int64: for every patch of the resized image, the patch to read, counted through the crops in order.
+
+    Along each side, with the margins (4, 4) and 27 patches a crop, crop 0 is read up to its patch 22, then crop 1 from
+    its patch 4, and so on: the first crop keeps its leading margin and the last its trailing one.
+    """
+    def owners(n: int) -> tuple[np.ndarray, np.ndarray]:
+        place = np.arange(n * config.window + sum(config.margins))
+        crop = np.clip((place - config.margins[0]) // config.window, 0, n - 1)
+        return crop, place - crop * config.window
+
+    (crop_row, row), (crop_col, col) = map(owners, tiling)
+    crop = crop_row[:, None] * tiling[1] + crop_col
+    return (crop * config.grid + row[:, None]) * config.grid + col
+
+
+def pool_windows(ids: np.ndarray, pool: int) -> np.ndarray:
+    """Patch ids (R, C) -> (ceil(R/pool), ceil(C/pool), pool*pool), row-major in a window; -1 fills what sticks out,
+    the smaller half of it before."""
+    missing = [-side % pool for side in ids.shape]
+    ids = np.pad(ids, [(pad // 2, pad - pad // 2) for pad in missing], constant_values=-1)
+    rows, cols = ids.shape[0] // pool, ids.shape[1] // pool
+    return ids.reshape(rows, pool, cols, pool).swapaxes(1, 2).reshape(rows, cols, pool * pool)
+
+
+# ---- 3. which frames of a video --------------------------------------------------------------------------------------
+
+def sample_times(duration: float, fps: float, max_frames: int) -> list[float]:
+    """Seconds to look at in a video of `duration` seconds: 0, 1/fps, 2/fps, ... and the end itself; `max_frames` spread
+    evenly if those were too many. (Molmo2, section on videos.) Raises ValueError on numbers that make no sense."""
+    if not (0 <= duration < float("inf") and 0 < fps < float("inf") and max_frames >= 1):
+        raise ValueError(f"cannot sample {duration} s at {fps} fps with at most {max_frames} frames: "
+                         "give a finite duration, a positive rate and at least one frame")
+    if (max_frames - 1) / fps < duration:
+        return np.linspace(0, duration, max_frames).tolist()
+    return [n / fps for n in range(max_frames) if n / fps < duration] + [float(duration)]
+
+
+def displayed_at(times: Sequence[float], wanted: Sequence[float]) -> list[int]:
+    """Index of the frame on the screen at each wanted second, given the ascending start `times` of all the frames:
+    the last to have started, or the first frame if none has."""
+    started = np.searchsorted(times, np.asarray(wanted) + TIME_EPS, side="right")
+    return np.maximum(started - 1, 0).tolist()
+
+
+# ---- 4. files -> pictures --------------------------------------------------------------------------------------------
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """An image file -> (H, W, 3) uint8 as displayed: EXIF orientation applied, transparency over white, deeper pixels
+    scaled to 8 bits, the first frame of an animation. Raises MediaError."""
+    _check_file(path)
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:  # known from the header; a small file can hold a huge image
+                raise MediaError(f"{path}: {image.width}x{image.height} pixels are more than {MAX_PIXELS}: shrink it")
+            return _displayed(ImageOps.exif_transpose(image))
+    except (MediaError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file can make a decoder raise nearly anything
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else _reason(error)
+        raise MediaError(f"{path}: cannot be read as an image ({reason}): "
+                         f"give a complete file, one of {', '.join(IMAGE_FORMATS)}") from error
+
+
+def _displayed(image: Image.Image) -> np.ndarray:
+    """A decoded image of any mode -> (H, W, 3) uint8."""
+    if image.mode == "F" or image.mode.startswith("I"):  # Pillow's own conversion clips these at 255
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+        scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
+        white = next((scale for scale in scales if values.max() <= scale), values.max())
+        grey = np.clip(values / white * 255, 0, 255).round().astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.has_transparency_data:
+        return _over_white(np.asarray(image.convert("RGBA")))
+    return np.array(image.convert("RGB"))
+
+
+def _over_white(rgba: np.ndarray) -> np.ndarray:
+    """(H, W, 4) uint8 -> (H, W, 3) uint8 on a white ground."""
+    colour, alpha = np.split(rgba.astype(np.uint16), [3], axis=2)
+    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)  # 127: to the nearest
+
+
+def is_video(path: str | os.PathLike) -> bool:
+    """Is this the name of a video file? Goes by the ending only."""
+    return os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES
+
+
+def frames_of(path: str | os.PathLike) -> Iterator[tuple[float, np.ndarray]]:
+    """Stream a video: (seconds since its first frame, (H, W, 3) uint8 upright), never holding more than one frame.
+
+    A frame of another size than the first is resized to it. A file that ends early gives the frames before that and a
+    warning. Raises MediaError.
+    """
+    size = None
+    for seconds, frame in _decode(path):
+        picture = _picture(frame, size)
+        size = picture.shape[:2]
+        yield seconds, picture
+
+
+def read_video(path: str | os.PathLike, fps: float, max_frames: int) -> tuple[list[np.ndarray], list[float]]:
+    """Sample a video as `sample_times` says: frames (H, W, 3) uint8 and the seconds at which they really start.
+
+    Decodes twice: once for the times alone, once to keep the frames wanted. A frame that is on the screen at two
+    sampled times comes once. Raises MediaError; warns about a file that ends early.
+    """
+    times, pixels = [], 0
+    for seconds, frame in _decode(path):
+        times.append(seconds)
+        pixels = pixels or frame.width * frame.height
+    wanted = sorted(set(displayed_at(times, sample_times(times[-1], fps, max_frames))))
+    if pixels * len(wanted) > MAX_CLIP_PIXELS:
+        raise MediaError(f"{path}: {len(wanted)} frames of {pixels} pixels are more than fits in memory: "
+                         f"sample at most {MAX_CLIP_PIXELS // pixels} frames, or shrink the video")
+    frames = []
+    for number, (_, frame) in enumerate(islice(_decode(path), wanted[-1] + 1)):  # ends before any damage: warns once
+        if number == wanted[len(frames)]:
+            frames.append(_picture(frame, frames[0].shape[:2] if frames else None))
+    return frames, [times[number] for number in wanted]
+
+
+def _decode(path: str | os.PathLike) -> Iterator[tuple[float, av.VideoFrame]]:
+    """Stream decoded frames with the seconds since the first, ascending. Nothing but timestamps is believed: counts,
+    rates and durations in headers are wrong or missing too often."""
+    with _open(path) as container:
+        stream = next((stream for stream in container.streams.video if stream.codec_context), None)
+        if stream is None:
+            raise _unreadable(path, "no video stream")
+        stream.thread_type = "SLICE"  # frame threads can hang when decoding stops early
+        step = 1 / (stream.average_rate or 25)  # only for frames without a timestamp
+        start = last = problem = None
+        try:
+            for count, frame in enumerate(container.decode(stream)):
+                if count == MAX_DECODED_FRAMES:
+                    raise MediaError(f"{path}: more than {MAX_DECODED_FRAMES} frames: cut the video into pieces")
+                if frame.width * frame.height > MAX_PIXELS:
+                    raise MediaError(f"{path}: {frame.width}x{frame.height} pixels a frame are more than {MAX_PIXELS}: "
+                                     "shrink the video")
+                time = frame.time
+                if time is None:
+                    time = 0 if last is None else last + step
+                if last is not None and time <= last:  # a clock that jumps back, as in files glued together
+                    continue
+                start, last = time if start is None else start, time
+                yield float(time - start), frame
+        except (av.FFmpegError, IndexError) as error:  # IndexError: PyAV's, on a track that starts in mid-file
+            problem = _reason(error)
+        if last is None:
+            raise _unreadable(path, problem or "no frames")
+        missing = _seconds_missing(container, stream, frame)
+        if problem is None and missing > MAX_MISSING:
+            problem = f"its header promises {missing:.1f} s more"
+        if problem:
+            warnings.warn(f"{path}: ends early, after {last - start:.1f} s ({problem}); using the frames before")
+
+
+def _seconds_missing(container: av.container.InputContainer, stream: av.VideoStream, last: av.VideoFrame) -> float:
+    """Seconds that should have come after the last frame; many formats end in silence where a file is cut off."""
+    if last.time is None:
+        return 0.0
+    promised = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
+    return float(promised - last.duration * last.time_base) - last.time
+
+
+def _open(path: str | os.PathLike) -> av.container.InputContainer:
+    """Open a video file of an allowed format. Raises MediaError."""
+    _check_file(path)
+    options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}
+    try:
+        return av.open(f"file:{os.fspath(path)}", options=options)  # file: lets a name contain a colon
+    except (av.FFmpegError, ValueError) as error:
+        raise _unreadable(path, _reason(error)) from error
+
+
+def _unreadable(path: str | os.PathLike, reason: str) -> MediaError:
+    return MediaError(f"{path}: cannot be read as a video ({reason}): give a complete file that a player can play")
+
+
+def _picture(frame: av.VideoFrame, size: tuple[int, int] | None) -> np.ndarray:
+    """A decoded frame -> (H, W, 3) uint8, upright, over white, resized if it is not of `size` (h, w)."""
+    has_alpha = any(component.is_alpha for component in frame.format.components)
+    picture = _over_white(frame.to_ndarray(format="rgba")) if has_alpha else frame.to_ndarray(format="rgb24")
+    picture = np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90)))  # both turn counterclockwise
+    return picture if size is None or picture.shape[:2] == size else resize(picture, size)
+
+
+def _check_file(path: str | os.PathLike) -> None:
+    """Raise MediaError unless there is a file with something in it; so nothing is ever fetched from a URL."""
+    if os.path.isdir(path):
+        raise MediaError(f"{path}: is a folder: give a file")
+    if not os.path.isfile(path):
+        raise MediaError(f"{path}: no such file")
+    if os.path.getsize(path) == 0:
+        raise MediaError(f"{path}: is an empty file: copy or download it again")
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, on one line; FFmpeg's own text without the path around it."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split())
+
+
+# ---- 5. pictures -> a file -------------------------------------------------------------------------------------------
+
+def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: float) -> None:
+    """Write frames (H, W, 3) uint8, all of one size, as an H.264 .mp4 at `fps` frames per second, whatever its name.
+
+    Odd sides grow by one pixel, a copy of the edge: the colour planes have half the resolution. Streams, so `frames`
+    may be a generator. The file appears under its name only when complete. Raises MediaError.
+    """
+    path, frames = os.fspath(path), iter(frames)
+    if not 0.001 <= fps <= 1000:
+        raise MediaError(f"{path}: cannot be written at {fps} frames per second: give 0.001 to 1000")
+    first = next(frames, None)
+    if first is None:
+        raise MediaError(f"{path}: no frames to write")
+    folder, name = os.path.split(path)
+    unfinished = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+    try:
+        _encode(unfinished, first.shape[:2], chain([first], frames), Fraction(fps).limit_denominator(10_000))
+        os.replace(unfinished, path)
+    except MediaError:  # of the source of the frames
+        raise
+    except (OSError, ValueError, av.FFmpegError) as error:
+        raise MediaError(f"{path}: cannot be written ({_reason(error)})") from error
+    finally:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
+
+
+def _encode(path: str, size: tuple[int, int], frames: Iterable[np.ndarray], rate: Fraction) -> None:
+    """Encode frames of `size` (h, w). Raises ValueError on a frame that is not (h, w, 3) uint8."""
+    height, width = size
+    with av.open(f"file:{path}", "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})  # 18: hardly visible loss
+        stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
+        for number, picture in enumerate(frames):
+            if picture.shape != (height, width, 3) or picture.dtype != np.uint8:
+                raise ValueError(f"frame {number} is {picture.dtype} of shape {picture.shape}, "
+                                 f"not uint8 of shape {(height, width, 3)}")
+            padded = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            frame = av.VideoFrame.from_ndarray(padded, format="rgb24")
+            frame.pts, frame.time_base = number, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))

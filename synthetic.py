@@ -1,0 +1,762 @@
+"""Worlds drawn by code: pictures and clips whose truth is exact, because we drew them.
+
+    things (kind, colour, size)  +  where each one is at time t  ->  frames, masks, points
+                                                                 ->  questions and their answers
+
+Everything is a pure function of (seed, index): any process can draw example 12345 without drawing the ones before.
+A thing is a *sprite*: a few polygons around the origin, painted four times too large and averaged down, which also
+gives its soft edge. A frame is the background with the sprites laid on it in list order, so later things hide
+earlier ones:
+
+      owner of each pixel        a thing's mask = the pixels it owns
+      . . 0 0 0 . .              a thing's point = the anchor of its kind (the body of a cup, the top of a ring),
+      . . 0 1 1 1 .                                or, where that is hidden, the deepest pixel still in view
+      . . . 1 1 1 .
+
+Points are in pixels, continuous: the centre of the pixel in row r and column c is (c + 0.5, r + 0.5).
+"""
+
+import argparse
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Words: kinds, colours, backgrounds
+# ---------------------------------------------------------------------------------------------------------------------
+
+COLORS = {
+    "red": (215, 35, 40), "green": (35, 165, 60), "blue": (35, 80, 225), "yellow": (245, 220, 40),
+    "orange": (250, 135, 20), "purple": (140, 45, 175), "white": (247, 247, 247), "black": (22, 22, 22),
+}
+BACKGROUNDS = ("plain", "striped", "checkered", "dotted", "noisy", "gradient")
+
+
+def _oval(x: float, y: float, rx: float, ry: float, start: float = 0, stop: float = 360) -> np.ndarray:
+    """Points (32, 2) along an ellipse around (x, y); angles in degrees, clockwise on the screen from the right."""
+    angle = np.radians(np.linspace(start, stop, 32))
+    return np.stack([x + rx * np.cos(angle), y + ry * np.sin(angle)], 1)
+
+
+def _rectangle(left: float, top: float, right: float, bottom: float) -> np.ndarray:
+    return np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
+
+
+def _star() -> np.ndarray:
+    angle, radius = np.radians(np.arange(10) * 36 - 90), np.where(np.arange(10) % 2, 0.45, 1.0)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
+
+
+def _heart() -> np.ndarray:
+    t = np.linspace(0, 2 * np.pi, 48)
+    x, y = 16 * np.sin(t) ** 3, 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([x / 17, -(y + 2.5) / 15.5], 1)
+
+
+# Kind -> (anchor, parts painted in order). Local coordinates: the thing fills the circle of radius 1, y points down.
+# A part is (paint, corners); "body" is the thing's colour, "light", "dark" and "ink" are made from it, "hole" cuts.
+SHAPES = {
+    "cup": ((-0.15, 0.2), [("body", _oval(0.45, 0.0, 0.5, 0.48)), ("hole", _oval(0.45, 0.0, 0.26, 0.25)),
+                           ("body", np.array([(-0.8, -0.7), (0.5, -0.7), (0.32, 0.85), (-0.62, 0.85)])),
+                           ("ink", _oval(-0.15, -0.7, 0.65, 0.18))]),
+    "ball": ((0.0, 0.1), [("body", _oval(0, 0, 0.97, 0.97)), ("light", _oval(-0.35, -0.4, 0.25, 0.2))]),
+    "box": ((-0.2, 0.3), [("body", _rectangle(-0.85, -0.35, 0.45, 0.85)),
+                          ("light", np.array([(-0.85, -0.35), (-0.45, -0.8), (0.85, -0.8), (0.45, -0.35)])),
+                          ("dark", np.array([(0.45, -0.35), (0.85, -0.8), (0.85, 0.4), (0.45, 0.85)]))]),
+    "star": ((0.0, 0.05), [("body", _star())]),
+    "ring": ((0.0, -0.72), [("body", _oval(0, 0, 0.97, 0.97)), ("hole", _oval(0, 0, 0.48, 0.48))]),
+    "cross": ((0.0, 0.0), [("body", np.array([
+        (-0.3, -0.95), (0.3, -0.95), (0.3, -0.3), (0.95, -0.3), (0.95, 0.3), (0.3, 0.3),
+        (0.3, 0.95), (-0.3, 0.95), (-0.3, 0.3), (-0.95, 0.3), (-0.95, -0.3), (-0.3, -0.3)]))]),
+    "heart": ((0.0, -0.1), [("body", _heart())]),
+    "moon": ((-0.62, 0.0), [("body", np.concatenate([_oval(0, 0, 0.97, 0.97, 50, 310),
+                                                     _oval(0.45, 0, 0.76, 0.76, 282, 78)]))]),
+    "tree": ((0.0, 0.2), [("ink", _rectangle(-0.17, 0.3, 0.17, 0.95)),
+                          ("body", np.array([(0, -0.4), (0.8, 0.55), (-0.8, 0.55)])),
+                          ("body", np.array([(0, -0.98), (0.58, 0.0), (-0.58, 0.0)]))]),
+    "house": ((0.0, 0.15), [("body", _rectangle(-0.68, -0.15, 0.68, 0.8)),
+                            ("dark", np.array([(0, -0.95), (0.92, -0.1), (-0.92, -0.1)])),
+                            ("ink", _rectangle(0.1, 0.28, 0.42, 0.8)), ("light", _rectangle(-0.5, 0.15, -0.1, 0.5))]),
+    "car": ((0.0, 0.12), [("body", np.array([(-0.55, -0.05), (-0.35, -0.55), (0.3, -0.55), (0.55, -0.05)])),
+                          ("light", np.array([(-0.36, -0.05), (-0.24, -0.4), (0.2, -0.4), (0.36, -0.05)])),
+                          ("body", _rectangle(-0.97, -0.08, 0.97, 0.35)),
+                          ("ink", _oval(-0.52, 0.36, 0.24, 0.24)), ("ink", _oval(0.52, 0.36, 0.24, 0.24))]),
+    "fish": ((-0.25, 0.0), [("dark", np.array([(0.35, 0), (0.97, -0.55), (0.97, 0.55)])),
+                            ("body", _oval(-0.2, 0, 0.78, 0.52)), ("ink", _oval(-0.6, -0.14, 0.1, 0.1))]),
+}
+KINDS = tuple(SHAPES)
+PLURALS = {kind: kind + "s" for kind in KINDS} | {"box": "boxes", "cross": "crosses", "fish": "fish"}
+
+
+@dataclass
+class Thing:
+    kind: str
+    color: str
+    size: float  # diameter in pixels of the picture
+
+    @property
+    def name(self) -> str:
+        return f"{self.color} {self.kind}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Sprites and backgrounds
+# ---------------------------------------------------------------------------------------------------------------------
+
+OVERSAMPLING = 4
+
+
+@dataclass
+class Sprite:
+    """A thing on a square tile of its own, ready to be laid on frames: new = paint + keep * old."""
+    paint: np.ndarray    # (S, S, 3) float32, colour * opacity, plus 0.5 so that the cast to uint8 rounds
+    keep: np.ndarray     # (S, S, 1) float32, 1 - opacity
+    solid: np.ndarray    # (S, S) bool, opacity >= 1/2: the pixels that count as the thing
+    area: int            # of solid
+    anchor: tuple[float, float]  # x, y in the tile
+
+
+def _paints(color: np.ndarray) -> dict[str, tuple[int, ...]]:
+    """The RGBA paints of one thing. Shades of black go up, all others down, so that every part stays visible."""
+    shaded = (lambda share: color + (110 - color) * share) if color.mean() < 60 else (lambda share: color * (1 - share))
+    rgb = {"body": color, "light": color + (255 - color) * 0.5, "dark": shaded(0.3), "ink": shaded(0.6)}
+    paints = {name: (*np.clip(value, 0, 255).astype(int).tolist(), 255) for name, value in rgb.items()}
+    return paints | {"hole": (*paints["ink"][:3], 0)}
+
+
+def _sprite(rng: np.random.Generator, thing: Thing) -> Sprite:
+    """Draws a thing with a tilt, tint and outline of its own. A ring is not tilted: its anchor stays at the top."""
+    tilt = 0.0 if thing.kind == "ring" else np.radians(rng.uniform(-25, 25))
+    paints = _paints(COLORS[thing.color] + rng.uniform(-12, 12, 3))
+    outline = round(rng.uniform(0.0, 0.05) * thing.size * OVERSAMPLING)
+    side = int(np.ceil(thing.size)) + 4  # room for the outline
+    turn = np.array([(np.cos(tilt), np.sin(tilt)), (-np.sin(tilt), np.cos(tilt))]) * thing.size / 2  # row vectors
+    anchor, parts = SHAPES[thing.kind]
+
+    tile = Image.new("RGBA", (side * OVERSAMPLING, side * OVERSAMPLING), paints["hole"])
+    pen = ImageDraw.Draw(tile)
+    for paint, corners in parts:
+        path = ((corners @ turn + side / 2) * OVERSAMPLING).ravel().tolist()
+        pen.polygon(path, fill=paints[paint])
+        if outline:
+            pen.line(path + path[:4], fill=paints["ink"], width=outline)
+    pixels = np.asarray(tile.reduce(OVERSAMPLING), np.float32)
+    opacity = pixels[..., 3:] / 255
+    solid = opacity[..., 0] >= 0.5
+    x, y = np.array(anchor) @ turn + side / 2
+    return Sprite(pixels[..., :3] * opacity + 0.5, 1 - opacity, solid, int(solid.sum()), (float(x), float(y)))
+
+
+def _background(rng: np.random.Generator, style: str, width: int, height: int) -> np.ndarray:
+    """A muted (H, W, 3) uint8 pattern of two near greys: lighter than black things, darker than white ones."""
+    y, x = np.ogrid[:height, :width]
+    period, angle = rng.uniform(14, 40), rng.uniform(0, np.pi / 2)
+    along = x * np.cos(angle) + y * np.sin(angle)
+    wave = {
+        "plain": lambda: np.zeros((height, width)),
+        "striped": lambda: along / period % 1 < 0.5,
+        "checkered": lambda: (x // period + y // period) % 2,
+        "dotted": lambda: (x % period - period / 2) ** 2 + (y % period - period / 2) ** 2 < (0.3 * period) ** 2,
+        "noisy": lambda: rng.random((height, width)),
+        "gradient": lambda: along / along.max(),
+    }[style]()
+    one = rng.uniform(110, 175) + rng.uniform(-12, 12, 3)
+    other = one + rng.uniform(25, 40) * (1 if one.mean() < 143 else -1)
+    return (one + (other - one) * wave[..., None].astype(np.float32)).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Scenes: frames, and who owns each pixel
+# ---------------------------------------------------------------------------------------------------------------------
+
+STILL_VISIBLE = 0.45   # of its area: what every thing of a still keeps in view
+POINT_VISIBLE = 0.20   # of its area: what a thing must show in a frame to have a point there,
+POINT_PIXELS = 12      # and at least so many pixels
+CLEARLY_VISIBLE = 0.60  # what a thing must show at some moment of a clip, and what `first_seen` asks for
+
+
+@dataclass
+class Scene:
+    """F frames (1 for a still) of n things, with the truth about them. A thing's identity is its index in `things`."""
+    frames: np.ndarray   # (F, H, W, 3) uint8
+    times: np.ndarray    # (F,) seconds from 0
+    things: list[Thing]
+    masks: np.ndarray    # (F, n, H, W) bool, the pixels of each thing that are in view; no pixel has two owners
+    points: np.ndarray   # (F, n, 2) float32 x, y in pixels, inside the mask; NaN where too little is in view
+    background: str      # one of BACKGROUNDS
+    is_video: bool
+
+
+def _window(sprite: Sprite, place: np.ndarray, shape: tuple[int, int]) -> tuple[tuple[slice, slice], ...]:
+    """Slices (rows, columns) of the picture and of the tile that meet when the tile's centre lies at `place` (x, y)."""
+    side = len(sprite.solid)
+    picture, tile = [], []
+    for centre, limit in zip(reversed(place), shape):
+        first = round(centre - side / 2)
+        start, stop = min(max(first, 0), limit), min(max(first + side, 0), limit)
+        picture.append(slice(start, stop))
+        tile.append(slice(start - first, stop - first))
+    return tuple(picture), tuple(tile)
+
+
+def _owners(sprites: list[Sprite], places: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """(H, W) int8: which thing each pixel shows, -1 for the background. Later things lie on top."""
+    owner = np.full(shape, -1, np.int8)
+    for i, (sprite, place) in enumerate(zip(sprites, places)):
+        picture, tile = _window(sprite, place, shape)
+        owner[picture][sprite.solid[tile]] = i
+    return owner
+
+
+def _visible(sprites: list[Sprite], places: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """(n,) the share of its area that each thing shows."""
+    owner = _owners(sprites, places, shape)
+    seen = np.bincount(owner.ravel() + 1, minlength=len(sprites) + 1)[1:]
+    return seen / np.array([sprite.area for sprite in sprites])
+
+
+def _deepest(mask: np.ndarray) -> tuple[float, float]:
+    """x, y of the pixel of a (h, w) mask that is farthest from its edge: peel layers off until nothing is left."""
+    layer = np.pad(mask, 1)
+    while layer.any():
+        core, layer = layer, layer.copy()
+        layer[1:-1, 1:-1] &= core[:-2, 1:-1] & core[2:, 1:-1] & core[1:-1, :-2] & core[1:-1, 2:]
+    rows, columns = np.nonzero(core)
+    middle = np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2)  # the innermost may be a ridge
+    return columns[middle] - 0.5, rows[middle] - 0.5  # + 0.5 for the pixel's centre, - 1 for the padding
+
+
+def _point(mask: np.ndarray, x: float, y: float) -> tuple[float, float]:
+    """The anchor (x, y) if the (h, w) mask shows it with a margin, else the deepest pixel of the mask."""
+    row, column, margin = int(np.floor(y)), int(np.floor(x)), max(1, max(mask.shape) // 30)
+    if min(row, column) >= margin:
+        around = mask[row - margin:row + margin + 1, column - margin:column + margin + 1]
+        if around.size == (2 * margin + 1) ** 2 and around.all():
+            return x, y
+    return _deepest(mask)
+
+
+def _compose(background: np.ndarray, sprites: list[Sprite],
+             places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One frame (H, W, 3), its masks (n, H, W) and points (n, 2), with the centres of the things at `places` (n, 2)."""
+    frame, shape = background.copy(), background.shape[:2]
+    masks = np.zeros((len(sprites), *shape), bool)
+    points = np.full((len(sprites), 2), np.nan, np.float32)
+    owner = _owners(sprites, places, shape)
+    for i, (sprite, place) in enumerate(zip(sprites, places)):
+        picture, tile = _window(sprite, place, shape)
+        frame[picture] = sprite.paint[tile] + sprite.keep[tile] * frame[picture]
+        mask = masks[i][picture] = owner[picture] == i
+        if mask.sum() >= max(POINT_VISIBLE * sprite.area, POINT_PIXELS):
+            x, y = _point(mask, sprite.anchor[0] - tile[1].start, sprite.anchor[1] - tile[0].start)
+            points[i] = x + picture[1].start, y + picture[0].start
+    return frame, masks, points
+
+
+def first_seen(scene: Scene, thing: int) -> int:
+    """The first frame that shows `thing` clearly: at least 60% of the most that any frame shows of it."""
+    area = scene.masks[:, thing].sum((1, 2))
+    return int(np.argmax(area >= CLEARLY_VISIBLE * area.max()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Stills
+# ---------------------------------------------------------------------------------------------------------------------
+
+def _cast(rng: np.random.Generator, n: int, smallest: float, largest: float) -> list[Thing]:
+    """n things of two to four types (kind, colour). A new type mostly shares one of the two with an old one: most
+    questions then have both several targets and things that are nearly but not quite asked for."""
+    types = [(str(rng.choice(KINDS)), str(rng.choice(list(COLORS))))]
+    for _ in range(rng.integers(1, 4)):
+        kind, color = types[rng.integers(len(types))]
+        shared = rng.random()
+        kind = kind if shared < 0.4 else str(rng.choice(KINDS))
+        color = color if shared > 0.7 else str(rng.choice(list(COLORS)))
+        if (kind, color) not in types:
+            types.append((kind, color))
+    picks = (list(range(len(types))) + rng.integers(len(types), size=n).tolist())[:n]
+    return [Thing(*types[pick], float(rng.uniform(smallest, largest))) for pick in rng.permutation(picks)]
+
+
+def _generator(seed: int, index: int, salt: int) -> np.random.Generator:
+    if min(seed, index) < 0:
+        raise ValueError(f"seed and index must be 0 or more, not {seed} and {index}")
+    return np.random.default_rng([seed, index, salt])
+
+
+def _settle(rng: np.random.Generator, sprites: list[Sprite], shape: tuple[int, int]) -> dict[int, np.ndarray]:
+    """Finds places one sprite after the other, all inside the picture; one that would hide too much is left out."""
+    height, width = shape
+    wanted = rng.uniform(STILL_VISIBLE, 0.95)  # some pictures are crowded, some are tidy
+    settled: dict[int, np.ndarray] = {}
+    for i, sprite in enumerate(sprites):
+        half = len(sprite.solid) / 2
+        for patience in np.linspace(1, 0, 12):
+            place = np.array([rng.uniform(half, width - half), rng.uniform(half, height - half)])
+            visible = _visible([sprites[j] for j in settled] + [sprite], [*settled.values(), place], shape)
+            if visible.min() >= STILL_VISIBLE + (wanted - STILL_VISIBLE) * patience:
+                settled[i] = place
+                break
+    return settled
+
+
+def still(seed: int, index: int) -> Scene:
+    """One picture, each side 112 to 256 pixels, of 2 to 10 things of 14% to 34% of its shorter side, each of which
+    shows at least 45% of itself. A pure function of (seed, index), both >= 0."""
+    rng = _generator(seed, index, 0)
+    width, height = (int(side) for side in rng.integers(112, 257, 2))
+    style = str(rng.choice(BACKGROUNDS))
+    background = _background(rng, style, width, height)
+    settled = {}
+    while len(settled) < 2:
+        n = rng.integers(2, 9) if rng.random() < 0.92 else rng.integers(9, 11)
+        things = _cast(rng, n, 0.14 * min(width, height), 0.34 * min(width, height))
+        sprites = [_sprite(rng, thing) for thing in things]
+        settled = _settle(rng, sprites, (height, width))
+    frame, masks, points = _compose(background, [sprites[i] for i in settled], np.array([*settled.values()]))
+    return Scene(frame[None], np.zeros(1), [things[i] for i in settled], masks[None], points[None], style, False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Clips
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Motion:
+    """Where a thing's centre is at time t: a straight line that is mirrored at two bounds, plus a swing.
+    All fields are (2,) arrays for x and y, in pixels and seconds."""
+    start: np.ndarray
+    velocity: np.ndarray
+    low: np.ndarray      # bounds of the straight part
+    high: np.ndarray
+    swing: np.ndarray    # amplitude
+    period: np.ndarray   # of the swing
+
+    def __call__(self, time: float) -> np.ndarray:
+        span = self.high - self.low
+        folded = span - np.abs((self.start - self.low + self.velocity * time) % (2 * span) - span)
+        return self.low + folded + self.swing * np.sin(2 * np.pi * time / self.period)
+
+
+def _motion(rng: np.random.Generator, size: float, shape: tuple[int, int], seconds: float,
+            others: list[Motion]) -> Motion:
+    """A thing that rests, swings, bounces off the frame, or leaves the frame and comes back (its bounds lie outside).
+    Half of the travellers are sent across the path of another thing, so that one passes behind the other."""
+    sides = np.array(shape[::-1], float)
+    rests, swings, leaves, meets = rng.random() < 0.25, rng.random() < 0.35, rng.random() < 0.35, rng.random() < 0.5
+    margin = size * (-0.6 if leaves else 0.5)
+    low, high = np.full(2, margin), sides - margin
+    start = rng.uniform(np.full(2, size / 2), sides - size / 2)
+    angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 0.35) * min(shape)
+    velocity = speed * np.array([np.cos(angle), np.sin(angle)])
+    swing, period = rng.uniform(0.05, 0.2, 2) * sides, rng.uniform(2, 5, 2)
+    if rests or swings:
+        velocity = np.zeros(2)
+    elif meets and others:
+        moment = rng.uniform(0.2, 0.8) * seconds
+        start = others[-1](moment) - velocity * moment
+    return Motion(start, velocity, low, high, swing * (swings and not rests), period)
+
+
+@dataclass
+class World:
+    """A clip before it is filmed: the same at any frame rate."""
+    background: np.ndarray  # (H, W, 3) uint8
+    style: str
+    seconds: float          # until the last moment
+    things: list[Thing]
+    sprites: list[Sprite]
+    motions: list[Motion]
+
+    def places(self, time: float) -> np.ndarray:
+        """(n, 2) centres of all things at `time`."""
+        return np.array([motion(time) for motion in self.motions])
+
+    def visible(self, time: float) -> np.ndarray:
+        """(n,) share of its area that each thing shows at `time`."""
+        return _visible(self.sprites, self.places(time), self.background.shape[:2])
+
+    def film(self, times: np.ndarray) -> Scene:
+        """One frame for each of `times`, in seconds."""
+        shots = [_compose(self.background, self.sprites, self.places(time)) for time in times]
+        frames, masks, points = (np.stack(part) for part in zip(*shots))
+        return Scene(frames, times, self.things, masks, points, self.style, True)
+
+    def without_hidden(self) -> "World":
+        """Leaves out what is never clearly in view on the 2 fps grid (the grid of the truth, whatever is filmed)."""
+        best = np.max([self.visible(time) for time in frame_times(2.0, self.seconds)], 0)
+        stay = np.flatnonzero(best >= CLEARLY_VISIBLE)
+        things, sprites, motions = ([part[i] for i in stay] for part in (self.things, self.sprites, self.motions))
+        return replace(self, things=things, sprites=sprites, motions=motions)
+
+
+def frame_times(fps: float, seconds: float) -> np.ndarray:
+    """0, 1/fps, 2/fps, ... and always the last moment, `seconds`, itself."""
+    if not (fps > 0 and seconds > 0):
+        raise ValueError(f"a clip needs fps > 0 and seconds > 0, not {fps} and {seconds}")
+    return np.append(np.arange(np.ceil(seconds * fps - 1e-9)) / fps, seconds)
+
+
+def world(seed: int, index: int, seconds: float | None = None) -> World:
+    """2 to 6 things of 18% to 36% of the shorter side, on a frame of 128 to 288 pixels a side, for `seconds` (2 to 6 in
+    halves unless given). A pure function of its arguments; ValueError if one is negative."""
+    rng = _generator(seed, index, 1)
+    drawn = float(rng.integers(4, 13) / 2)
+    seconds = drawn if seconds is None else float(seconds)
+    aspect = rng.uniform(3 / 4, 16 / 9)
+    short = rng.uniform(128, 288 / max(aspect, 1 / aspect))
+    width, height = round(short * max(aspect, 1)), round(short * max(1 / aspect, 1))
+    style = str(rng.choice(BACKGROUNDS))
+    made = World(_background(rng, style, width, height), style, seconds, [], [], [])
+    while len(made.things) < 2:
+        things = _cast(rng, int(rng.integers(2, 7)), 0.18 * min(width, height), 0.36 * min(width, height))
+        motions: list[Motion] = []
+        for thing in things:
+            motions.append(_motion(rng, thing.size, (height, width), seconds, motions))
+        order = rng.permutation(len(things))  # which of two things that meet is in front is a matter of chance
+        things, motions = [things[i] for i in order], [motions[i] for i in order]
+        made = replace(made, things=things, sprites=[_sprite(rng, thing) for thing in things], motions=motions)
+        made = made.without_hidden()
+    return made
+
+
+def clip(seed: int, index: int, fps: float = 2.0, seconds: float | None = None) -> Scene:
+    """Films world (seed, index) at `fps`: another rate shows the same motion at other moments. The last frame is always
+    at `seconds`. ValueError for a negative seed or index and for fps or seconds <= 0."""
+    made = world(seed, index, seconds)
+    return made.film(frame_times(fps, made.seconds))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Questions
+# ---------------------------------------------------------------------------------------------------------------------
+
+# {is} agrees with the label. Labels are plural, except those that name one thing ("largest cup", "leftmost star").
+POINT = ("Point to the {label}.", "point to the {label}", "Where {is} the {label}?", "Show me the {label}.",
+         "Find the {label}.", "Mark the {label}.", "Can you point at the {label}?")
+COUNT = ("How many {label} are there?", "Count the {label}.", "how many {label}",
+         "How many {label} are in this {medium}?", "What is the number of {label}?")
+CAPTION = ("Describe this {medium}.", "What is in this {medium}?", "Write a caption for this {medium}.")
+LARGEST, SMALLEST = ("largest", "biggest"), ("smallest",)
+SIDES = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "bottommost": (1, -1)}  # axis, sign: least first
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NONE = "There are none."
+
+
+@dataclass
+class Query:
+    task: str           # "point", "count", "caption" or "qa"
+    question: str       # what the user says
+    label: str          # point and count: the noun phrase asked for, "red cups"; else ""
+    targets: list[int]  # indices of the things meant; [] if there is none (point and count: "There are none.")
+    answer: str         # caption and qa: the whole answer; point and count: "", the points are the answer
+    about: str          # how the targets were picked: "kind", "color", "color+kind", "all", "size", "position", "none";
+    #                     for caption and qa: "caption", "color-of", "kind-of", "exists"
+
+
+def _article(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def _medium(scene: Scene) -> str:
+    return "video" if scene.is_video else "image"
+
+
+def describe(scene: Scene) -> str:
+    """The caption: types by falling number, then by name. "Two blue balls, a red cup and a green star on a ..." """
+    counts = Counter((thing.color, thing.kind) for thing in scene.things)
+    parts = [_article(f"{color} {kind}") if n == 1 else f"{NUMBERS[n]} {color} {PLURALS[kind]}"
+             for (color, kind), n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+    listed = " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)
+    return f"{listed[0].upper()}{listed[1:]} on {_article(scene.background)} background."
+
+
+def _match(scene: Scene, kind: str = "", color: str = "") -> list[int]:
+    """Things of this kind and colour; "" matches all."""
+    return [i for i, thing in enumerate(scene.things) if kind in ("", thing.kind) and color in ("", thing.color)]
+
+
+def _plural(kind: str = "", color: str = "") -> str:
+    return f"{color} {PLURALS.get(kind, 'things')}".strip()
+
+
+def _absent(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """A (kind, colour) that is not in the scene, but nearly: mostly the right kind in a wrong colour. The colour may
+    be "": a kind that is not there at all."""
+    thing, near = scene.things[rng.integers(len(scene.things))], rng.random()
+    missing = [kind for kind in KINDS if not _match(scene, kind)]
+    if near < 0.55:
+        others = [(thing.kind, color) for color in COLORS if not _match(scene, thing.kind, color)]
+    elif near < 0.8:
+        others = [(kind, thing.color) for kind in KINDS if not _match(scene, kind, thing.color)]
+    else:
+        others = [(kind, "") for kind in missing]
+    return others[rng.integers(len(others))]
+
+
+def _pick(scene: Scene, rng: np.random.Generator, about: str) -> tuple[str, list[int]]:
+    """Label and targets by kind, colour or both of a random thing of the scene, or of all or of none."""
+    thing = scene.things[rng.integers(len(scene.things))]
+    kind, color = {"kind": (thing.kind, ""), "color": ("", thing.color), "color+kind": (thing.kind, thing.color),
+                   "all": ("", ""), "none": ("", "")}[about]
+    if about == "none":
+        kind, color = _absent(scene, rng)
+    return _plural(kind, color), _match(scene, kind, color)
+
+
+def _ask(scene: Scene, rng: np.random.Generator, task: str, about: str, label: str, targets: list[int]) -> Query:
+    template = str(rng.choice(POINT if task == "point" else COUNT))
+    verb = "is" if about in ("size", "position") else "are"
+    question = template.format(label=label, medium=_medium(scene), **{"is": verb})
+    return Query(task, question, label, targets, "", about)
+
+
+def _outermost(scene: Scene, group: list[int], side: str) -> int | None:
+    """The thing of the group that lies farthest to a side, if it leads by 8% of the picture; else None."""
+    axis, sign = SIDES[side]
+    order = sorted(group, key=lambda i: sign * scene.points[0, i, axis])
+    lead = sign * (scene.points[0, order[1], axis] - scene.points[0, order[0], axis]) if len(order) > 1 else 0
+    return order[0] if lead >= 0.08 * scene.frames.shape[2 - axis] else None
+
+
+def _extreme(scene: Scene, group: list[int], word: str) -> int | None:
+    """The largest or smallest thing of the group, if it beats the next one by a factor of 1.25; else None."""
+    order = sorted(group, key=lambda i: scene.things[i].size, reverse=word in LARGEST)
+    sizes = [scene.things[i].size for i in order[:2]]
+    return order[0] if len(order) > 1 and max(sizes) >= 1.25 * min(sizes) else None
+
+
+def _choose(rng: np.random.Generator, options: list):
+    """One of the options, or None if there is none."""
+    return options[rng.integers(len(options))] if options else None
+
+
+def _ask_one(scene: Scene, rng: np.random.Generator, about: str) -> Query | None:
+    """A point query for one thing by its size or its position among its kind or among all; None if all are unclear."""
+    words, find = (LARGEST + SMALLEST, _extreme) if about == "size" else (tuple(SIDES), _outermost)
+    kinds = [""] + sorted({thing.kind for thing in scene.things})
+    found = [(f"{word} {kind or 'thing'}", find(scene, _match(scene, kind), word)) for kind in kinds for word in words]
+    chosen = _choose(rng, [(label, target) for label, target in found if target is not None])
+    return chosen and _ask(scene, rng, "point", about, chosen[0], [chosen[1]])
+
+
+def _ask_qa(scene: Scene, rng: np.random.Generator) -> Query | None:
+    """A short question with an answer in words; None if the scene has no unique answer of the drawn sort."""
+    about = str(rng.choice(["color-of", "kind-of", "exists"]))
+    things = scene.things
+    if about == "exists":
+        thing = things[rng.integers(len(things))]
+        kind, color = (thing.kind, thing.color) if rng.random() < 0.5 else _absent(scene, rng)
+        targets, name = _match(scene, kind, color), f"{color} {kind}".strip()
+        return Query("qa", f"Is there {_article(name)}?", "", targets, "Yes." if targets else "No.", about)
+    if about == "color-of":
+        found = [(f"What color is the {thing.kind}?", i, thing.color) for i, thing in enumerate(things)
+                 if _match(scene, thing.kind) == [i]]
+    else:
+        found = [(f"What is the {thing.color} thing?", i, thing.name) for i, thing in enumerate(things)
+                 if _match(scene, color=thing.color) == [i]]
+        outermost = {} if scene.is_video else {side: _outermost(scene, _match(scene), side) for side in SIDES}
+        found += [(f"What is the {side} thing?", i, things[i].name) for side, i in outermost.items() if i is not None]
+    chosen = _choose(rng, found)
+    return chosen and Query("qa", chosen[0], "", [chosen[1]], chosen[2], about)
+
+
+# What is asked, and how often. Size and position are asked of stills only: in a clip they change.
+MIXTURE = {("point", "kind"): 22, ("point", "color+kind"): 22, ("point", "color"): 8, ("point", "all"): 4,
+           ("point", "size"): 9, ("point", "position"): 8, ("point", "none"): 6,
+           ("count", "kind"): 5, ("count", "color+kind"): 5, ("count", "color"): 4, ("count", "none"): 1.5,
+           ("caption", ""): 4, ("qa", ""): 10}
+
+
+def _query(scene: Scene, rng: np.random.Generator) -> Query | None:
+    """One query drawn from MIXTURE; None if this scene has no clear answer to it."""
+    choices = [key for key in MIXTURE if not (scene.is_video and key[1] in ("size", "position"))]
+    weights = np.array([MIXTURE[key] for key in choices])
+    task, about = choices[rng.choice(len(choices), p=weights / weights.sum())]
+    if task == "caption":
+        question = str(rng.choice(CAPTION)).format(medium=_medium(scene))
+        return Query("caption", question, "", _match(scene), describe(scene), "caption")
+    if task == "qa":
+        return _ask_qa(scene, rng)
+    if about in ("size", "position"):
+        return _ask_one(scene, rng, about)
+    return _ask(scene, rng, task, about, *_pick(scene, rng, about))
+
+
+def queries(scene: Scene, rng: np.random.Generator, n: int) -> list[Query]:
+    """n queries about one scene, no question twice (fewer if the scene has no more: a hundred draws find none new)."""
+    found: dict[str, Query] = {}
+    misses = 0
+    while len(found) < n and misses < 100:
+        query = _query(scene, rng)
+        if query is None or query.question in found:
+            misses += 1
+        else:
+            found[query.question], misses = query, 0
+    return list(found.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Texts for a tokenizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+def _vocabulary() -> Iterator[str]:
+    """Every template with every word that can stand in it, each at least once, and the fixed words of the formats."""
+    yield from ("user", "assistant", "Image 1", "Image 2", '<points coords="', '<tracks coords="', '">', "</points>",
+                "</tracks>", NONE, "Yes.", "No.",
+                *NUMBERS, *map(str.capitalize, NUMBERS), *map(str, range(21)))
+    yield from (f"{half / 2:.1f} " for half in range(21))
+    nouns = [_plural(kind) for kind in ("", *KINDS)] + [_plural("", color) for color in COLORS]
+    ones = [f"{word} {kind}" for word in (*LARGEST, *SMALLEST, *SIDES) for kind in (*KINDS, "thing")]
+    for medium in ("image", "video"):
+        yield from (template.format(medium=medium) for template in CAPTION)
+        yield from (template.format(label=noun, medium=medium) for template in COUNT for noun in nouns)
+    yield from (template.format(label=noun, **{"is": "are"}) for template in POINT for noun in nouns)
+    yield from (template.format(label=one, **{"is": "is"}) for template in POINT for one in ones)
+    yield from (f"What is the {word} thing?" for word in (*SIDES, *COLORS))
+    yield from (f"What color is the {kind}?" for kind in KINDS)
+    yield from (f"Is there {_article(name)}?" for name in (*KINDS, *(f"{color} cup" for color in COLORS)))
+    yield from (f"{_article(color).capitalize()} ball and {_article(kind)} on {_article(background)} background."
+                for background in BACKGROUNDS for color, kind in zip(COLORS, KINDS))
+
+
+def corpus(n: int, seed: int) -> Iterator[str]:
+    """Texts of a tokenizer's training set, without line breaks: first every word that `queries` can produce, then what
+    is asked and answered about scenes (every fourth a clip) until there are n. Never fewer than the first part."""
+    written = 0
+    for written, text in enumerate(_vocabulary(), start=1):
+        yield text
+    index = 0
+    while written < n:
+        scene = clip(seed, index) if index % 4 == 3 else still(seed, index)
+        for query in queries(scene, _generator(seed, index, 2), 8):
+            texts = [query.question, query.answer]
+            if query.label:
+                shown = f"Counting the {query.label} shows a total of {len(query.targets)}."
+                texts = [query.question, shown if query.targets else NONE, f'<points coords="">{query.label}</points>']
+            for text in ["user", *texts, "assistant"][:n - written]:  # every question comes with its chat turns
+                yield text
+                written += 1
+        index += 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. The command line: look at scenes, write the corpus, film the sample clip
+# ---------------------------------------------------------------------------------------------------------------------
+
+MARKS = ("magenta", "cyan", "lime", "gold", "tomato")
+
+
+def _strip(scene: Scene, asked: list[Query]) -> Image.Image:
+    """Up to five frames side by side, with each query's targets ringed in the colour the query is printed in."""
+    shown = np.unique(np.linspace(0, len(scene.frames) - 1, 5).round().astype(int))
+    height, width = scene.frames.shape[1:3]
+    strip = Image.new("RGB", (len(shown) * (width + 4) + 640, max(height, 110) + 8), (40, 40, 40))
+    pen = ImageDraw.Draw(strip)
+    for column, frame in enumerate(shown):
+        left = column * (width + 4)
+        strip.paste(Image.fromarray(scene.frames[frame]), (left, 4))
+        for k, query in enumerate(asked):
+            for x, y in scene.points[frame, query.targets]:
+                if np.isfinite(x):
+                    pen.circle((left + x, 4 + y), 2 + 3 * k, outline=MARKS[k])
+        if scene.is_video:
+            pen.text((left + 4, 4), f"{scene.times[frame]:.1f} s", fill="black")
+    for k, query in enumerate(asked):
+        pen.text((len(shown) * (width + 4) + 8, 8 + 20 * k), f"{query.question} {query.answer}", fill=MARKS[k])
+    return strip
+
+
+def _show(args: argparse.Namespace) -> None:
+    scenes = [(clip if args.video else still)(args.seed, args.index + i) for i in range(8)]
+    rng = _generator(args.seed, args.index, 3)
+    strips = [_strip(scene, queries(scene, rng, len(MARKS))) for scene in scenes]
+    sheet = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)))
+    top = 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
+    sheet.save(args.out)
+
+
+def _corpus(args: argparse.Namespace) -> None:
+    for text in corpus(args.n, args.seed):
+        print(text)
+
+
+def cups_world() -> World:
+    """The sample clip's world, 320 x 240: a red cup passes behind a house, a yellow one leaves and comes back."""
+    script = [  # kind, colour, diameter, start, velocity, low, high, swing, period; later lines are nearer
+        ("star", "purple", 52, (268, 196), (0, 0), (0, 0), (320, 240), (0, 14), (1, 2.5)),
+        ("cup", "red", 48, (36, 150), (50, 0), (30, 0), (290, 240), (0, 0), (1, 1)),
+        ("cup", "yellow", 54, (60, 52), (-38, 0), (-40, 0), (320, 240), (0, 5), (1, 2)),
+        ("cup", "blue", 56, (232, 62), (0, 0), (0, 0), (320, 240), (34, 16), (4, 2)),
+        ("house", "green", 86, (160, 146), (0, 0), (0, 0), (320, 240), (0, 0), (1, 1)),
+        ("ball", "orange", 46, (60, 210), (70, -16), (23, 160), (297, 217), (0, 0), (1, 1)),
+    ]
+    rng = np.random.default_rng(10)  # a draw in which the house stands nearly upright
+    things = [Thing(kind, color, float(size)) for kind, color, size, *_ in script]
+    motions = [Motion(*(np.array(values, float) for values in line[3:])) for line in script]
+    background = _background(rng, "checkered", 320, 240)
+    return World(background, "checkered", 5.0, things, [_sprite(rng, thing) for thing in things], motions)
+
+
+def _track(made: World, truth: Scene, thing: int) -> list[dict]:
+    """Where a thing is in each frame of `truth`; x and y are None where too little of it is in view."""
+    moments = []
+    for time, (x, y) in zip(truth.times, truth.points[:, thing].astype(float)):
+        where = {"x": round(x, 2), "y": round(y, 2)} if np.isfinite(x) else {"x": None, "y": None}
+        moments.append({"time": float(time), **where, "visible": round(float(made.visible(time)[thing]), 3)})
+    return moments
+
+
+def _cups(args: argparse.Namespace) -> None:
+    from preprocess import write_video  # here only: drawing needs no video library
+
+    made, fps, folder = cups_world(), 24, Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    frames = (made.film(np.array([time])).frames[0] for time in frame_times(fps, made.seconds))
+    write_video(folder / "cups.mp4", frames, fps)
+
+    truth = made.film(frame_times(2.0, made.seconds))
+    height, width = truth.frames.shape[1:3]
+    things = [{"id": i, "kind": thing.kind, "color": thing.color, "track": _track(made, truth, i)}
+              for i, thing in enumerate(made.things)]
+    written = folder / "cups.json.part"
+    written.write_text(json.dumps({"size": [width, height], "fps": fps, "seconds": made.seconds, "things": things}))
+    written.rename(folder / "cups.json")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Worlds drawn by code, with their exact truth.")
+    commands = parser.add_subparsers(required=True)
+    show = commands.add_parser("show", help="draw a sheet of scenes with queries and their targets")
+    show.add_argument("out", help="the picture to write")
+    show.add_argument("--seed", type=int, default=0)
+    show.add_argument("--index", type=int, default=0, help="of the first scene")
+    show.add_argument("--video", action="store_true", help="clips instead of stills")
+    show.set_defaults(run=_show)
+    texts = commands.add_parser("corpus", help="print texts to train a tokenizer on, one a line")
+    texts.add_argument("--n", type=int, default=4000)
+    texts.add_argument("--seed", type=int, default=0)
+    texts.set_defaults(run=_corpus)
+    cups = commands.add_parser("cups", help="write the sample clip cups.mp4 and its truth cups.json")
+    cups.add_argument("out", help="the folder to write to")
+    cups.set_defaults(run=_cups)
+    args = parser.parse_args()
+    try:
+        args.run(args)
+    except (OSError, ValueError) as error:
+        if os.environ.get("MOLMO_TRACEBACK") == "1":
+            raise
+        parser.exit(2, f"synthetic.py: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

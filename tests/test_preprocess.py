@@ -1,0 +1,589 @@
+"""Pictures -> crops -> tokens -> places in the picture, and files -> frames with their real times."""
+
+import struct
+import warnings
+import zlib
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+import preprocess
+from preprocess import MediaError, ViewConfig
+
+TINY = ViewConfig(crop_size=126, patch_size=14, margins=(1, 1), max_crops=4, max_frames=16)
+RELEASED = ViewConfig()
+LOPSIDED = ViewConfig(crop_size=126, patch_size=14, margins=(2, 1), max_crops=6)
+
+
+def position_picture(height: int, width: int) -> np.ndarray:
+    """A picture in which no two pixels are alike: (y, x) is written in the colour."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([y // 256 * 16 + x // 256, y % 256, x % 256], axis=-1).astype(np.uint8)
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def piece_counts(views: preprocess.Views) -> dict[str, int]:
+    return {piece: views.layout.count(piece) for piece in views.layout}
+
+
+# ---- crops and the patch map -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("config, rows, cols", [(TINY, 1, 1), (TINY, 2, 2), (TINY, 1, 3), (LOPSIDED, 3, 2),
+                                                (RELEASED, 1, 1), (RELEASED, 3, 5)])
+def test_every_place_is_read_once_and_holds_its_own_pixels(config, rows, cols):
+    """Reading the patches of the pool windows at the places of their boxes rebuilds the picture, each pixel once."""
+    P = config.patch_size
+    height, width = ((n * config.window + sum(config.margins)) * P for n in (rows, cols))
+    image = position_picture(height, width)  # exactly the size of its tiling, so that resizing changes nothing
+    assert preprocess.select_tiling(height, width, config) == (rows, cols)
+    views = preprocess.image_views([image], config)
+    flat = views.crops.reshape(-1, P, P, 3)
+    rebuilt, reads = np.zeros_like(image), np.zeros((height, width), int)
+    low = views.layout.index("<im_end>") - 1  # tokens of the whole-picture crop
+    for patch in views.pooling[low:].ravel():
+        if patch >= 0:
+            _, x, y, w, h = views.patches[patch]
+            assert (w, h) == (P, P)
+            place = np.s_[round(y):round(y) + P, round(x):round(x) + P]
+            rebuilt[place] = flat[patch]
+            reads[place] += 1
+    assert (reads == 1).all()
+    assert np.array_equal(rebuilt, image)
+
+
+def test_each_crop_patch_lies_where_its_box_says():
+    """Also the patches of the overlaps, which are not read, carry the pixels of their box."""
+    image = position_picture(224, 224)
+    views = preprocess.image_views([image], TINY)
+    assert views.crops.shape == (5, 81, 588) and views.crops.dtype == np.uint8
+    for patch, (_, x, y, _, _) in zip(views.crops[1:].reshape(-1, 14, 14, 3), views.patches[81:]):
+        assert np.array_equal(patch, image[round(y):round(y) + 14, round(x):round(x) + 14])
+
+
+def test_overlaps_are_read_from_the_crop_that_sees_further():
+    """At 378 px the seam between two crops is at patch 23: 22 is the last of the first, then patch 4 of the second."""
+    ids = preprocess.patch_map((1, 2), RELEASED)
+    assert ids.shape == (27, 46)
+    assert ids[0, :23].tolist() == list(range(23))
+    assert ids[0, 23:].tolist() == list(range(729 + 4, 729 + 27))
+    assert np.array_equal(ids[1], ids[0] + 27)
+
+
+@pytest.mark.parametrize("config", [TINY, RELEASED, LOPSIDED])
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 4000), (4000, 200), (97, 61), (1200, 1800)])
+def test_boxes_tile_the_picture_at_any_size(config, height, width):
+    """In the whole-picture crop and in the tiling, the boxes that are read cover the picture without gap or overlap."""
+    views = preprocess.image_views([noise(height, width)], config)
+    assert views.sizes == [(width, height)]
+    low = views.layout.index("<im_end>") - 1
+    for windows in (views.pooling[:low], views.pooling[low:]):
+        number, x, y, w, h = views.patches[windows[windows >= 0]].T
+        assert (number == 0).all() and np.isclose((w * h).sum(), height * width)
+        columns, rows = round(width / w[0]), round(height / h[0])
+        cells = set(zip((y / h).round().astype(int), (x / w).round().astype(int)))
+        assert cells == {(r, c) for r in range(rows) for c in range(columns)} and len(cells) == len(x)
+        assert np.isclose((x + w).max(), width) and np.isclose((y + h).max(), height) and x.min() == y.min() == 0
+
+
+def test_tiling_agrees_with_its_definition():
+    """The chosen tiling is the one that exhaustive comparison with exact fractions chooses."""
+    def by_definition(height, width, config):
+        window, margin = config.window * config.patch_size, sum(config.margins) * config.patch_size
+        best, best_scale = None, None
+        for count in range(1, config.max_crops + 1):
+            for rows in range(1, count + 1):
+                if count % rows:
+                    continue
+                tiling, scale = (rows, count // rows), None  # None: infinite
+                for n, side in zip(tiling, (height - margin, width - margin)):
+                    if side > 0 and (scale is None or Fraction(n * window, side) < scale):
+                        scale = Fraction(n * window, side)
+                fits, fitted = (s is None or s >= 1 for s in (scale, best_scale))
+                if best is None or (fits and not fitted):
+                    better = True
+                elif fits != fitted or best_scale == scale:
+                    better = False
+                elif fits:
+                    better = best_scale is None or (scale is not None and scale < best_scale)
+                else:
+                    better = scale > best_scale
+                if better:
+                    best, best_scale = tiling, scale
+        return best
+
+    random = np.random.default_rng(1)
+    sizes = (2 ** random.uniform(0, 12, (150, 2))).astype(int).tolist()
+    sizes += [[112, 112], [1, 9999], [378, 378], [379, 378]]
+    for config in (TINY, RELEASED, LOPSIDED, ViewConfig(max_crops=8)):
+        for height, width in sizes:
+            assert preprocess.select_tiling(height, width, config) == by_definition(height, width, config)
+
+
+@pytest.mark.parametrize("size", [(9, 4), (3, 20), (1, 1), (5, 7)])
+def test_resize_is_plain_bilinear(size):
+    """Each value is, to rounding, the weighted mean of the four pixels around its centre, edges repeated."""
+    image, (height, width) = noise(5, 7), size
+    resized = preprocess.resize(image, size)
+    assert resized.shape == (*size, 3) and resized.dtype == np.uint8
+    for r in range(height):
+        for c in range(width):
+            y, x = max((r + 0.5) * 5 / height - 0.5, 0), max((c + 0.5) * 7 / width - 0.5, 0)
+            top, left = int(y), int(x)
+            bottom, right, dy, dx = min(top + 1, 4), min(left + 1, 6), y - top, x - left
+            mean = ((1 - dy) * ((1 - dx) * image[top, left] + dx * image[top, right].astype(float))
+                    + dy * ((1 - dx) * image[bottom, left] + dx * image[bottom, right].astype(float)))
+            assert np.abs(resized[r, c] - mean).max() <= 0.5 + 1e-3
+
+
+def test_windows_pad_the_smaller_half_before():
+    """27 patches in pairs leave a last half-empty column, 27 in threes nothing, 9 in fours one before and two after."""
+    ids = np.arange(27 * 27).reshape(27, 27)
+    pairs, threes = preprocess.pool_windows(ids, 2), preprocess.pool_windows(ids, 3)
+    assert pairs.shape == (14, 14, 4) and threes.shape == (9, 9, 9) and (threes >= 0).all()
+    assert pairs[0, 0].tolist() == [0, 1, 27, 28] and threes[0, 1].tolist() == [3, 4, 5, 30, 31, 32, 57, 58, 59]
+    assert pairs[0, -1].tolist() == [26, -1, 53, -1] and pairs[-1, 0].tolist() == [26 * 27, 26 * 27 + 1, -1, -1]
+    assert (pairs[:-1, :-1] >= 0).all()
+    fours = preprocess.pool_windows(np.arange(9)[None], 4)[0, :, 4:8]  # the only row is second in its window
+    assert fours.tolist() == [[-1, 0, 1, 2], [3, 4, 5, 6], [7, 8, -1, -1]]
+
+
+# ---- the layout of the tokens ----------------------------------------------------------------------------------------
+
+def test_image_layout_counts_at_378():
+    """A picture that tiles 2 x 3 has 46 x 65 patches: 196 tokens of the whole, 23 rows of 33 of the tiling."""
+    views = preprocess.image_views([noise(534, 800)], RELEASED)
+    assert piece_counts(views) == {"<low_res_im_start>": 1, "<im_low>": 196, "<im_end>": 2, "<im_start>": 1,
+                                   "<im_patch>": 23 * 33, "<im_col>": 23}
+    assert views.layout[:2] == ["<low_res_im_start>", "<im_low>"]
+    assert views.layout[197:200] == ["<im_end>", "<im_start>", "<im_patch>"]
+    assert views.layout[199 + 33] == "<im_col>" and views.layout[-2:] == ["<im_col>", "<im_end>"]
+    assert views.crops.shape == (7, 729, 588) and views.pooling.shape == (196 + 759, 4) and views.times is None
+    assert views.pooling[195].tolist() == [728, -1, -1, -1] and views.pooling[196].tolist() == [729, 730, 756, 757]
+    assert not views.indexable[:196].any() and views.indexable[196:].all()
+    small = preprocess.image_views([noise(100, 100)], RELEASED)
+    assert piece_counts(small)["<im_patch>"] == 196 and piece_counts(small)["<im_col>"] == 14
+
+
+def test_whole_picture_tokens_can_be_made_pointable():
+    """With low_res_pointing the same tokens are written as <im_patch> and all of them can be pointed at."""
+    views = preprocess.image_views([noise(90, 90)], ViewConfig(low_res_pointing=True))
+    assert "<im_low>" not in views.layout and views.indexable.all()
+    assert views.layout.count("<im_patch>") == len(views.pooling) == 392
+
+
+def test_several_images_are_labelled_and_patch_ids_go_on():
+    """The views of two images are those of each alone, the second's patch and picture numbers moved on."""
+    images = [noise(192, 256, 1), noise(50, 300, 2)]
+    one, two = (preprocess.image_views([image], TINY) for image in images)
+    both = preprocess.image_views(images, TINY)
+    assert both.layout == ["Image 1", *one.layout, "Image 2", *two.layout]
+    assert np.array_equal(both.crops, np.concatenate([one.crops, two.crops]))
+    moved = np.where(two.pooling < 0, -1, two.pooling + len(one.patches))
+    assert np.array_equal(both.pooling, np.concatenate([one.pooling, moved]))
+    assert np.array_equal(both.patches, np.concatenate([one.patches, two.patches + [1, 0, 0, 0, 0]]))
+    assert both.sizes == [(256, 192), (300, 50)]
+
+
+def test_video_layout():
+    """Frames are one crop and 3x3 windows each, between their times with one decimal and one space apart."""
+    views = preprocess.video_views([noise(36, 64, n) for n in range(3)], [0, 0.4667, 12.04], RELEASED)
+    frame = ["<frame_start>"] + ["<im_patch>"] * 81 + ["<frame_end>"]
+    assert views.layout == ["0.0 ", *frame, " 0.5 ", *frame, " 12.0 ", *frame]
+    assert views.crops.shape == (3, 729, 588) and views.pooling.shape == (243, 9) and views.indexable.all()
+    assert sorted(views.pooling.ravel()) == list(range(3 * 729))
+    assert views.patches[729].tolist() == [1, 0, 0, 64 / 27, 36 / 27]
+    assert views.times == [0.0, 0.4667, 12.04] and views.sizes == [(64, 36)] * 3
+
+
+def test_tiny_setting_has_the_quirks_of_the_big_one():
+    """9 x 9 patches: pairs pad to 5 x 5 windows, threes give 3 x 3 without padding."""
+    image = preprocess.image_views([noise(192, 256)], TINY)
+    assert piece_counts(image)["<im_low>"] == 25 and piece_counts(image)["<im_patch>"] == 64
+    assert (image.pooling[:25] == -1).sum() == 2 * 10 - 1
+    video = preprocess.video_views([noise(192, 256)], [0.0], TINY)
+    assert video.pooling.shape == (9, 9) and (video.pooling >= 0).all()
+
+
+@pytest.mark.parametrize("images", [[], [np.zeros((0, 5, 3), np.uint8)], [np.zeros((4, 4), np.uint8)],
+                                    [np.zeros((4, 4, 4), np.uint8)], [np.zeros((4, 4, 3))]])
+def test_arrays_that_are_no_pictures_are_refused(images):
+    """Nothing, an empty side, grey, RGBA and float arrays each raise one line."""
+    with pytest.raises(MediaError, match="^[^\n]+$"):
+        preprocess.image_views(images, TINY)
+    with pytest.raises(MediaError, match="^[^\n]+$"):
+        preprocess.video_views(images, [0.0] * len(images), TINY)
+
+
+def test_more_wrong_arguments_are_refused():
+    """A time missing, crops of broken patches, and margins that leave no window raise a ValueError."""
+    with pytest.raises(MediaError, match="2 frames came with 1 times"):
+        preprocess.video_views([noise(4, 4)] * 2, [0.0], TINY)
+    for wrong in (dict(crop_size=100), dict(margins=(13, 14))):
+        with pytest.raises(ValueError, match="crops of"):
+            ViewConfig(**wrong)
+
+
+def test_read_only_arrays_are_taken_without_a_word():
+    """Views neither warn about nor write to an array that cannot be written."""
+    image = noise(20, 30)
+    image.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        preprocess.image_views([image[::-1]], TINY)
+
+
+# ---- which frames ----------------------------------------------------------------------------------------------------
+
+def test_sample_times():
+    """Steps of 1/fps and the end while they fit, evenly spread times when not, both ends always there."""
+    assert preprocess.sample_times(0, 2, 8) == [0]
+    assert preprocess.sample_times(1.3, 2, 8) == [0, 0.5, 1.0, 1.3]
+    assert preprocess.sample_times(1.5, 2, 4) == [0, 0.5, 1.0, 1.5]
+    assert preprocess.sample_times(1.6, 2, 4) == pytest.approx([0, 1.6 / 3, 3.2 / 3, 1.6])
+    assert preprocess.sample_times(100, 2, 1) == [0]
+    for fps in (0.3, 1, 2, 7, 29.97):
+        for duration in np.random.default_rng(0).uniform(0, 20, 50).tolist() + [n / fps for n in range(9)]:
+            times = preprocess.sample_times(duration, fps, 8)
+            assert len(times) <= 8 and times[0] == 0 and times[-1] == duration and times == sorted(times)
+    for wrong in ((-1, 2, 8), (float("nan"), 2, 8), (1, 0, 8), (1, 2, 0)):
+        with pytest.raises(ValueError, match="cannot sample"):
+            preprocess.sample_times(*wrong)
+
+
+def test_displayed_at():
+    """The frame shown is the last that has started, also a hair before its rounded timestamp; the first if none has."""
+    wanted = [0, 0.2, 0.49, 0.5 - 1e-9, 0.6, 1.99, 2, 9]
+    assert preprocess.displayed_at([0.2, 0.5, 2.0], wanted) == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+# ---- reading videos --------------------------------------------------------------------------------------------------
+
+def write_clip(path, milliseconds, size=(48, 64), shade=lambda n: 6 * n, codec="libx264", muxer=None, **options):
+    """A clip whose n-th frame has the grey value 6 n and is shown at the n-th of the given times."""
+    with av.open(str(path), "w", format=muxer, options=options) as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.height, stream.width = size
+        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, 1000)
+        for number, time in enumerate(milliseconds):
+            picture = np.broadcast_to(np.uint8(shade(number)), (*size, 3))
+            frame = av.VideoFrame.from_ndarray(np.array(picture), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def check_sampling(path, milliseconds, fps, max_frames, slack=0.0015):
+    """What read_video keeps is what a plain search for the last frame that has started finds."""
+    seconds = [(time - milliseconds[0]) / 1000 for time in milliseconds]
+    expected = []
+    for wanted in preprocess.sample_times(seconds[-1], fps, max_frames):
+        shown = max(n for n, start in enumerate(seconds) if start <= wanted + slack)
+        expected += [shown] * (shown not in expected)
+    frames, times = preprocess.read_video(path, fps, max_frames)
+    assert times == pytest.approx([seconds[n] for n in expected], abs=slack)
+    assert [frame.mean() for frame in frames] == pytest.approx([6 * n for n in expected], abs=2.5)
+
+
+VARIABLE = [n * 1000 // 30 for n in range(30)] + [1000 * n for n in range(2, 12)]  # 30 frames in 1 s, then 1 a second
+
+
+@pytest.mark.parametrize("ending, codec", [("mp4", "libx264"), ("mkv", "libx264"), ("webm", "libvpx-vp9"),
+                                           ("ts", "libx264")])
+@pytest.mark.parametrize("offset", [0, 5000])
+def test_real_times_rule_the_sampling(tmp_path, ending, codec, offset):
+    """Variable frame rate and a start at 5 s, in containers that count frames and in those that do not."""
+    times = [offset + time for time in VARIABLE]
+    path = write_clip(tmp_path / f"clip.{ending}", times, codec=codec)
+    check_sampling(path, times, fps=2, max_frames=128)
+    check_sampling(path, times, fps=2, max_frames=5)
+
+
+def test_streaming_gives_every_frame(tmp_path):
+    """frames_of yields all frames in order with the seconds since the first."""
+    path = write_clip(tmp_path / "12:30 clip.mkv", [5000 + time for time in VARIABLE])  # the colon is no protocol
+    seconds, frames = zip(*preprocess.frames_of(path))
+    assert list(seconds) == pytest.approx([time / 1000 for time in VARIABLE], abs=0.0015)
+    assert [frame.mean() for frame in frames] == pytest.approx([6 * n for n in range(40)], abs=2.5)
+    assert all(frame.shape == (48, 64, 3) and frame.dtype == np.uint8 for frame in frames)
+
+
+def test_one_frame(tmp_path):
+    """A clip of one frame gives that frame at 0 s."""
+    frames, times = preprocess.read_video(write_clip(tmp_path / "one.mp4", [0]), 2, 16)
+    assert len(frames) == 1 and times == [0.0]
+
+
+def test_frames_without_timestamps(tmp_path):
+    """A raw stream has no times at all: its stated rate of 25 is used."""
+    path = write_clip(tmp_path / "raw.h264", list(range(0, 1000, 33)))
+    seconds = [time for time, _ in preprocess.frames_of(path)]
+    assert seconds == pytest.approx([n / 25 for n in range(31)])
+
+
+def test_change_of_resolution(tmp_path):
+    """Frames of another size than the first come in the first one's size, streamed or sampled."""
+    parts = [write_clip(tmp_path / f"{n}.h264", [0, 40, 80], size) for n, size in enumerate([(48, 64), (80, 32)])]
+    path = tmp_path / "both.h264"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    streamed = [frame.shape for _, frame in preprocess.frames_of(path)]
+    assert streamed == [(48, 64, 3)] * 6
+    assert {frame.shape for frame in preprocess.read_video(path, 25, 16)[0]} == {(48, 64, 3)}
+
+
+def test_times_that_jump_back_are_dropped(tmp_path):
+    """Two recordings glued together, the second starting earlier: times still only rise."""
+    parts = [write_clip(tmp_path / f"{start}.ts", [start + 40 * n for n in range(30)]) for start in (3000, 2000)]
+    path = tmp_path / "glued.ts"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    seconds = [time for time, _ in preprocess.frames_of(path)]
+    assert len(seconds) >= 30 and seconds[0] == 0 and (np.diff(seconds) > 0).all()
+
+
+@pytest.mark.parametrize("degrees, matrix, turns", [(90, (0, 1, -1, 0), -1), (180, (-1, 0, 0, -1), 2),
+                                                    (270, (0, -1, 1, 0), 1)])
+def test_rotated_recording_is_shown_upright(tmp_path, degrees, matrix, turns):
+    """The display matrix of a phone's mp4 is applied: `degrees` clockwise."""
+    stored = np.zeros((48, 64, 3), np.uint8)
+    stored[:24, :32] = 250  # the top left quarter
+    path = tmp_path / "phone.mp4"
+    preprocess.write_video(path, [stored] * 3, 10)
+    data = bytearray(path.read_bytes())
+    header = data.index(b"tkhd") + 44  # the 3x3 matrix of the track header, 16.16 fixed point
+    a, b, c, d = (value * 0x10000 for value in matrix)
+    data[header:header + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 0x40000000)
+    path.write_bytes(data)
+    frames, _ = preprocess.read_video(path, 2, 16)
+    assert frames[0].shape == ((48, 64, 3) if degrees == 180 else (64, 48, 3))
+    assert np.abs(frames[0].astype(int) - np.rot90(stored, turns)).mean() < 3
+
+
+def test_gif_delays_and_transparency(tmp_path):
+    """Each frame of a gif has its own delay; what is transparent shows white."""
+    shades = [Image.new("L", (50, 40), value) for value in (0, 80, 160, 240)]
+    shades[0].save(tmp_path / "delays.gif", save_all=True, append_images=shades[1:], duration=[100, 700, 50, 1000])
+    frames, times = preprocess.read_video(tmp_path / "delays.gif", 2, 16)  # looks at 0, 0.5 and 0.85 s
+    assert times == pytest.approx([0, 0.1, 0.85]) and [frame.mean() for frame in frames] == pytest.approx([0, 80, 240])
+    clear = Image.new("RGBA", (50, 40), (0, 0, 0, 0))
+    clear.paste((200, 0, 0, 255), (0, 0, 10, 10))
+    clear.save(tmp_path / "clear.gif")
+    (frame,), _ = preprocess.read_video(tmp_path / "clear.gif", 2, 16)
+    assert frame[30, 30].tolist() == [255, 255, 255] and frame[5, 5].tolist() == [200, 0, 0]
+
+
+@pytest.mark.parametrize("ending, options", [("mp4", {"movflags": "faststart"}), ("mkv", {})])
+def test_cut_off_file_gives_what_is_there(tmp_path, ending, options):
+    """A file that ends too early gives the frames before that and one warning, whether its container tells or not."""
+    path = write_clip(tmp_path / f"cut.{ending}", [33 * n for n in range(40)], size=(240, 320), **options)
+    whole = path.read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        preprocess.read_video(path, 2, 16)
+    path.write_bytes(whole[:len(whole) * 3 // 4])
+    with pytest.warns(UserWarning, match="cut.*ends early") as caught:
+        frames, times = preprocess.read_video(path, 2, 16)
+    assert len(caught) == 1 and 0.3 < times[-1] < 1.1
+    assert frames[-1].mean() == pytest.approx(6 * round(times[-1] / 0.033), abs=2.5)
+
+
+def test_sampling_stays_in_bounds(tmp_path, monkeypatch):
+    """Too many frames, too large ones, and too much of both together are each refused in one line."""
+    path = write_clip(tmp_path / "long.mp4", list(range(0, 1000, 100)))
+    for name, limit, message in [("MAX_DECODED_FRAMES", 9, "more than 9 frames"), ("MAX_PIXELS", 3000, "64x48 pixels"),
+                                 ("MAX_CLIP_PIXELS", 7000, "at most 2 frames")]:
+        with monkeypatch.context() as patch:
+            patch.setattr(preprocess, name, limit)
+            with pytest.raises(MediaError, match=f"long.mp4: .*{message}"):
+                preprocess.read_video(path, 2, 16)
+    assert len(preprocess.read_video(path, 2, 16)[0]) == 3
+
+
+def bad_video(tmp_path, case):
+    """A file (or none) that is no usable video."""
+    path = tmp_path / f"{case}.mp4"
+    if case == "folder":
+        path.mkdir()
+    elif case == "empty":
+        path.touch()
+    elif case == "text":
+        path.write_text("<html>not found</html>\n" * 50)
+    elif case == "picture":
+        Image.new("RGB", (8, 8)).save(path, "JPEG")
+    elif case == "playlist":
+        write_clip(tmp_path / "secret.ts", [0, 40])
+        path.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.ts\n#EXT-X-ENDLIST\n")
+    elif case == "no index":
+        write_clip(path, list(range(0, 1000, 40)))
+        path.write_bytes(path.read_bytes()[:-500])
+    elif case == "no frames":
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=30)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            container.start_encoding()
+    elif case == "header only":
+        write_clip(path, list(range(0, 1000, 40)), movflags="faststart")
+        path.write_bytes(path.read_bytes()[:406])
+    elif case == "audio":
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("aac", rate=44100, layout="mono")
+            sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            sound.sample_rate, sound.pts = 44100, 0
+            container.mux(stream.encode(sound))
+            container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("case, reason", [
+    ("missing", "no such file"), ("folder", "is a folder"), ("empty", "empty file"), ("text", "cannot be read"),
+    ("picture", "cannot be read"), ("playlist", "cannot be read"), ("no index", "cannot be read"),
+    ("no frames", "cannot be read"), ("header only", "cannot be read"), ("audio", "no video stream")])
+def test_bad_videos_are_named_in_one_line(tmp_path, case, reason):
+    """Each raises MediaError, and nothing else, with the file and what was wrong on one line."""
+    path = bad_video(tmp_path, case)
+    for read in (lambda: preprocess.read_video(path, 2, 16), lambda: next(preprocess.frames_of(path))):
+        with pytest.raises(MediaError) as caught:
+            read()
+        assert str(caught.value).startswith(f"{path}: ") and reason in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_fetched():
+    """An address is looked for as a file, and not found."""
+    for read in (preprocess.read_image, lambda path: preprocess.read_video(path, 2, 16)):
+        with pytest.raises(MediaError, match="no such file"):
+            read("http://127.0.0.1:9/clip.mp4")
+
+
+def test_is_video_goes_by_the_ending():
+    """Endings of videos, in any case, and no others."""
+    assert all(map(preprocess.is_video, ["a.mp4", "b/c.MKV", "d.webm", "e.mov", "f.avi", "g.gif", "h.ts", "i.m4v"]))
+    assert not any(map(preprocess.is_video, ["a.png", "mp4", "b.mp4/c.jpg", "d.jsonl"]))
+
+
+# ---- reading images --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("ending, options", [("png", {}), ("bmp", {}), ("tiff", {}), ("ppm", {}),
+                                             ("webp", {"lossless": True}), ("jpg", {"quality": 95, "subsampling": 0})])
+def test_image_formats(tmp_path, ending, options):
+    """A picture comes back from every allowed format, exactly or nearly so."""
+    pixels = np.array(Image.fromarray(noise(4, 5)).resize((50, 40), Image.Resampling.BICUBIC))
+    Image.fromarray(pixels).save(tmp_path / f"a.{ending}", **options)
+    error = np.abs(preprocess.read_image(tmp_path / f"a.{ending}").astype(int) - pixels)
+    assert error.mean() < 3 if ending == "jpg" else error.max() == 0
+
+
+def test_orientation_of_a_phone_picture(tmp_path):
+    """EXIF orientation 6 turns the stored picture a quarter clockwise."""
+    pixels, exif = noise(40, 60), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "phone.png", exif=exif)
+    assert np.array_equal(preprocess.read_image(tmp_path / "phone.png"), np.rot90(pixels, -1))
+
+
+def test_deep_pixels_are_scaled_not_clipped(tmp_path):
+    """16-bit and float pictures, whole numbers or fractions of one, become the same 8 bits."""
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.tiff")
+    Image.fromarray(grey.astype(np.float32) / 255).save(tmp_path / "unit.tiff")
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tiff")
+    for name in ("deep.png", "deep.tiff", "unit.tiff", "float.tiff"):
+        assert np.array_equal(preprocess.read_image(tmp_path / name), np.repeat(grey[:, :, None], 3, axis=2)), name
+
+
+def test_transparency_is_white(tmp_path):
+    """Transparent pixels are white and half-transparent black grey, from an alpha channel or a transparent colour."""
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[0, :, 3], rgba[1, :, 3] = 255, 127
+    Image.fromarray(rgba).save(tmp_path / "alpha.png")
+    assert preprocess.read_image(tmp_path / "alpha.png")[:3, 0, 0].tolist() == [0, 128, 255]
+    Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4)).convert("P").save(tmp_path / "p.png", transparency=3)
+    palette = preprocess.read_image(tmp_path / "p.png")
+    assert palette[0, 3].tolist() == [255] * 3 and palette[0, 2].tolist() == [2] * 3
+
+
+def test_other_kinds_of_pixels(tmp_path):
+    """CMYK, palette, one-bit and multi-picture files are read as they look."""
+    red = Image.new("RGB", (16, 16), (255, 0, 0))
+    red.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    red.convert("P").save(tmp_path / "palette.gif")
+    red.save(tmp_path / "two.mpo", save_all=True, append_images=[red])
+    Image.new("1", (16, 16), 1).save(tmp_path / "bit.png")
+    for name, colour in [("cmyk.jpg", (255, 0, 0)), ("palette.gif", (255, 0, 0)), ("two.mpo", (255, 0, 0)),
+                         ("bit.png", (255, 255, 255))]:
+        assert np.abs(preprocess.read_image(tmp_path / name).astype(int) - colour).max() <= 3, name
+
+
+def bad_image(tmp_path, case):
+    """A file (or none) that is no usable image."""
+    path = tmp_path / f"{case}.png"
+    if case == "folder":
+        path.mkdir()
+    elif case == "empty":
+        path.touch()
+    elif case == "text":
+        path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    elif case == "postscript":
+        path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    elif case == "cut":
+        Image.fromarray(noise(64, 64)).save(path)
+        path.write_bytes(path.read_bytes()[:3000])
+    elif case in ("huge", "enormous"):  # fewer pixels follow than the header says: refuse first
+        Image.new("RGB", (8, 8)).save(path)
+        data = bytearray(path.read_bytes())
+        side = 9000 if case == "huge" else 60000
+        data[16:24] = struct.pack(">II", side, side)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+        path.write_bytes(data)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("case, reason", [
+    ("missing", "no such file"), ("folder", "is a folder"), ("empty", "empty file"), ("text", "cannot be read"),
+    ("postscript", "cannot be read"), ("cut", "truncated"), ("huge", "9000x9000 pixels"), ("enormous", "pixels")])
+def test_bad_images_are_named_in_one_line(tmp_path, case, reason):
+    """Each raises MediaError, and nothing else, with the file and what was wrong on one line."""
+    path = bad_image(tmp_path, case)
+    with pytest.raises(MediaError) as caught:
+        preprocess.read_image(path)
+    assert str(caught.value).startswith(f"{path}: ") and reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---- writing videos --------------------------------------------------------------------------------------------------
+
+def test_written_video_reads_back(tmp_path):
+    """An odd-sized clip at 29.97 fps from a generator comes back a pixel larger, nearly the same, on time."""
+    pictures = [np.full((35, 47, 3), 20 * n, np.uint8) for n in range(12)]
+    preprocess.write_video(tmp_path / "clip.mp4", (picture for picture in pictures), 29.97)
+    seconds, frames = zip(*preprocess.frames_of(tmp_path / "clip.mp4"))
+    assert list(seconds) == pytest.approx([n / 29.97 for n in range(12)], abs=1e-3)
+    assert {frame.shape for frame in frames} == {(36, 48, 3)}
+    for frame, picture in zip(frames, pictures):
+        assert np.abs(frame[:35, :47].astype(int) - picture).max() <= 4
+        assert np.abs(frame[35, 47].astype(int) - picture[-1, -1]).max() <= 4
+    assert [entry.name for entry in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_failed_writing_leaves_the_old_file(tmp_path):
+    """When frames change size, stop with an error or are none, the old file stays and no half-written one."""
+    def breaks_off():
+        yield noise(8, 8)
+        raise MediaError("source.mp4: is an empty file")
+
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"old")
+    for frames, fps, message in [([noise(8, 8), noise(8, 10)], 5, r"frame 1 is uint8 of shape \(8, 10, 3\)"),
+                                 ([], 5, "no frames"), ([np.zeros((8, 8, 3))], 5, "float64"),
+                                 ([noise(8, 8)], 0, "give 0.001"), (breaks_off(), 5, "^source.mp4")]:
+        with pytest.raises(MediaError, match=message):
+            preprocess.write_video(path, frames, fps)
+        assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(MediaError, match="cannot be written"):
+        preprocess.write_video(tmp_path / "no such folder" / "clip.mp4", [noise(8, 8)], 5)

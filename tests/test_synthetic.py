@@ -1,0 +1,373 @@
+"""The drawn worlds must be what they say: masks, points and answers are checked against independent computations."""
+
+import hashlib
+import itertools
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import synthetic
+from synthetic import COLORS, KINDS, Scene, Thing, clip, corpus, first_seen, queries, still
+
+ROOT = Path(synthetic.__file__).parent
+
+
+def scenes(stills: int, clips: int) -> list[Scene]:
+    return [still(5, i) for i in range(stills)] + [clip(5, i) for i in range(clips)]
+
+
+def digest(*parts: Scene) -> str:
+    content = hashlib.sha256()
+    for scene in parts:
+        for array in (scene.frames, scene.masks, scene.points, scene.times):
+            content.update(array.tobytes())
+        content.update(repr((scene.things, scene.background, queries(scene, np.random.default_rng(0), 6))).encode())
+    return content.hexdigest()
+
+
+def test_a_scene_is_a_pure_function_of_seed_and_index():
+    """Another call, after other calls, in another process with another string hash: the same bytes."""
+    first = digest(still(3, 7), clip(3, 7))
+    assert first == digest(still(3, 7), clip(3, 7)) != digest(still(3, 8), clip(3, 8))
+    code = "import test_synthetic as t; print(t.digest(t.still(3, 7), t.clip(3, 7)))"
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONHASHSEED": "12", "PYTHONDONTWRITEBYTECODE": "1"}
+    other = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == first
+
+
+def test_stills_keep_to_their_ranges(monkeypatch):
+    """Sides, numbers and sizes of things lie in the promised ranges, and every thing shows at least 45% of itself."""
+    areas, compose = [], synthetic._compose
+    monkeypatch.setattr(synthetic, "_compose", lambda background, sprites, places: (
+        areas.append([sprite.solid.sum() for sprite in sprites]), compose(background, sprites, places))[1])
+    for i in range(60):
+        scene = still(1, i)
+        _, height, width, _ = scene.frames.shape
+        assert 112 <= min(height, width) and max(height, width) <= 256 and not scene.is_video
+        assert 2 <= len(scene.things) <= 10
+        assert all(0.14 <= thing.size / min(height, width) <= 0.34 for thing in scene.things)
+        assert (scene.masks[0].sum((1, 2)) >= 0.45 * np.array(areas[-1])).all()
+        assert np.isfinite(scene.points).all()
+
+
+def test_clips_keep_to_their_ranges():
+    """As for stills; and every thing is clearly visible at some moment, measured against the thing drawn alone."""
+    for i in range(25):
+        made, scene = synthetic.world(1, i), clip(1, i)
+        frames, height, width, _ = scene.frames.shape
+        assert 128 <= min(height, width) and max(height, width) <= 288 and 0.74 < width / height < 1.79
+        assert 2 <= len(scene.things) <= 6 and scene.is_video
+        assert all(0.18 <= thing.size / min(height, width) <= 0.36 for thing in scene.things)
+        assert 2 <= scene.times[-1] <= 6 and np.array_equal(scene.times, np.arange(frames) / 2)
+        for j, sprite in enumerate(made.sprites):
+            _, alone, _ = synthetic._compose(np.zeros((200, 200, 3), np.uint8), [sprite], np.array([[100, 100]]))
+            assert scene.masks[:, j].sum((1, 2)).max() >= 0.6 * alone.sum()
+
+
+def test_scenes_contain_distractors():
+    """Most scenes hold several things of a kind, or one kind in two colours, or two kinds of one colour."""
+    shared = [Counter(), Counter(), Counter()]
+    for scene in scenes(60, 0):
+        pairs = {(thing.kind, thing.color) for thing in scene.things}
+        shared[0][len(pairs) < len(scene.things)] += 1
+        shared[1][len({kind for kind, _ in pairs}) < len(pairs)] += 1
+        shared[2][len({color for _, color in pairs}) < len(pairs)] += 1
+    assert all(count[True] >= 20 for count in shared), shared
+
+
+def test_masks_are_disjoint_and_points_lie_in_them():
+    """No pixel has two owners; a point that is not NaN lies on a pixel of its mask; a NaN goes with a small mask."""
+    for scene in scenes(25, 10):
+        frames, n, height, width = scene.masks.shape
+        assert scene.masks.dtype == bool and scene.points.dtype == np.float32 and scene.frames.dtype == np.uint8
+        assert scene.frames.shape == (frames, height, width, 3) and scene.points.shape == (frames, n, 2)
+        assert scene.masks.sum(1).max() <= 1
+        for frame, thing in itertools.product(range(frames), range(n)):
+            x, y = scene.points[frame, thing]
+            assert np.isnan(x) == np.isnan(y)
+            if np.isfinite(x):
+                assert scene.masks[frame, thing, int(y), int(x)]
+            else:
+                assert scene.masks[frame, thing].sum() < 0.2 * np.pi / 4 * (scene.things[thing].size + 6) ** 2
+
+
+def test_masks_are_what_is_drawn():
+    """A frame drawn without one of its things changes on all of that thing's mask (unless a thing of its colour lies
+    behind), and elsewhere only along the soft edges, where two owners meet."""
+    checked = 0
+    for made in (synthetic.world(2, i) for i in range(20)):
+        full = made.film(np.array([1.0]))
+        owner = np.pad((full.masks[0] * np.arange(1, len(made.things) + 1)[:, None, None]).sum(0), 1, mode="edge")
+        around = np.lib.stride_tricks.sliding_window_view(owner, (3, 3))
+        edge = around.min((2, 3)) != around.max((2, 3))
+        for j, thing in enumerate(made.things):
+            rest = [k for k in range(len(made.things)) if k != j]
+            frame, _, _ = synthetic._compose(made.background, [made.sprites[k] for k in rest], made.places(1.0)[rest])
+            changed, mask = (frame != full.frames[0]).any(-1), full.masks[0, j]
+            assert (changed & ~mask & ~edge).sum() <= 3  # a sharp tip fades over more than one pixel
+            if all(made.things[k].color != thing.color for k in rest):
+                assert (mask & ~changed).sum() <= 0.01 * mask.sum()
+                checked += 1
+    assert checked > 10
+
+
+def test_the_point_shows_the_colour_of_its_thing():
+    """The pixel under a point is nearest to the colour that the thing is called by (a few points lie on dark parts)."""
+    right = []
+    for scene in scenes(60, 10):
+        for frame, points in zip(scene.frames, scene.points):
+            for thing, (x, y) in zip(scene.things, points):
+                if np.isfinite(x):
+                    away = {name: ((frame[int(y), int(x)] - np.array(rgb)) ** 2).sum() for name, rgb in COLORS.items()}
+                    right.append(min(away, key=away.get) == thing.color)
+    assert len(right) > 500 and np.mean(right) > 0.95
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_unhidden_thing_is_pointed_at_its_anchor(kind):
+    """At every size of the training range the anchor is well inside the shape, at the same place of the shape."""
+    for size in (16, 28, 60, 100):
+        rng = np.random.default_rng(size)
+        sprite = synthetic._sprite(rng, Thing(kind, "red", size))
+        _, masks, points = synthetic._compose(np.zeros((130, 130, 3), np.uint8), [sprite], np.array([[65.0, 65.0]]))
+        corner = 65 - len(sprite.solid) / 2
+        offset = (points[0] - 65) / (size / 2)
+        anchor = np.array(synthetic.SHAPES[kind][0])
+        assert np.abs(points[0] - (np.array(sprite.anchor) + corner)).max() <= 0.5  # up to the rounding of the place
+        assert abs(np.hypot(*offset) - np.hypot(*anchor)) <= 0.75 / (size / 2)      # a tilt keeps the radius
+
+
+def test_the_deepest_pixel_is_the_farthest_from_the_edge():
+    """By brute force over all pairs of pixels, in steps along rows and columns."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        mask = np.zeros((17, 23), bool)
+        for _ in range(3):
+            top, left = rng.integers(0, 12, 2)
+            mask[top:top + rng.integers(2, 10), left:left + rng.integers(2, 12)] = True
+        padded = np.argwhere(~np.pad(mask, 1)) - 1
+        inside = np.argwhere(mask)
+        depth = np.abs(inside[:, None] - padded[None]).sum(-1).min(1)
+        x, y = synthetic._deepest(mask)
+        assert depth[(inside == (int(y), int(x))).all(1)] == depth.max()
+
+
+def test_a_half_hidden_thing_keeps_a_point_and_a_hidden_one_has_none():
+    """In the sample clip the red cup passes behind the house and the yellow one leaves: no point then, but before and
+    after; the point of the half hidden cup moves off its anchor into the part in view."""
+    made = synthetic.cups_world()
+    scene = made.film(synthetic.frame_times(2, 5))
+    red, yellow = (next(i for i, t in enumerate(scene.things) if t.name == name) for name in ("red cup", "yellow cup"))
+    for thing in (red, yellow):
+        seen = np.isfinite(scene.points[:, thing, 0])
+        assert seen[0] and seen[-1] and not seen.all() and not scene.masks[~seen, thing].sum((1, 2)).min()
+    share = np.array([made.visible(time) for time in scene.times])
+    assert np.array_equal(np.isfinite(scene.points[..., 0]), share >= 0.2)
+    partly = np.flatnonzero((share[:, red] > 0.2) & (share[:, red] < 0.4))
+    assert len(partly) and all(scene.masks[f, red, int(y), int(x)] for f in partly for x, y in [scene.points[f, red]])
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_frame_rates_film_the_same_world(index):
+    """A clip at 2 and at 8 fps agrees at the common times; `seconds` is the last frame at any rate."""
+    slow, fast = clip(4, index, 2), clip(4, index, 8)
+    assert slow.things == fast.things and slow.background == fast.background
+    common = np.searchsorted(fast.times, slow.times)
+    assert np.array_equal(fast.times[common], slow.times)
+    assert np.array_equal(fast.frames[common], slow.frames) and np.array_equal(fast.masks[common], slow.masks)
+    assert np.array_equal(fast.points[common], slow.points, equal_nan=True)
+    assert clip(4, index, 0.7).times[-1] == slow.times[-1]
+
+
+def test_frame_times():
+    """0, 1/fps, ... without a frame too many by rounding, then the last moment; nonsense is refused in one line."""
+    assert synthetic.frame_times(2, 2).tolist() == [0, 0.5, 1, 1.5, 2]
+    assert synthetic.frame_times(0.8, 2).tolist() == [0, 1.25, 2]
+    assert synthetic.frame_times(10, 0.3).tolist() == [0, 0.1, 0.2, 0.3]
+    assert len(synthetic.frame_times(25, 0.56)) == 15  # 0.56 * 25 is a little more than 14
+    for fps, seconds in ((0, 1), (2, 0), (-1, 1), (2, float("nan"))):
+        with pytest.raises(ValueError, match="fps > 0 and seconds > 0"):
+            synthetic.frame_times(fps, seconds)
+    assert clip(0, 0, 2, seconds=1.25).times.tolist() == [0, 0.5, 1, 1.25]
+    with pytest.raises(ValueError, match="0 or more"):
+        still(-1, 0)
+
+
+def test_many_things_move_and_some_rest_leave_or_hide():
+    """Over forty clips all the promised behaviours occur."""
+    seen = Counter()
+    for i in range(40):
+        scene = clip(6, i)
+        area = scene.masks.sum((2, 3))
+        for thing in range(len(scene.things)):
+            points = scene.points[:, thing]
+            finite = np.isfinite(points[:, 0])
+            seen["moves"] += np.nanmax(np.ptp(points[finite], 0)) > 10
+            seen["rests"] += finite.all() and np.ptp(points, 0).max() == 0
+            middle = area[1:-1, thing]
+            seen["hides or leaves and returns"] += bool(
+                ((middle < 0.5 * area[:, thing].max())).any() and area[-1, thing] > 0.8 * area[:, thing].max())
+            seen["without a point"] += not finite.all()
+    assert seen["moves"] > 60 and min(seen.values()) >= 10 and len(seen) == 4, seen
+
+
+def test_first_seen():
+    """The first frame with 60% of the largest visible area, not the first glimpse and not the largest."""
+    masks = np.zeros((5, 1, 1, 10), bool)
+    for frame, area in enumerate((0, 5, 6, 10, 1)):
+        masks[frame, 0, 0, :area] = True
+    scene = Scene(np.zeros((5, 1, 10, 3), np.uint8), np.arange(5.0), [Thing("cup", "red", 3)], masks,
+                  np.zeros((5, 1, 2), np.float32), "plain", True)
+    assert first_seen(scene, 0) == 2
+
+
+# ---- queries: what a label means is worked out here a second time, from its words ----
+
+SINGULAR = {"cups": "cup", "balls": "ball", "boxes": "box", "stars": "star", "rings": "ring", "crosses": "cross",
+            "hearts": "heart", "moons": "moon", "trees": "tree", "houses": "house", "cars": "car", "fish": "fish"}
+
+
+def meant(scene: Scene, label: str) -> set[int]:
+    """The things a label names, from its words alone."""
+    *first, noun = label.split()
+    kind = SINGULAR.get(noun, noun)
+    group = {i for i, thing in enumerate(scene.things) if kind in ("thing", "things", thing.kind)}
+    if not first:
+        return group
+    if first[0] in COLORS:
+        return {i for i in group if scene.things[i].color == first[0]}
+    value = {"largest": lambda i: scene.things[i].size, "biggest": lambda i: scene.things[i].size,
+             "smallest": lambda i: -scene.things[i].size,
+             "leftmost": lambda i: -scene.points[0, i, 0] / scene.frames.shape[2],
+             "rightmost": lambda i: scene.points[0, i, 0] / scene.frames.shape[2],
+             "topmost": lambda i: -scene.points[0, i, 1] / scene.frames.shape[1],
+             "bottommost": lambda i: scene.points[0, i, 1] / scene.frames.shape[1]}[first[0]]
+    second, best = sorted(value(i) for i in group)[-2:]
+    if first[0] in ("largest", "biggest", "smallest"):
+        assert max(abs(best), abs(second)) >= 1.25 * min(abs(best), abs(second))
+    else:
+        assert best - second >= 0.08 - 1e-6
+    return {i for i in group if value(i) == best}
+
+
+def asked(stills: int, clips: int, n: int) -> list[tuple[Scene, synthetic.Query]]:
+    return [(scene, query) for i, scene in enumerate(scenes(stills, clips))
+            for query in queries(scene, np.random.default_rng(i), n)]
+
+
+def test_targets_are_the_things_that_the_label_names():
+    """For point and count: no more and no fewer than the words say, none for "none", and the label is in the text."""
+    for scene, query in asked(80, 25, 10):
+        if query.task in ("point", "count"):
+            assert set(query.targets) == meant(scene, query.label) and len(set(query.targets)) == len(query.targets)
+            assert (query.about == "none") == (query.targets == [])
+            assert query.label in query.question and query.answer == ""
+            assert not (scene.is_video and query.about in ("size", "position"))
+        else:
+            assert query.label == "" and query.answer
+
+
+def test_answers_in_words_are_true():
+    """Yes, no, colours and names, derived again from the question's words; captions count every thing once."""
+    numbers = {word: n for n, word in enumerate(synthetic.NUMBERS)} | {"a": 1, "an": 1}
+    seen = Counter()
+    for scene, query in asked(150, 40, 12):
+        words = re.findall(r"\w+", query.question)
+        seen[query.about] += query.task in ("qa", "caption")
+        if query.about == "exists":
+            there = meant(scene, " ".join(words[3:]))
+            assert query.answer == ("Yes." if there else "No.")
+        elif query.about in ("color-of", "kind-of"):
+            (target,) = meant(scene, words[-1] if query.about == "color-of" else " ".join(words[3:]))
+            thing = scene.things[target]
+            assert query.targets == [target]
+            assert query.answer == (thing.color if query.about == "color-of" else f"{thing.color} {thing.kind}")
+        elif query.task == "caption":
+            said, background = re.fullmatch(r"(.*) on an? (\w+) background\.", query.answer).groups()
+            parts = [part.split() for part in re.split(", | and ", said.lower())]
+            counted = [(numbers[n], color, SINGULAR.get(noun, noun)) for n, color, noun in parts]
+            assert background == scene.background
+            assert Counter({(color, kind): n for n, color, kind in counted}) == \
+                Counter((thing.color, thing.kind) for thing in scene.things)
+            assert counted == sorted(counted, key=lambda part: (-part[0], *part[1:]))
+    assert all(seen[about] > 20 for about in ("exists", "color-of", "kind-of", "caption")), seen
+
+
+def test_the_mixture_and_its_variety():
+    """Shares near the intended ones; no question twice; the two fixed phrasings occur; negatives are hard ones."""
+    pairs = asked(250, 0, 4)
+    tasks, about = Counter(q.task for _, q in pairs), Counter(q.about for _, q in pairs if q.task == "point")
+    share = {name: count / len(pairs) for name, count in (tasks + about).items()}
+    intended = {"kind": 0.22, "color+kind": 0.22, "color": 0.08, "all": 0.04, "size": 0.07, "position": 0.07,
+                "count": 0.17, "caption": 0.04, "qa": 0.09}
+    assert all(abs(share[name] - part) < 0.045 for name, part in intended.items()), share
+    located = [(scene, query) for scene, query in pairs if query.label]
+    nowhere = [(scene, query) for scene, query in located if query.about == "none"]
+    assert 0.06 < len(nowhere) / len(located) < 0.12
+    near = [meant(scene, query.label.split()[-1]) != set() for scene, query in nowhere]
+    assert np.mean(near) > 0.4  # the kind is there, the colour is not
+    questions = {query.question for _, query in pairs}
+    assert any(q.startswith("Point to the ") and q.endswith(".") for q in questions)
+    assert any(q.startswith("point to the ") and not q.endswith(".") for q in questions)
+    for scene in scenes(3, 1):
+        found = [query.question for query in queries(scene, np.random.default_rng(1), 15)]
+        assert len(found) == len(set(found)) == 15
+
+
+def test_corpus_covers_every_word():
+    """The fixed first part alone holds every word of many scenes' questions, labels and answers, and the format's
+    pieces; the whole has the length asked for, one text a line, and is the same each time."""
+    fixed = list(corpus(0, 0))
+    known = {word for text in fixed for word in re.findall(r"\w+", text)}
+    for _, query in asked(150, 40, 12):
+        assert set(re.findall(r"\w+", f"{query.question} {query.label} {query.answer}")) <= known
+    for piece in ("There are none.", '<points coords="', '">', "</points>", "user", "assistant", "Image 1", "0.5 ",
+                  *map(str, range(21))):
+        assert piece in fixed
+    texts = list(corpus(1500, 1))
+    assert len(texts) == 1500 and texts == list(corpus(1500, 1)) and texts[:len(fixed)] == fixed
+    assert any(re.fullmatch(r"Counting the .+ shows a total of \d+\.", text) for text in texts)
+    assert all(text and "\n" not in text for text in texts)
+
+
+# ---- the command line ----
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-B", str(ROOT / "synthetic.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_command_line(tmp_path):
+    """`show` draws a sheet, `corpus` prints, and a mistake ends in one line and status 2."""
+    sheet = tmp_path / "sheet.png"
+    assert run("show", str(sheet), "--video", "--index", "2").returncode == 0 and sheet.stat().st_size > 10_000
+    assert len(run("corpus", "--n", "1200").stdout.splitlines()) == 1200
+    wrong = run("show", str(sheet), "--seed", "-1")
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "0 or more" in wrong.stderr
+
+
+def test_the_sample_clip_shows_what_its_truth_says(tmp_path):
+    """cups.mp4, decoded, has the frames and at the points of cups.json the colours that cups.json promises."""
+    av = pytest.importorskip("av")
+    done = run("cups", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cups.json", "cups.mp4"]
+    truth = json.loads((tmp_path / "cups.json").read_text())
+    with av.open(str(tmp_path / "cups.mp4")) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) == truth["seconds"] * truth["fps"] + 1 and frames[0].shape == (*truth["size"][::-1], 3)
+    assert Counter(thing["kind"] for thing in truth["things"])["cup"] == 3
+    for thing in truth["things"]:
+        assert [moment["time"] for moment in thing["track"]] == [half / 2 for half in range(11)]
+        assert 0.18 * 240 <= synthetic.cups_world().things[thing["id"]].size <= 0.36 * 240
+        for moment in thing["track"]:
+            assert (moment["x"] is None) == (moment["visible"] < 0.2)
+            if moment["x"] is not None and moment["visible"] > 0.9:
+                pixel = frames[round(moment["time"] * truth["fps"])][int(moment["y"]), int(moment["x"])].astype(int)
+                assert np.abs(pixel - COLORS[thing["color"]]).max() < 40, (thing["kind"], moment, pixel)
