@@ -257,17 +257,22 @@ class Molmo(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> "Molmo":
-        """Random weights from a seed: matrices normal with 1/sqrt(inputs), outputs into the residual stream smaller."""
+        """Random weights from a seed. Matrices: normal with 1 / sqrt(inputs), half of that into the residual stream;
+        tables of embeddings and positions: as large as what the blocks add to them; the head: small."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            if "norm" in name or name.startswith("ln_f"):
-                p.fill_(1.0 if name.endswith("weight") else 0.0)
-            elif p.dim() < 2:
+            if "norm" in name:
+                p.fill_(float(name.endswith("weight")))
+            elif p.dim() == 1:
                 p.zero_()
+            elif name.startswith("lm_head"):
+                p.normal_(0, 0.02, generator=generator)
+            elif name.endswith("embedding"):
+                p.normal_(0, 0.2, generator=generator)
             else:
-                into_residual = name.endswith(("wo.weight", "feed_forward.w2.weight", "attn_out.weight", "ff_out.weight"))
-                std = 0.02 if "embedding" in name and "patch" not in name and "build" not in name else p.shape[1] ** -0.5
-                p.normal_(0, std * (0.5 if into_residual else 1.0), generator=generator)
+                residual = name.endswith(("wo.weight", "feed_forward.w2.weight", "attn_out.weight", "ff_out.weight"))
+                gain = 0.5 if residual else 2.0 if name.endswith(("patch_embedding.weight", "projector.w2.weight")) else 1.0
+                p.normal_(0, gain * p.shape[1] ** -0.5, generator=generator)
         return self
 
     def visual(self, tokens: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ A video is seen as one whole crop per sampled frame.
       |             |         |  0  |01|  1  |12|  2  |      every place of the picture is covered by one or more
       |  1 crop     |         +-----+--+-----+--+-----+      crops but read from one only: a crop gives away the
       |             |         |  3  |34|  4  |45|  5  |      margin it shares with a neighbour, so what is read
-      +-------------+         +-----+--+-----+--+-----+      was never at the edge of the ViT's view
+      +-------------+         +-----+--+-----+--+-----+      had its surroundings in the ViT's view
 
 Each crop is a grid of patches; a window of patches (2x2 for images, 3x3 for frames) becomes one visual token.
 `Views.pooling` says which patches a token pools, `Views.patches` where each patch lies in the displayed picture:
@@ -385,7 +385,7 @@ def _check_file(path: str | os.PathLike) -> None:
     if os.path.isdir(path):
         raise MediaError(f"{path}: is a folder: give a file")
     if not os.path.isfile(path):
-        raise MediaError(f"{path}: no such file")
+        raise MediaError(f"{path}: no such file: check the path")
     if os.path.getsize(path) == 0:
         raise MediaError(f"{path}: is an empty file: copy or download it again")
 

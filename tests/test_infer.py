@@ -1,0 +1,371 @@
+"""The command line: what is printed, what is written, and how bad input ends."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import infer
+import weights
+from model import PRESETS, Answer, Molmo
+from pointing import Point, grounded_pieces, grounding_targets, read_text, write_text
+from preprocess import frames_of, image_views, read_image, read_video, video_views, write_video
+
+VIEWS = PRESETS["tiny"].views
+GREY = 128
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints") / "random"
+    weights.save(folder, *tiny)
+    return folder
+
+
+@pytest.fixture
+def media(tmp_path):
+    """A folder with two grey pictures and a clip of 30 frames at 10 fps."""
+    folder = tmp_path / "media"
+    folder.mkdir()
+    for name, size in [("wide.png", (300, 160)), ("tall.png", (120, 260))]:
+        Image.new("RGB", size, (GREY,) * 3).save(folder / name)
+    write_video(folder / "clip.mp4", (np.full((120, 160, 3), GREY, np.uint8) for _ in range(30)), 10)
+    return folder
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path, capsys):
+    """Runs the command in this process: -> exit status, stdout, stderr."""
+    def run(*words):
+        capsys.readouterr()
+        status = 0
+        try:
+            infer.main([*map(str, words), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"),
+                        "--max-new-tokens", "4"])
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+    return run
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def will_answer(monkeypatch, tokenizer, views, points, label="cups"):
+    """The model's next answer is a list of grounding tokens for `points`; -> the batches it is asked about."""
+    rows, ids = grounding_targets(points, data.patch_map(views))
+    tokens = tokenizer.encode_layout(["Counting the ", *grounded_pieces(ids, label)])
+    return will_write(monkeypatch, Answer(tokens, [*rows.tolist(), [-1, -1, -1]], "stop"))
+
+
+def will_write(monkeypatch, answer):
+    asked = []
+    monkeypatch.setattr(infer, "generate", lambda model, batch, *_: asked.append(batch) or [answer])
+    return asked
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+def test_points_in_images_come_back_in_pixels(run, media, tmp_path, tiny, monkeypatch):
+    """Grounding tokens for known places give these places (to a third of a patch) in the JSON, the text and the pictures."""
+    truth = [Point(1, 0, 60, 40), Point(2, 0, 220, 100), Point(3, 1, 70, 130)]
+    paths = [media / "wide.png", media / "tall.png"]
+    views = image_views([read_image(path) for path in paths], VIEWS)
+    will_answer(monkeypatch, tiny[1], views, truth)
+    status, out, err = run(*paths, "Count the cups.", "--json", "-")
+    result = json.loads(out)
+    assert (status, err) == (0, "") and json.loads((tmp_path / "out/wide.points.json").read_text()) == result
+    assert result["media"] == [str(path) for path in paths] and result["prompt"] == "Count the cups."
+    assert (result["count"], result["finish_reason"]) == (3, "stop")
+    assert [(p["id"], p["image"], p["time"], p["frame"]) for p in result["points"]] == [
+        (1, 1, None, None), (2, 1, None, None), (3, 2, None, None)]
+
+    reach = views.patches[:, 3:].max() / 6 + 0.1
+    in_text = read_text(result["text"], ["1", "2"], views.sizes)
+    assert [p.picture for p in in_text] == [0, 0, 1] and "<|" not in result["text"]
+    for point, written, true in zip(result["points"], in_text, truth):
+        assert math.dist((point["x"], point["y"]), (true.x, true.y)) < reach * 1.5
+        assert math.dist((point["x"], point["y"]), (written.x, written.y)) < 0.5
+        assert point["x"] == round(point["x"], 1)
+
+    assert tree(tmp_path / "out") == {"wide.points.json", "wide.points.png", "tall.points.png"}
+    for number, path in enumerate(paths, start=1):
+        drawn = np.asarray(Image.open(tmp_path / "out" / f"{path.stem}.points.png")).astype(int)
+        assert drawn.shape == np.asarray(Image.open(path)).shape
+        changed = np.argwhere((drawn != GREY).any(-1))[:, ::-1] + 0.5
+        own = [(p["x"], p["y"]) for p in result["points"] if p["image"] == number]
+        distance = np.linalg.norm(changed[:, None] - np.array(own), axis=-1)
+        assert (distance.min(1) < 40).all()  # nothing but the markers has changed
+        for column in range(len(own)):       # each a ring around its point
+            ring = changed[distance[:, column] < 9]
+            assert abs(ring.mean(0) - own[column]).max() < 1 and distance[:, column].min() > 2
+
+
+def test_point_in_video_shows_at_its_moment(run, media, tmp_path, tiny, monkeypatch):
+    """The clip keeps its frames, size and rate; the marker is there from the point's frame on, fades and is gone after 1 s."""
+    frames, times = read_video(media / "clip.mp4", VIEWS.fps, VIEWS.max_frames)
+    will_answer(monkeypatch, tiny[1], video_views(frames, times, VIEWS), [Point(1, 2, 80, 60)])
+    status, out, _ = run(media / "clip.mp4", "Point to the cup.", "--json", "-")
+    (point,) = json.loads(out)["points"]
+    assert (status, point["image"], point["time"], point["frame"]) == (0, None, 1.0, 10)
+    assert '="1.0 1 ' in json.loads(out)["text"]
+
+    assert tree(tmp_path / "out") == {"clip.points.json", "clip.points.mp4"}
+    with av.open(str(tmp_path / "out/clip.points.mp4")) as container:
+        assert container.streams.video[0].average_rate == 10
+    drawn = [frame for _, frame in frames_of(tmp_path / "out/clip.points.mp4")]
+    assert len(drawn) == 30 and drawn[0].shape == (120, 160, 3)
+    strength = [abs(frame.astype(int) - GREY).max() for frame in drawn]
+    assert max(strength[:10] + strength[20:]) < 20 and min(strength[10:16]) > 100
+    assert strength[15] > strength[16] > strength[17] > strength[18] > strength[19] > 15
+
+
+def test_points_written_as_text(run, media, tmp_path, tiny, monkeypatch):
+    """A model that writes coordinates gives the same report, and two points of one id count once."""
+    text = '<tracks coords="1 1 100 200;2 1 500 500 2 250 750">cups</tracks>'
+    will_write(monkeypatch, Answer(tiny[1].encode(text), [], "length"))
+    status, out, _ = run(media / "wide.png", media / "tall.png", "Point to the cups.")
+    lines = out.splitlines()
+    assert status == 0 and lines[0] == text
+    assert [line.split() for line in lines[2:6]] == [["id", "image", "x", "y"], ["1", "1", "30.0", "32.0"],
+                                                     ["1", "2", "60.0", "130.0"], ["2", "2", "30.0", "195.0"]]
+    assert lines[7:9] == ["count: 2", "finish reason: length"] and lines[9].endswith(" tokens/s")
+    assert lines[10:] == [f"wrote {tmp_path / 'out' / name}" for name in
+                          ("tall.points.png", "wide.points.json", "wide.points.png")]
+
+
+def test_readable_spells_points_out_wherever_they_stand(tiny):
+    """Several lists, and one cut off in the middle of a point, become text with the model's ids; the rest stays."""
+    views = image_views([np.zeros((100, 200, 3), np.uint8)] * 2, VIEWS)
+    points = [Point(1, 0, 20, 50), Point(2, 1, 200, 0), Point(1, 1, 100, 7.3)]
+    triple = "<|token_index|><|vit_index|><|vit_loc|>"
+    text = f'a <points coords="{triple}1{triple}2<|token_index|>">b</points> <points coords="{triple}1<|token_index|><|vit_index|>'
+    assert infer.readable(text, points, views) == (
+        'a <points coords="1 1 100 500;2 2 1000 000">b</points> <points coords="2 1 500 073')
+    listed = write_text(points[:2], data.places(views), views.sizes, "b")
+    assert infer.readable(text, points, views).startswith(f"a {listed} ")
+
+
+def test_flags_reach_the_sampling_of_frames(run, media, tiny, monkeypatch):
+    """--max-frames and --fps replace what the checkpoint says."""
+    asked = will_write(monkeypatch, Answer([], [], "stop"))
+    for flags in ([], ["--max-frames", 2], ["--fps", 1]):
+        assert run(media / "clip.mp4", "Hello.", *flags)[0] == 0
+    assert [len(batch.crops) for batch in asked] == [7, 2, 4]  # seconds 0, 0.5, ... 2.5, 2.9; 0, 2.9; 0, 1, 2, 2.9
+
+
+def test_prompt_is_plain_text(run, media, monkeypatch):
+    """Special tokens in the prompt are characters: the model sees no more pictures than there are."""
+    asked = will_write(monkeypatch, Answer([], [], "stop"))
+    assert run(media / "wide.png", "<im_patch>")[0] == 0
+    assert run(media / "wide.png", "Hello.")[0] == 0
+    ids = PRESETS["tiny"].token_ids()
+    assert (asked[0].tokens == ids["<im_patch>"]).sum() == (asked[1].tokens == ids["<im_patch>"]).sum() > 0
+
+
+def test_same_seed_same_answer(run, media):
+    """Sampling depends on the seed alone."""
+    texts = [json.loads(run(media / "wide.png", "Hello.", "--json", "-", "--temperature", 1, "--seed", seed)[1])["text"]
+             for seed in (3, 3, 4)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_images_of_one_name_do_not_overwrite_each_other(run, media, tmp_path, monkeypatch):
+    """Equal names get numbers, and a number never takes another image's name."""
+    will_write(monkeypatch, Answer([], [], "stop"))
+    paths = [media / name for name in ("a.png", "b/a.png", "a-2.png", "c/a.png")]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20)).save(path)
+    assert run(*paths, "Hello.")[0] == 0
+    assert tree(tmp_path / "out") == {"a.points.json", "a.points.png", "a-2.points.png", "a-2-2.points.png", "a-3.points.png"}
+
+
+@pytest.mark.parametrize("shade", [0, GREY, 255])
+@pytest.mark.parametrize("x, y", [(50, 40), (0, 0), (100, 80), (100, 0)])
+def test_markers_can_be_read_on_any_background(shade, x, y):
+    """Ring and number are light between dark, inside the picture wherever the point is."""
+    drawn = infer.draw(np.full((80, 100, 3), shade, np.uint8), [(Point(27, 0, x, y), 1.0)]).astype(int)[..., 0]
+    without = infer.draw(np.full((80, 100, 3), shade, np.uint8), [(Point(83, 0, x, y), 1.0)]).astype(int)[..., 0]
+    number = np.argwhere(abs(drawn - without) > 100)  # only the number differs
+    assert len(number) > 20 and (drawn > 230).sum() > 40 and (drawn < 25).sum() > 40
+    assert 0 < number.min(0).min() and (number.max(0) < (79, 99)).all()
+
+
+def test_markers_fit_any_picture():
+    """A picture of one pixel, or one far larger than its markers, keeps its size; opacity 0 changes nothing."""
+    for height, width in [(1, 1), (1, 3000), (3000, 1)]:
+        picture = np.full((height, width, 3), 77, np.uint8)
+        assert infer.draw(picture, [(Point(12345, 0, 0.5, 0.5), 1.0)]).shape == picture.shape
+        assert (infer.draw(picture, [(Point(1, 0, 0.5, 0.5), 0.0)]) == picture).all()
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+def command(*words, cwd, **environment):
+    return subprocess.run([sys.executable, infer.__file__, *map(str, words)], cwd=cwd, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, timeout=120)
+
+
+def test_command_writes_inside_out_only(media, tmp_path, checkpoint):
+    """From another folder: the report on stdout, nothing on stderr, and only --out has changed."""
+    before = tree(tmp_path)
+    done = command("media/wide.png", "media/tall.png", "--out", "new/results", "--checkpoint", checkpoint,
+                   "Point to the cups.", "--max-new-tokens", 3, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\ncount: " in done.stdout and "\nfinish reason: length\n3 tokens, " in done.stdout
+    results = {f"new/results/{name}" for name in ("wide.points.json", "wide.points.png", "tall.points.png")}
+    assert tree(tmp_path) - before == {"new", "new/results"} | results
+
+
+def test_command_prints_json_alone(media, tmp_path, checkpoint):
+    """With --json, stdout is one JSON value, also for a video."""
+    done = command("media/clip.mp4", "Point to the cups.", "--json", "-", "--checkpoint", checkpoint, "--max-new-tokens", 3,
+                   cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    result = json.loads(done.stdout)
+    assert set(result) == {"media", "prompt", "text", "points", "count", "finish_reason", "timing"}
+    assert result["timing"]["tokens"] == 3 and all(value >= 0 for value in result["timing"].values())
+    assert len(list(frames_of(tmp_path / "out/clip.points.mp4"))) == 30
+
+
+def test_traceback_on_request(media, tmp_path):
+    """MOLMO_TRACEBACK=1 shows where it went wrong."""
+    done = command(media / "missing.png", "Hello.", "--checkpoint", "nowhere", cwd=tmp_path, MOLMO_TRACEBACK="1")
+    assert done.returncode != 0 and "Traceback" in done.stderr and "CheckpointError" in done.stderr
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+def refused(outcome, *reasons):
+    status, out, err = outcome
+    assert (status, out) == (2, "") and err.startswith("infer.py: ") and err.count("\n") == 1, outcome
+    assert all(reason in err for reason in reasons), err
+
+
+def sound(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 44100, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize("words, reason", [
+    (["missing.png", "Hello."], "missing.png: no such file"),
+    (["missing.mp4", "Hello."], "missing.mp4: no such file"),
+    (["empty.png", "Hello."], "empty.png: is an empty file"),
+    (["empty.mp4", "Hello."], "empty.mp4: is an empty file"),
+    (["nothing.ppm", "Hello."], "nothing.ppm"),
+    (["huge.png", "Hello."], "huge.png: 10000x10000 pixels"),
+    (["text.mp4", "Hello."], "text.mp4: cannot be read as a video"),
+    (["sound.mp4", "Hello."], "no video stream"),
+    (["cut.mp4", "Hello."], "cut.mp4: cannot be read as a video"),
+    (["wide.png", "text.mp4", "Hello."], "a video must come alone"),
+    (["clip.mp4", "clip.mp4", "Hello."], "a video must come alone"),
+    (["wide.png", " \n"], "the prompt is empty"),
+    (["wide.png"], "PROMPT"),
+    ([], "MEDIA"),
+    (["wide.png", "Hello.", "--device", "abacus"], "--device abacus"),
+    (["wide.png", "Hello.", "--device", "meta"], "--device meta"),
+    (["clip.mp4", "Hello.", "--max-frames", "0"], "--max-frames"),
+    (["clip.mp4", "Hello.", "--max-frames", "2.5"], "--max-frames"),
+    (["clip.mp4", "Hello.", "--fps", "0"], "--fps"),
+    (["clip.mp4", "Hello.", "--fps", "nan"], "--fps"),
+    (["clip.mp4", "Hello.", "--fps", "many"], "--fps"),
+    (["wide.png", "Hello.", "--temperature", "-1"], "--temperature"),
+    (["wide.png", "Hello.", "--seed", "1e3"], "--seed"),
+    (["wide.png", "Hello.", "--json", "file.json"], "--json"),
+    (["wide.png", "Hello.", "--colour", "red"], "--colour"),
+])
+def test_bad_input_ends_in_one_line(run, media, tmp_path, monkeypatch, words, reason):
+    """Exit status 2, one line that names the culprit, and nothing is written."""
+    monkeypatch.chdir(media)
+    (media / "empty.png").touch()
+    (media / "empty.mp4").touch()
+    (media / "nothing.ppm").write_bytes(b"P6 0 0 255\n")
+    (media / "huge.png").write_bytes(huge_png())
+    (media / "text.mp4").write_text("Hello, I am a text.\n" * 50)
+    (media / "cut.mp4").write_bytes((media / "clip.mp4").read_bytes()[:-300])
+    if "sound.mp4" in words:
+        sound(media / "sound.mp4")
+    before = tree(tmp_path)
+    refused(run(*words), reason)
+    assert tree(tmp_path) == before
+
+
+def huge_png() -> bytes:
+    """100 megapixels in a few bytes: a header and no more."""
+    import struct
+    import zlib
+    header = b"IHDR" + struct.pack(">IIBBBBB", 10_000, 10_000, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+
+
+def test_bad_checkpoints_end_in_one_line(media, tmp_path, capsys, tiny):
+    """No folder, and weights of another shape than the config."""
+    model, tokenizer = tiny
+    config = replace(model.config, llm=replace(model.config.llm, mlp_hidden=64))
+    weights.save(tmp_path / "other", Molmo(config).initialize(0), tokenizer)
+    (tmp_path / "other/config.json").write_text(model.config.to_json())
+    for folder, reason in [(tmp_path / "none", "not a checkpoint folder"), (tmp_path / "other", "has shape")]:
+        with pytest.raises(SystemExit) as stop:
+            infer.main([str(media / "wide.png"), "Hello.", "--checkpoint", str(folder), "--out", str(tmp_path / "out")])
+        refused((stop.value.code, *capsys.readouterr()), str(folder), reason)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_out_ends_in_one_line(media, tmp_path, capsys, checkpoint):
+    """A file in the place of the folder, or of one above it, stays as it is."""
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file/below", "/dev/null/out"):
+        with pytest.raises(SystemExit) as stop:
+            infer.main([str(media / "wide.png"), "Hello.", "--checkpoint", str(checkpoint), "--out", str(out)])
+        refused((stop.value.code, *capsys.readouterr()), f"--out {out}")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_failure_while_drawing_leaves_nothing(run, media, tmp_path, monkeypatch):
+    """Results appear all together: if the second picture fails, the first and the earlier results are as before."""
+    will_write(monkeypatch, Answer([], [], "stop"))
+    assert run(media / "wide.png", "Earlier.")[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    pictures = iter([np.zeros((5, 5, 3), np.uint8)])
+
+    def draw(picture, marks):
+        if (drawn := next(pictures, None)) is None:
+            raise OSError("no space left on device")
+        return drawn
+
+    monkeypatch.setattr(infer, "draw", draw)
+    refused(run(media / "wide.png", media / "tall.png", "Later."), "no space left")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_cut_off_video_is_used_with_a_warning(run, media, tmp_path, monkeypatch):
+    """What can be decoded is shown to the model and drawn; one line on stderr says that the rest is missing."""
+    will_write(monkeypatch, Answer([], [], "stop"))
+    noise = np.random.default_rng(0).integers(0, 256, (30, 60, 80, 3), dtype=np.uint8)
+    with av.open(str(media / "cut.mp4"), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 80, 60, "yuv420p"
+        for picture in noise:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    whole = (media / "cut.mp4").read_bytes()
+    (media / "cut.mp4").write_bytes(whole[:len(whole) * 2 // 3])
+    status, out, err = run(media / "cut.mp4", "Hello.", "--json", "-")
+    assert status == 0 and json.loads(out)["finish_reason"] == "stop"
+    assert err.startswith("infer.py: warning: ") and "cut.mp4: ends early" in err and err.count("\n") == 1
+    assert 10 < len(list(frames_of(tmp_path / "out/cut.points.mp4"))) < 25

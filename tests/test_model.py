@@ -1,0 +1,573 @@
+"""The whole model: the decoder, the mask rule, what may influence what, the two generates, gradients, and learning."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import train
+from connector import ConnectorConfig
+from model import (PRESETS, Answer, Batch, Ids, LLMConfig, Molmo, MolmoConfig, Spelling, generate, generate_slowly,
+                   may_attend, sampler, speakable)
+from packing import Example, collate
+from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, PointConfig, grounded_pieces
+from preprocess import ViewConfig, Views, image_views, video_views
+from tokenizer import Tokenizer
+from vit import ViTConfig
+
+TOKENIZER = Tokenizer([(34, 62)])  # bytes, and `">` as one token
+CONFIG = replace(
+    PRESETS["tiny"],
+    views=ViewConfig(crop_size=70, margins=(1, 1), max_crops=4, max_frames=6),
+    vit=ViTConfig(width=32, layers=3, heads=4, mlp_hidden=48, taps=(-1, -3), grid=5),
+    connector=ConnectorConfig(width=32, heads=4, mlp_hidden=40, output_layer=False),
+    llm=LLMConfig(vocabulary=TOKENIZER.base_size, width=48, layers=3, heads=4, kv_heads=2, head_width=12, mlp_hidden=64, rope_theta=1e4),
+    point=PointConfig(width=16),
+)
+SPELLING = data.spelling(TOKENIZER)
+
+
+def scrambled(seed: int, config: MolmoConfig = CONFIG) -> Molmo:
+    """A model with every parameter random, biases, norms and the "no more points" vector included."""
+    model, generator = Molmo(config), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1.0 if "norm" in name and name.endswith("weight") or name == "ln_f.weight" else 0.0, 0.2, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> Molmo:
+    return scrambled(0)
+
+
+def look(seed: int, images: int = 0, frames: int = 0, sides: tuple[int, int] = (30, 200)) -> Views:
+    """Random pictures of random sizes, as the model gets to see them; of nothing, for a text-only row."""
+    rng = np.random.default_rng(seed)
+    pictures = [rng.integers(0, 256, (*rng.integers(*sides, 2), 3), dtype=np.uint8) for _ in range(images or frames)]
+    if images:
+        return image_views(pictures, CONFIG.views)
+    if frames:
+        return video_views(pictures, [0.5 * i for i in range(frames)], CONFIG.views)
+    return Views(np.zeros((0, 25, 588), np.uint8), np.zeros((0, 5)), np.zeros((0, 4), np.int64), np.zeros(0, bool), [], [], None)
+
+
+def pointed(views: Views, rng: np.random.Generator, lists: int = 1, most: int = 4) -> tuple[list[str], np.ndarray]:
+    """An answer with lists of random points in the order of the rules, as pieces and rows."""
+    tokens, slots = np.nonzero((views.pooling >= 0) & views.indexable[:, None])
+    pieces, rows = ["Here: "], []
+    for _ in range(lists):
+        picked = np.sort(rng.choice(len(tokens), rng.integers(1, most + 1), replace=False))
+        pieces += grounded_pieces(range(1, len(picked) + 1), "cups")
+        rows += [[tokens[i], slots[i], rng.integers(9)] for i in picked] + [[-1, -1, -1]]
+    return pieces, np.array(rows, np.int64)
+
+
+def tree(seed: int, branches: int = 1, lists: int = 1, **seen) -> Example:
+    """Pictures and questions about them; every second one is answered with points, if there is anything to point at."""
+    views, rng = look(seed, **seen), np.random.default_rng([seed, 1])
+    made = []
+    for number in range(branches):
+        pieces, rows = [f"It is {rng.integers(99)}."], np.zeros((0, 3), np.int64)
+        if len(views.pooling) and number % 2 == 0:
+            pieces, rows = pointed(views, rng, lists)
+        made.append(data.branch(TOKENIZER, f"what is {rng.integers(99)}?", pieces, rows))
+    return Example(data.trunk(TOKENIZER, views), views.crops, views.pooling, made)
+
+
+def prompt(seed: int, question: str = "where?", **seen) -> Example:
+    return data.prompt(TOKENIZER, look(seed, **seen), question)
+
+
+# ---- the decoder against slow loops ----------------------------------------------------------------------------------
+
+
+def slow_decoder(model: Molmo, x: np.ndarray, positions: list[int], mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs (T, d) of one row -> hidden states before the final norm, and logits: loops over places and heads."""
+    w, c = {name: p.detach().double().numpy() for name, p in model.named_parameters()}, model.config.llm
+    norm = lambda row, weight: row / math.sqrt((row**2).mean() + c.norm_eps) * weight
+
+    def turned(head: np.ndarray, position: int) -> np.ndarray:
+        half, out = c.head_width // 2, np.zeros(c.head_width)
+        for i in range(half):
+            z = complex(head[i], head[half + i]) * np.exp(1j * position * c.rope_theta ** (-2 * i / c.head_width))
+            out[i], out[half + i] = z.real, z.imag
+        return out
+
+    for layer in range(c.layers):
+        name, x = f"blocks.{layer}.", x.copy()
+        projected = [w[name + "self_attn.att_proj.weight"] @ norm(row, w[name + "attn_norm.weight"]) for row in x]
+        heads = [row.reshape(-1, c.head_width) for row in projected]
+        q = [[turned(norm(h, w[name + "self_attn.q_norm.weight"]), p) for h in row[:c.heads]] for row, p in zip(heads, positions)]
+        k = [[turned(norm(h, w[name + "self_attn.k_norm.weight"]), p) for h in row[c.heads:c.heads + c.kv_heads]]
+             for row, p in zip(heads, positions)]
+        v = [row[c.heads + c.kv_heads:] for row in heads]
+        for t in range(len(x)):
+            mixed = []
+            for head in range(c.heads):
+                group = head // (c.heads // c.kv_heads)  # neighbouring query heads share a key head
+                seen = [s for s in range(len(x)) if mask[t, s]]
+                share = np.exp([q[t][head] @ k[s][group] / math.sqrt(c.head_width) for s in seen])
+                mixed.append(sum(a * v[s][group] for a, s in zip(share / share.sum(), seen)))
+            x[t] += w[name + "self_attn.attn_out.weight"] @ np.concatenate(mixed)
+            y = w[name + "mlp.ff_proj.weight"] @ norm(x[t], w[name + "ff_norm.weight"])
+            up, gate = y[:c.mlp_hidden], y[c.mlp_hidden:]
+            x[t] += w[name + "mlp.ff_out.weight"] @ (gate / (1 + np.exp(-gate)) * up)
+    head = "wte" if model.lm_head is None else "lm_head"
+    table = np.concatenate([w[head + ".embedding"], w[head + ".new_embedding"]])
+    return x, np.array([table @ norm(row, w["ln_f.weight"]) for row in x])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_decoder_equals_slow_loops(tied):
+    """Hidden states and logits agree with loops over places and heads, under the mask of a tree with two branches."""
+    model = scrambled(1, replace(CONFIG, llm=replace(CONFIG.llm, tied=tied)))
+    batch = collate([tree(2, branches=2, images=1, sides=(30, 60))])
+    with torch.no_grad():
+        sight = model.see(batch)
+        x, (h, _) = model.inputs(batch, sight), model(batch)
+        logits = model.logits(h)
+    ids = model.mask_ids(batch)
+    mask = may_attend(ids, ids)[0].numpy()
+    slow_h, slow_logits = slow_decoder(model, x[0].double().numpy(), batch.positions[0].tolist(), mask)
+    np.testing.assert_allclose(h[0].numpy(), slow_h, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits[0].numpy(), slow_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_equal_a_loop(model):
+    """Every embedding is the word's, plus what the connector, the chosen token or the chosen patch adds, place by place."""
+    batch = collate([tree(3, images=2, branches=3, lists=2), tree(4), tree(5, frames=3)])
+    ids = model.ids
+    with torch.no_grad():
+        sight, fast = model.see(batch), None
+        fast = model.inputs(batch, sight)
+        patches = model.vit(batch.crops).flatten(0, 1)
+    words = torch.cat([model.wte.embedding, model.wte.new_embedding]).detach()
+    build = model.point_predictor.build_vit_embedding
+    choices, seen, last, kinds = iter(batch.points.tolist()), 0, None, set()
+    for row in range(len(batch.tokens)):
+        for place, token in enumerate(batch.tokens[row].tolist()):
+            expected = words[ids["<im_patch>"] if token == ids["<im_low>"] else token].clone()
+            if token in (ids["<im_patch>"], ids["<im_low>"]):
+                expected += sight.embeddings[seen]
+                seen += 1
+            if token == ids[TOKEN_INDEX]:
+                last = next(choices)
+                kinds.add(last[0] >= 0)
+                expected += sight.embeddings[last[0]] if last[0] >= 0 else 0
+            if token == ids[VIT_INDEX]:
+                expected += build.weight.detach() @ patches[batch.pooling[last[0], last[1]]] + build.bias.detach()
+            torch.testing.assert_close(fast[row, place], expected, rtol=1e-5, atol=1e-5)
+    assert seen == len(batch.pooling) and next(choices, None) is None and kinds == {True, False}
+
+
+def test_placeholders_and_windows_must_match(model):
+    """A batch with another number of placeholders than pool windows is refused with both numbers."""
+    batch = collate([tree(6, images=1)])
+    count = len(batch.pooling)
+    with pytest.raises(ValueError, match=f"{count} visual placeholder tokens, but {count - 1} pool windows"):
+        model.see(replace(batch, pooling=batch.pooling[1:]))
+
+
+def test_initial_weights_are_a_pure_function_of_the_seed():
+    """The same seed gives the same weights, another seed others, and all are filled and finite."""
+    one, two, other = (Molmo(CONFIG).initialize(seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(one[name], two[name]) and one[name].isfinite().all() for name in one)
+    assert not torch.equal(one["blocks.0.mlp.ff_out.weight"], other["blocks.0.mlp.ff_out.weight"])
+
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
+
+
+def test_config_survives_json():
+    """Every preset comes back equal from its JSON text."""
+    for config in [*PRESETS.values(), CONFIG]:
+        assert MolmoConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("old, new, word", [
+    ('"layers": 3', '"layers": 3, "depth": 3', "depth"),
+    ('"kv_heads": 2,', "", "kv_heads"),
+    ('"points_as"', '"points_at"', "points_a"),
+    ('"points_as": "tokens"', '"points_as": "pixels"', "pixels"),
+])
+def test_wrong_configs_are_refused(old, new, word):
+    """An unknown, missing or impossible entry of a config raises ValueError that names it."""
+    text = CONFIG.to_json()
+    assert old in text
+    with pytest.raises(ValueError, match=word):
+        MolmoConfig.from_json(text.replace(old, new))
+
+
+def test_only_models_with_grounding_tokens_speak_them(model):
+    """As text the extra tokens have no logits; as grounding tokens only the three of a point can be spoken."""
+    h = torch.randn(2, CONFIG.llm.width, generator=torch.Generator().manual_seed(0))
+    text = scrambled(0, replace(CONFIG, points_as="text"))
+    assert text.point_predictor is None and text.logits(h).shape == (2, TOKENIZER.base_size)
+    allowed = speakable(model, model.logits(h[0])).isfinite().nonzero()[:, 0].tolist()
+    assert allowed == [*range(TOKENIZER.base_size), *(model.ids[name] for name in (TOKEN_INDEX, VIT_INDEX, VIT_LOC))]
+
+
+# ---- the mask rule ---------------------------------------------------------------------------------------------------
+
+# a: text, v: visual. Example 0: two images of 4 and 5 tokens in the trunk, branches 1 and 2; example 1: one image; padding.
+#            0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 1 1 1 1 1 - -
+#            0 0 0 0 0 0 0 0 0 0 0 0 1 1 1 2 2 0 0 0 0 1 0 0
+DRAWING = """
+          a  # . . . . . . . . . . . . . . . . . . . . . . .
+          v  # # # # # . # # # # # . . . . . . . . . . . . .
+          v  # # # # # . # # # # # . . . . . . . . . . . . .
+          v  # # # # # . # # # # # . . . . . . . . . . . . .
+          v  # # # # # . # # # # # . . . . . . . . . . . . .
+          a  # # # # # # . . . . . . . . . . . . . . . . . .
+          v  # # # # # # # # # # # . . . . . . . . . . . . .
+          v  # # # # # # # # # # # . . . . . . . . . . . . .
+          v  # # # # # # # # # # # . . . . . . . . . . . . .
+          v  # # # # # # # # # # # . . . . . . . . . . . . .
+          v  # # # # # # # # # # # . . . . . . . . . . . . .
+          a  # # # # # # # # # # # # . . . . . . . . . . . .
+          a  # # # # # # # # # # # # # . . . . . . . . . . .
+          a  # # # # # # # # # # # # # # . . . . . . . . . .
+          a  # # # # # # # # # # # # # # # . . . . . . . . .
+          a  # # # # # # # # # # # # . . . # . . . . . . . .
+          a  # # # # # # # # # # # # . . . # # . . . . . . .
+          a  . . . . . . . . . . . . . . . . . # . . . . . .
+          v  . . . . . . . . . . . . . . . . . # # # . . . .
+          v  . . . . . . . . . . . . . . . . . # # # . . . .
+          a  . . . . . . . . . . . . . . . . . # # # # . . .
+          a  . . . . . . . . . . . . . . . . . # # # # # . .
+          a  . . . . . . . . . . . . . . . . . . . . . . # .
+          a  . . . . . . . . . . . . . . . . . . . . . . # #
+"""
+
+
+def test_mask_is_as_drawn():
+    """Visual tokens of an example see each other both ways, across images; all else is causal, inside trunk and branch."""
+    rows = [line.split() for line in DRAWING.split("\n") if line.strip()]
+    example = [0] * 17 + [1] * 5 + [-1] * 2
+    branch = [0] * 12 + [1] * 3 + [2] * 2 + [0] * 4 + [1] + [0] * 2
+    visual = [row[0] == "v" for row in rows]
+    ids = Ids(*(torch.tensor([field]) for field in (example, branch, list(range(24)), visual)))
+    assert [["#" if seen else "." for seen in row] for row in may_attend(ids, ids)[0].tolist()] == [row[1:] for row in rows]
+
+
+def test_mask_equals_a_slow_loop():
+    """On random ids, with fewer queries than keys as in cached decoding, the predicate is its definition pair by pair."""
+    rng = np.random.default_rng(0)
+    draw = lambda t: (rng.integers(-1, 2, (3, t)), rng.integers(0, 3, (3, t)), rng.integers(0, 20, (3, t)), rng.random((3, t)) < 0.5)
+    q, k = draw(7), draw(15)
+    mask = may_attend(Ids(*map(torch.from_numpy, q)), Ids(*map(torch.from_numpy, k)))
+    for b in range(3):
+        for i in range(7):
+            for j in range(15):
+                (qe, qb, qo, qv), (ke, kb, ko, kv) = ([field[b, n] for field in side] for side, n in ((q, i), (k, j)))
+                allowed = qe == ke and kb in (0, qb) and (ko <= qo or (qv and kv))
+                assert bool(mask[b, i, j]) == allowed
+
+
+def test_special_tokens_around_pictures_are_visual(model):
+    """Start, end, column and placeholder tokens count as visual; text, times, labels and grounding tokens do not."""
+    views = look(7, images=2)
+    pieces = views.layout + [TOKEN_INDEX, VIT_INDEX, VIT_LOC, "text", "<|im_end|>"]
+    for piece in pieces:
+        tokens = torch.tensor([TOKENIZER.encode_layout([piece])])
+        assert model.visual(tokens).all() == model.visual(tokens).any() == (piece.startswith("<im_") or piece == "<low_res_im_start>")
+    assert model.visual(torch.tensor([[model.ids["<frame_start>"], model.ids["<frame_end>"], model.ids["<|image|>"]]])).tolist() == [[True, True, False]]
+
+
+# ---- what may influence what -----------------------------------------------------------------------------------------
+
+
+def hidden(model: Molmo, batch: Batch) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(batch)[0]
+
+
+def reached(model: Molmo, batch: Batch, start: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool: places whose hidden state may depend on the inputs at `start` (B, T), by walking the mask loop by loop."""
+    visual = model.visual(batch.tokens)
+    changed = start.clone()
+    for _ in range(model.config.llm.layers):
+        before = changed.clone()
+        for b, q in (~before).nonzero().tolist():
+            for k in before[b].nonzero()[:, 0].tolist():
+                same = batch.example_ids[b, q] == batch.example_ids[b, k]
+                near = batch.branch_ids[b, k] in (0, batch.branch_ids[b, q])
+                changed[b, q] |= bool(same and near and (k <= q or (visual[b, q] and visual[b, k])))
+    return changed
+
+
+def differing(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+    return (one != two).any(-1)
+
+
+@pytest.mark.parametrize("image", [0, 1])
+def test_an_image_changes_exactly_what_may_see_it(model, image):
+    """Of two images in one prompt, changing one changes all that sees it, directly or through others, and not a bit else."""
+    views = look(8, images=2, sides=(30, 80))
+    batch = collate([data.prompt(TOKENIZER, views, "where?"), tree(9, branches=2, images=1)])
+    patches = np.nonzero(views.patches[:, 0] == image)[0]
+    crops = batch.crops.clone()
+    crops[sorted(set(patches // 25))] ^= 255
+    placeholder = torch.isin(batch.tokens[0], torch.tensor([model.ids["<im_patch>"], model.ids["<im_low>"]])).nonzero()[:, 0]
+    start = torch.zeros_like(batch.tokens, dtype=torch.bool)
+    start[0, placeholder[np.isin(views.pooling, patches).any(1)]] = True
+    changed = differing(hidden(model, batch), hidden(model, replace(batch, crops=crops)))
+    assert torch.equal(changed, reached(model, batch, start))
+    assert changed[0].any() and not changed[0].all() and not changed[1].any()
+
+
+def test_text_before_the_images_never_changes(model):
+    """The beginning and the label of the first image are bit-equal whatever the images show; the label of the second is not."""
+    views = look(8, images=2, sides=(30, 80))
+    batch = collate([data.prompt(TOKENIZER, views, "where?")])
+    changed = differing(hidden(model, batch), hidden(model, replace(batch, crops=batch.crops ^ 255)))[0].tolist()
+    before = len(TOKENIZER.encode("Image 1")) + 1
+    assert not any(changed[:before]) and all(changed[before:])
+
+
+def test_branches_do_not_see_each_other(model):
+    """Changing the tokens of one branch changes that branch from there on, and no bit of the trunk or of other branches."""
+    batch = collate([tree(10, branches=3, images=1), tree(11, branches=2, frames=2)])
+    place = int((batch.branch_ids[0] == 2).nonzero()[4, 0])
+    tokens = batch.tokens.clone()
+    tokens[0, place] += 1
+    changed = differing(hidden(model, batch), hidden(model, replace(batch, tokens=tokens)))
+    expected = (batch.branch_ids == 2) & (torch.arange(batch.tokens.shape[1]) >= place)
+    expected[1] = False
+    assert torch.equal(changed, expected)
+
+
+def test_each_branch_is_as_if_alone(model):
+    """A branch has the same hidden states in a tree as right behind the trunk with no other branch."""
+    whole = tree(12, branches=3, images=1)
+    batch, trunk = collate([whole]), len(whole.trunk)
+    together = hidden(model, batch)[0]
+    for number, branch in enumerate(whole.branches, start=1):
+        alone = hidden(model, collate([replace(whole, branches=[branch])]))[0]
+        torch.testing.assert_close(together[:trunk], alone[:trunk], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together[batch.branch_ids[0] == number], alone[trunk:], rtol=1e-4, atol=1e-4)
+
+
+def in_one_row(batch: Batch) -> Batch:
+    """The examples of a batch behind each other in one row, padding and all, each with its own example id."""
+    rows, length = batch.tokens.shape
+    owner = torch.where(batch.example_ids >= 0, torch.arange(rows)[:, None], -1)
+    flat = {name: getattr(batch, name).reshape(1, -1) for name in ("tokens", "targets", "loss_weights", "positions", "branch_ids")}
+    return replace(batch, example_ids=owner.reshape(1, -1), **flat)
+
+
+def test_packed_examples_are_as_if_in_rows_of_their_own(model):
+    """Examples that share a row give the same hidden states at every place and the same losses as in separate rows."""
+    batch = collate([tree(13, branches=2, images=1), tree(14), tree(15, branches=2, lists=2, frames=2)])
+    packed = in_one_row(batch)
+    real = batch.example_ids >= 0
+    separate, together = hidden(model, batch), hidden(model, packed).view(*batch.tokens.shape, -1)
+    torch.testing.assert_close(together[real], separate[real], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        one, two = model.losses(batch), model.losses(packed)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-4)
+
+
+# ---- the two generates -----------------------------------------------------------------------------------------------
+
+
+def babble(model: Molmo):
+    """A sampler that looks at nothing but the logits, and begins and ends lists often."""
+    point, (close,), eos = model.ids[TOKEN_INDEX], SPELLING.close, SPELLING.eos
+
+    def sample(logits: torch.Tensor) -> int:
+        if logits[point].isfinite() and logits[1] > logits[2]:
+            return point
+        if logits[3] > logits[4] + 1.0:
+            return close
+        return eos if logits[5] > logits[6] + 2.5 else int(logits[:eos].argmax())
+
+    return sample
+
+
+def script(tokens: list[int]):
+    """A sampler that says what it is told to."""
+    rest = iter(tokens)
+
+    def sample(logits: torch.Tensor) -> int:
+        token = next(rest)
+        assert logits[token].isfinite(), "the script asks for a token that may not be said"
+        return token
+
+    return sample
+
+
+SEEN = {"text": {}, "image": {"images": 1, "sides": (100, 200)}, "two images": {"images": 2}, "video": {"frames": 4}}
+
+
+@pytest.mark.parametrize("seen", SEEN)
+def test_cached_equals_slow(model, seen):
+    """With and without pictures, the cached answer is the uncached one: tokens, choices and the reason it ended."""
+    points = stops = 0
+    for seed in range(3):
+        batch = collate([prompt(20 + seed, **SEEN[seen])])
+        fast, = generate(model, batch, SPELLING, 40, babble(model))
+        assert fast == generate_slowly(model, batch, SPELLING, 40, babble(model))
+        points += sum(row[2] >= 0 for row in fast.rows)
+        stops += sum(row[0] < 0 for row in fast.rows)
+    assert (points >= 6 and stops >= 2) if SEEN[seen] else points == stops == 0
+
+
+@pytest.mark.parametrize("seen", ["image", "two images", "video"])
+def test_cached_equals_slow_on_a_script(model, seen):
+    """Lists written one after the other by a fixed script, up to the last token that fits, are the same in both."""
+    point = model.ids[TOKEN_INDEX]
+    listed = TOKENIZER.encode('<points coords="') + [t for i in range(9) for t in (point, TOKENIZER.encode(str(i))[0])]
+    tokens = listed + listed + [SPELLING.eos]
+    for seed in range(2):
+        batch = collate([prompt(30 + seed, **SEEN[seen])])
+        for room in (17, 18, 19, 120):
+            fast, = generate(model, batch, SPELLING, room, script(tokens))
+            assert fast == generate_slowly(model, batch, SPELLING, room, script(tokens))
+            assert fast.finish_reason == ("stop" if room == 120 else "length")
+    assert len(fast.rows) == 18
+
+
+def test_rows_of_a_batch_are_as_if_alone(model):
+    """Prompts of different lengths and kinds in one batch get the answers that each gets alone."""
+    prompts = [prompt(40, "hm", **SEEN["image"]), prompt(41, "what is the longest question of all?"), prompt(42, **SEEN["video"]),
+               prompt(43, "and?", **SEEN["two images"]), prompt(44, "so", **SEEN["image"])]
+    together = generate(model, collate(prompts), SPELLING, 40, babble(model))
+    assert together == [generate(model, collate([p]), SPELLING, 40, babble(model))[0] for p in prompts]
+    assert {answer.finish_reason for answer in together} == {"stop", "length"}, "this test needs answers that end early"
+    assert sum(row[2] >= 0 for answer in together for row in answer.rows) >= 4
+
+
+def test_answers_go_on_after_an_answer_with_points(model):
+    """A second turn, with the points of the first among its inputs, is answered alike by both."""
+    views, rng = look(50, images=1), np.random.default_rng(50)
+    pieces, rows = pointed(views, rng)
+    asked = TOKENIZER.chat_prompt("where?") + TOKENIZER.encode_layout(pieces) + [SPELLING.eos] + TOKENIZER.chat_prompt("and now?")
+    example = data.prompt(TOKENIZER, views, "")
+    example.branches[0].tokens, example.branches[0].points = np.array(asked + [SPELLING.eos]), rows
+    example.branches[0].learned = np.zeros(len(asked) + 1, bool)
+    batch = collate([example])
+    fast, = generate(model, batch, SPELLING, 30, babble(model))
+    assert fast == generate_slowly(model, batch, SPELLING, 30, babble(model))
+
+
+def test_end_of_turn(model):
+    """The end-of-turn token ends an answer and is not part of it; an answer that is not over ends for its length."""
+    batch, words = collate([prompt(45, **SEEN["image"])]), TOKENIZER.encode("cups")
+    for run in (lambda room, tokens: generate(model, batch, SPELLING, room, script(tokens))[0],
+                lambda room, tokens: generate_slowly(model, batch, SPELLING, room, script(tokens))):
+        assert run(9, words + [SPELLING.eos]) == Answer(words, [], "stop")
+        assert run(5, words + [SPELLING.eos]) == Answer(words, [], "stop")
+        assert run(4, words + [SPELLING.eos]) == Answer(words, [], "length")
+        assert run(0, []) == Answer([], [], "length")
+        assert run(3, [SPELLING.eos]) == Answer([], [], "stop")
+
+
+def test_text_models_generate_alike():
+    """A model that writes its points as text has no rules to follow, and both ways agree for it too."""
+    model = scrambled(2, replace(CONFIG, points_as="text"))
+    batch = collate([prompt(46, **SEEN["image"])])
+    fast, = generate(model, batch, SPELLING, 30)
+    assert fast == generate_slowly(model, batch, SPELLING, 30) and len(fast.tokens) == 30 and fast.rows == []
+
+
+def test_sampling_is_reproducible(model):
+    """With a temperature the same seed gives the same answer, cached or not, and another seed another answer."""
+    batch = collate([prompt(47, **SEEN["image"])])
+    run = lambda seed: generate(model, batch, SPELLING, 25, sampler(1.0, 0.9, seed))[0]
+    assert run(1) == run(1) == generate_slowly(model, batch, SPELLING, 25, sampler(1.0, 0.9, 1))
+    assert run(1) != run(2)
+
+
+def test_sampler():
+    """Temperature 0 takes the best token; top-p keeps the fewest tokens that reach it; counts follow the probabilities."""
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    counts = lambda sample: torch.bincount(torch.tensor([sample(logits) for _ in range(2000)]), minlength=4) / 2000
+    assert sampler()(logits) == 1 and sampler(1.0, 0.01)(logits) == 1
+    assert counts(sampler(1.0, 0.4)).tolist() == [0, 1, 0, 0]
+    torch.testing.assert_close(counts(sampler(1.0, 0.65)), torch.tensor([0, 4 / 7, 0, 3 / 7]), rtol=0, atol=0.04)
+    torch.testing.assert_close(counts(sampler(1.0)), logits.exp(), rtol=0, atol=0.04)
+    torch.testing.assert_close(counts(sampler(0.5)), (2 * logits).softmax(0), rtol=0, atol=0.04)
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+def gradients(model: Molmo, batch: Batch) -> dict[str, torch.Tensor | None]:
+    """Of the training loss: all sums together, over the summed weights."""
+    model.zero_grad()
+    losses = model.losses(batch)
+    (sum(losses[name] for name in train.LOSSES) / batch.loss_weights.sum().clamp(min=1)).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_gradient_reaches_every_parameter():
+    """Images, a video and points together move every parameter, but for key biases, which no softmax can feel."""
+    found = gradients(scrambled(3), collate([tree(60, branches=2, lists=2, images=2), tree(61, frames=3), tree(62)]))
+    unfelt = {name for name in found if name.endswith(("wk.bias", "subpatch_k.bias"))}
+    for name, gradient in found.items():
+        assert gradient is not None and gradient.isfinite().all(), name
+        assert name in unfelt or gradient.abs().max() > 1e-6, f"nothing reaches {name}"
+    assert len(unfelt) == CONFIG.vit.layers + 2
+
+
+def without_loss(batch: Batch) -> Batch:
+    return replace(batch, loss_weights=torch.zeros_like(batch.loss_weights))
+
+
+@pytest.mark.parametrize("batch", [
+    lambda: without_loss(collate([tree(63, images=1, branches=2)])),
+    lambda: collate([tree(64), tree(65, branches=2)]),
+    lambda: without_loss(collate([tree(64)])),
+    lambda: collate([prompt(66, images=1), tree(67)]),
+    lambda: collate([tree(68), tree(69, frames=2)]),
+], ids=["no loss", "no pictures", "neither", "no points", "pictures in one row"])
+def test_odd_batches_have_finite_gradients(batch):
+    """A batch without loss tokens, without pictures or without points gives finite losses and no NaN gradient."""
+    found = gradients(scrambled(3), batch())
+    assert all(gradient is None or gradient.isfinite().all() for gradient in found.values())
+    assert any(gradient is not None for gradient in found.values())
+
+
+# ---- learning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_few_scenes_are_learned(optimizer):
+    """After 40 steps on four small pictures the loss has fallen far and the decoded points lie in the right places."""
+    config = replace(CONFIG, views=replace(CONFIG.views, max_crops=1), optimizer=optimizer)
+    rng, examples, answers, prompts = np.random.default_rng(0), [], [], []
+    for _ in range(4):
+        picture = np.full((70, 70, 3), 40, np.uint8)
+        corners = [(x, y) for x, y in rng.integers(0, 4, (2, 2)) * 14 + 7]
+        for x, y in corners:
+            picture[y:y + 14, x:x + 14] = 250, 220, 30
+        views = image_views([picture], config.views)
+        points = [data.Point(i, 0, x + 7.0, y + 7.0) for i, (x, y) in enumerate(corners)]
+        query = data.Query("point", "Where?", "spots", [0, 1], "", "all")
+        pieces, rows = data.answer_pieces(query, points, views, data.patch_map(views), config)
+        examples.append(Example(data.trunk(TOKENIZER, views), views.crops, views.pooling, [data.branch(TOKENIZER, "Where?", pieces, rows)]))
+        answers.append(Answer(TOKENIZER.encode_layout(pieces), rows.tolist(), "stop"))
+        prompts.append(data.prompt(TOKENIZER, views, "Where?"))
+
+    model, batch = Molmo(config).initialize(0), collate(examples)
+    optimisers, history = train.optimizers(model), []
+    for group in (group for optimiser in optimisers for group in optimiser.param_groups):
+        group["lr"] = 3e-3
+    for _ in range(40):
+        losses = model.losses(batch)
+        loss = sum(losses[name] for name in train.LOSSES) / batch.loss_weights.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        history.append(loss.item())
+    print([round(x, 3) for x in history[::5]])
+    assert history[-1] < history[0] / 20
+    assert generate(model.eval(), collate(prompts), SPELLING, 80) == answers

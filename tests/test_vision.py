@@ -1,0 +1,182 @@
+"""The ViT and the connector, against slow loops written here in numpy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from connector import Connector, ConnectorConfig, gather_windows
+from vit import ViT, ViTConfig
+
+VIT = ViTConfig(width=12, layers=4, heads=3, mlp_hidden=20, taps=(-2, -4), grid=3, patch_size=2)
+
+
+def scrambled(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """The module in float64 with every parameter random, biases and norms included."""
+    generator = torch.Generator().manual_seed(seed)
+    module = module.double()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(0, 0.4, generator=generator)
+    return module
+
+
+def arrays(module: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {name: p.detach().numpy() for name, p in module.named_parameters()}
+
+
+def linear(x: np.ndarray, w: dict, name: str) -> np.ndarray:
+    return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
+
+
+def softmax(scores: list[float]) -> list[float]:
+    weights = [math.exp(s - max(scores)) for s in scores]
+    return [weight / sum(weights) for weight in weights]
+
+
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: int) -> np.ndarray:
+    """One query (c,) over keys and values (n, c), head by head."""
+    c, out = len(q) // heads, np.zeros(len(q))
+    for head in range(heads):
+        part = slice(head * c, (head + 1) * c)
+        for share, value in zip(softmax([float(q[part] @ key[part]) / math.sqrt(c) for key in k]), v):
+            out[part] += share * value[part]
+    return out
+
+
+# ---- the ViT ---------------------------------------------------------------------------------------------------------
+
+
+def slow_vit(w: dict, c: ViTConfig, crop: np.ndarray) -> list[np.ndarray]:
+    """One crop (S, 3P²) -> the output (S, v) of every block."""
+
+    def norm(x, name):
+        rows = [(row - row.mean()) / math.sqrt(((row - row.mean()) ** 2).mean() + 1e-6) for row in x]
+        return np.array(rows) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    x = np.array([linear((patch / 255 - 0.5) / 0.5, w, "patch_embedding") for patch in crop]) + w["positional_embedding"]
+    outputs = []
+    for i in range(max(c.tapped) + 1):
+        y = norm(x, f"blocks.{i}.attention_norm")
+        q, k, v = (linear(y, w, f"blocks.{i}.attention.{name}") for name in ("wq", "wk", "wv"))
+        x = x + linear(np.array([attend(row, k, v, c.heads) for row in q]), w, f"blocks.{i}.attention.wo")
+        y = linear(norm(x, f"blocks.{i}.ffn_norm"), w, f"blocks.{i}.feed_forward.w1")
+        y = 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        x = x + linear(y, w, f"blocks.{i}.feed_forward.w2")
+        outputs.append(x)
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def vit() -> ViT:
+    return scrambled(ViT(VIT), 0)
+
+
+@pytest.fixture(scope="module")
+def crops() -> torch.Tensor:
+    return torch.randint(0, 256, (3, 9, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def test_vit_equals_slow_loops(vit, crops):
+    """The features are the outputs of the tapped blocks, the first tap first, computed crop by crop, head by head."""
+    outputs = [slow_vit(arrays(vit), VIT, crop.numpy()) for crop in crops]
+    expected = np.array([np.concatenate([blocks[2], blocks[0]], axis=1) for blocks in outputs])
+    np.testing.assert_allclose(vit(crops).detach().numpy(), expected, rtol=0, atol=1e-10)
+
+
+def test_released_taps_are_blocks_24_and_18():
+    """Of 27 layers the third- and the ninth-from-last are tapped, and nothing after them is built."""
+    assert ViTConfig().tapped == [24, 18] and ViTConfig().feature_width == 2304
+    assert len(ViT(VIT).blocks) == 3
+    for order in ((0, 1), (1, 0), (-1, -2)):
+        assert len(ViT(ViTConfig(width=4, layers=2, heads=1, mlp_hidden=4, grid=1, patch_size=1, taps=order)).blocks) == 2
+
+
+def test_crops_do_not_see_each_other(vit, crops):
+    """Changing one crop leaves the features of the others bit-equal."""
+    changed = crops.clone()
+    changed[1] = 255 - changed[1]
+    same = (vit(changed) == vit(crops)).flatten(1).all(1)
+    assert same.tolist() == [True, False, True]
+
+
+def test_position_table_is_resized_only_for_another_grid(vit):
+    """On its own grid the table is used as it is; on another it is resized as Pillow's bicubic filter does."""
+    assert vit.positions(9) is vit.positional_embedding
+    for side in (2, 5, 7):
+        resized = vit.positions(side * side).detach().numpy().reshape(side, side, -1)
+        for channel, plane in enumerate(vit.positional_embedding.detach().numpy().T):
+            picture = Image.fromarray(plane.reshape(3, 3).astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
+            np.testing.assert_allclose(resized[..., channel], np.asarray(picture), atol=1e-5)
+
+
+def test_another_grid_changes_only_the_positions(vit):
+    """Crops of 5x5 patches go through, and without a position table patches may come in any order."""
+    crops = torch.randint(0, 256, (1, 25, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    flat = scrambled(ViT(VIT), 0)
+    with torch.no_grad():
+        flat.positional_embedding.zero_()
+    order = torch.randperm(25, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(flat(crops[:, order]), flat(crops)[:, order], rtol=0, atol=1e-10)
+    assert (vit(crops[:, order]) - vit(crops)[:, order]).abs().max() > 1e-3
+
+
+# ---- the connector ---------------------------------------------------------------------------------------------------
+
+
+def slow_connector(w: dict, heads: int, patches: np.ndarray, pooling: np.ndarray) -> np.ndarray:
+    """Window by window: the mean of its patches asks, its patches answer, the gated projector follows."""
+    tokens = []
+    for window in pooling:
+        slots = [patches[i] for i in window if i >= 0]
+        q = linear(sum(slots) / len(slots), w, "image_pooling_2d.wq")
+        k, v = (np.array([linear(slot, w, f"image_pooling_2d.{name}") for slot in slots]) for name in ("wk", "wv"))
+        x = attend(q, k, v, heads)
+        if "image_pooling_2d.wo.weight" in w:
+            x = linear(x, w, "image_pooling_2d.wo")
+        gate, value = linear(x, w, "image_projector.w1"), linear(x, w, "image_projector.w3")
+        tokens.append(linear(gate / (1 + np.exp(-gate)) * value, w, "image_projector.w2"))
+    return np.array(tokens)
+
+
+def connector(output_layer: bool) -> Connector:
+    return scrambled(Connector(ConnectorConfig(width=6, heads=2, mlp_hidden=10, output_layer=output_layer), 8, 5), 4)
+
+
+IMAGE_WINDOWS = [[0, 1, 5, 6], [2, -1, 7, -1], [-1, -1, -1, 11], [3, 4, 8, 9], [-1, 10, -1, 0]]  # 2x2
+FRAME_WINDOWS = [[0, 1, 2, 3, 4, 5, 6, 7, 8], [9, 10, -1, 11, 2, -1, -1, -1, -1], [-1] * 8 + [5]]  # 3x3
+
+
+@pytest.mark.parametrize("output_layer", [True, False])
+@pytest.mark.parametrize("windows", [IMAGE_WINDOWS, FRAME_WINDOWS])
+def test_connector_equals_slow_loops(windows, output_layer):
+    """A visual token is the pooled and projected window of its valid slots, as if the empty ones were not there."""
+    model, pooling = connector(output_layer), torch.tensor(windows)
+    patches = torch.randn(12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    out = model(*gather_windows(patches, pooling)).detach().numpy()
+    np.testing.assert_allclose(out, slow_connector(arrays(model), 2, patches.numpy(), pooling.numpy()), rtol=0, atol=1e-10)
+
+
+def test_more_empty_slots_change_nothing():
+    """Windows of four and of nine slots may share a batch: -1 slots added to a window do not change its token."""
+    model, pooling = connector(False), torch.tensor(IMAGE_WINDOWS)
+    patches = torch.randn(12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    wide = torch.cat([pooling, torch.full((5, 5), -1)], dim=1)
+    torch.testing.assert_close(model(*gather_windows(patches, wide)), model(*gather_windows(patches, pooling)), rtol=0, atol=1e-12)
+
+
+def test_empty_slots_carry_no_gradient():
+    """Patches that no window names get no gradient, though empty slots gather some patch on the way."""
+    patches = torch.randn(12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(7), requires_grad=True)
+    connector(True)(*gather_windows(patches, torch.tensor([[3, -1, -1, 5], [-1, -1, 7, -1]]))).square().sum().backward()
+    assert patches.grad.abs().sum(1).nonzero()[:, 0].tolist() == [3, 5, 7]
+
+
+def test_no_windows_at_all():
+    """A batch without pictures gives no visual tokens, through every part."""
+    vit, features = scrambled(ViT(VIT), 8), connector(True)
+    none = vit(torch.zeros(0, 9, 12, dtype=torch.uint8))
+    assert none.shape == (0, 9, 24)
+    assert features(*gather_windows(torch.zeros(0, 8, dtype=torch.float64), torch.zeros(0, 4, dtype=torch.long))).shape == (0, 5)
