@@ -70,11 +70,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="infer.py", description=__doc__.split("\n")[0])
     parser.add_argument("media", nargs="+", metavar="MEDIA", help="an image, several images or one video")
     parser.add_argument("prompt", metavar="PROMPT", help='for example "Point to the cups."')
-    parser.add_argument("--checkpoint", default=HOME / "assets/tiny", help="a folder written by train.py (default: the tiny one)")
+    parser.add_argument("--checkpoint", default=HOME / "assets/tiny", help="a folder written by train.py")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default: %(default)s)")
     parser.add_argument("--json", choices=["-"], help="print the result as JSON and nothing else")
-    parser.add_argument("--max-frames", type=number(int, 1, 10_000), help="sampled from a video")
-    parser.add_argument("--fps", type=number(float, 0.001, 1000), help="sampled frames per second, if --max-frames allows")
+    parser.add_argument("--max-frames", type=number(int, 1, 10_000), help="at most so many are sampled from a video")
+    parser.add_argument("--fps", type=number(float, 0.001, 1000), help="frames sampled per second of a video")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=number(int, 0, 2**32), default=0, help="of the sampling")
     parser.add_argument("--temperature", type=number(float, 0, 100), default=0, help="0 takes the likeliest token")
@@ -157,7 +157,8 @@ def draw(picture: np.ndarray, marks: Sequence[tuple[Point, float]]) -> np.ndarra
     radius = max(8, min(image.size) // 40)
     for point, opacity in marks:
         to_the_left = point.x > image.width - 4 * radius - radius * len(str(point.id))
-        down = min(max(point.y, radius), image.height - radius) - point.y  # keeps the id inside the picture
+        inset = 1.25 * radius  # keeps the id inside the picture
+        down = min(max(point.y, inset), image.height - inset) - point.y
         tile = marker(point.id, radius, to_the_left, round(down))
         opaque = tile.getchannel("A").point(lambda alpha: round(alpha * opacity))
         image.paste(tile, (round(point.x - tile.width / 2), round(point.y - tile.height / 2)), opaque)
@@ -166,8 +167,8 @@ def draw(picture: np.ndarray, marks: Sequence[tuple[Point, float]]) -> np.ndarra
 
 @lru_cache(256)
 def marker(number: int, radius: int, to_the_left: bool, down: int) -> Image.Image:
-    """A square tile with a ring around its centre and a number beside it. Light between dark: something of it stands out
-    from any background. Drawn four times too large, for soft edges."""
+    """A square tile with a ring around its centre and a number beside it, light between dark: something of it stands
+    out from any background. Drawn four times too large, for soft edges."""
     r, text = 4 * radius, str(number)
     font = ImageFont.load_default(1.9 * r)
     reach = -(-int(1.8 * r + font.getlength(text) + r // 2) // 4) * 4  # from the centre to the edge
@@ -181,14 +182,14 @@ def marker(number: int, radius: int, to_the_left: bool, down: int) -> Image.Imag
     return tile.reduce(4)
 
 
-def opacity(age: float) -> float:
-    """Of a marker `age` seconds after its moment."""
+def fade(age: float) -> float:
+    """The opacity of a marker `age` seconds after its moment."""
     return min((SHOWN - age) / FADING, 1.0) if 0 <= age < SHOWN else 0.0
 
 
 def annotated_frames(media: Media, points: Sequence[Point]) -> Iterator[np.ndarray]:
     for seconds, frame in frames_of(media.paths[0]):
-        marks = [(point, opacity(seconds - media.views.times[point.picture])) for point in points]
+        marks = [(point, fade(seconds - media.views.times[point.picture])) for point in points]
         yield draw(frame, [mark for mark in marks if mark[1] > 0])
 
 

@@ -261,7 +261,7 @@ class Molmo(nn.Module):
         tables of embeddings and positions: as large as what the blocks add to them; the head: small."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name.startswith("ln_f"):
                 p.fill_(float(name.endswith("weight")))
             elif p.dim() == 1:
                 p.zero_()

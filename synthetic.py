@@ -307,16 +307,16 @@ def _settle(rng: np.random.Generator, sprites: list[Sprite], shape: tuple[int, i
 
 
 def still(seed: int, index: int) -> Scene:
-    """One picture, each side 80 to 192 pixels, of 2 to 8 things of 17% to 36% of its shorter side, each of which
+    """One picture, each side 72 to 168 pixels, of 2 to 8 things of 20% to 38% of its shorter side, each of which
     shows at least 45% of itself. A pure function of (seed, index), both >= 0."""
     rng = _generator(seed, index, 0)
-    width, height = (int(side) for side in rng.integers(80, 193, 2))
+    width, height = (int(side) for side in rng.integers(72, 169, 2))
     style = str(rng.choice(BACKGROUNDS))
     background = _background(rng, style, width, height)
     settled = {}
     while len(settled) < 2:
         n = rng.integers(2, 7) if rng.random() < 0.92 else rng.integers(7, 9)
-        things = _cast(rng, n, 0.17 * min(width, height), 0.36 * min(width, height))
+        things = _cast(rng, n, 0.20 * min(width, height), 0.38 * min(width, height))
         sprites = [_sprite(rng, thing) for thing in things]
         settled = _settle(rng, sprites, (height, width))
     frame, masks, points = _compose(background, [sprites[i] for i in settled], np.array([*settled.values()]))

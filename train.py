@@ -87,12 +87,17 @@ def parts_of(model: Molmo) -> dict[str, dict[str, nn.Parameter]]:
     return parts
 
 
+def is_table(name: str) -> bool:
+    """Word embeddings, positions and the head: rows that are looked up, not matrices that mix channels."""
+    return name.startswith(("wte", "lm_head")) or name == "vit.positional_embedding"
+
+
 def optimizers(model: Molmo) -> list[torch.optim.Optimizer]:
     """AdamW as in the papers (no weight decay); with "muon", the matrices inside the network go to Muon, scaled so that
     one learning rate serves both."""
     adamw, muon = [], []
     for part, params in parts_of(model).items():
-        matrices = {n for n, p in params.items() if model.config.optimizer == "muon" and p.dim() == 2 and "embedding" not in n}
+        matrices = {n for n, p in params.items() if model.config.optimizer == "muon" and p.dim() == 2 and not is_table(n)}
         adamw.append({"params": [p for n, p in params.items() if n not in matrices], "part": part})
         muon.append({"params": [p for n, p in params.items() if n in matrices], "part": part})
     made = [torch.optim.AdamW([g for g in adamw if g["params"]], betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)]

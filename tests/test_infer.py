@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -31,15 +32,35 @@ def checkpoint(tiny, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def media(tmp_path):
-    """A folder with two grey pictures and a clip of 30 frames at 10 fps."""
-    folder = tmp_path / "media"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """Two grey pictures, a clip of 30 frames at 10 fps, and files that are not what their names say."""
+    folder = tmp_path_factory.mktemp("originals")
     for name, size in [("wide.png", (300, 160)), ("tall.png", (120, 260))]:
         Image.new("RGB", size, (GREY,) * 3).save(folder / name)
     write_video(folder / "clip.mp4", (np.full((120, 160, 3), GREY, np.uint8) for _ in range(30)), 10)
+    (folder / "empty.png").touch()
+    (folder / "empty.mp4").touch()
+    (folder / "nothing.ppm").write_bytes(b"P6 0 0 255\n")
+    Image.new("1", (10_000, 10_000)).save(folder / "huge.png")
+    (folder / "text.mp4").write_text("Hello, I am a text.\n" * 50)
+    (folder / "headless.mp4").write_bytes((folder / "clip.mp4").read_bytes()[:-300])
+    sound(folder / "sound.mp4")
     return folder
+
+
+def sound(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 44100, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+@pytest.fixture
+def media(originals, tmp_path):
+    return shutil.copytree(originals, tmp_path / "media")
 
 
 @pytest.fixture
@@ -77,7 +98,7 @@ def will_write(monkeypatch, answer):
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 def test_points_in_images_come_back_in_pixels(run, media, tmp_path, tiny, monkeypatch):
-    """Grounding tokens for known places give these places (to a third of a patch) in the JSON, the text and the pictures."""
+    """Grounding tokens for known places give these places, to a ninth of a patch, as JSON, text and markers."""
     truth = [Point(1, 0, 60, 40), Point(2, 0, 220, 100), Point(3, 1, 70, 130)]
     paths = [media / "wide.png", media / "tall.png"]
     views = image_views([read_image(path) for path in paths], VIEWS)
@@ -112,7 +133,7 @@ def test_points_in_images_come_back_in_pixels(run, media, tmp_path, tiny, monkey
 
 
 def test_point_in_video_shows_at_its_moment(run, media, tmp_path, tiny, monkeypatch):
-    """The clip keeps its frames, size and rate; the marker is there from the point's frame on, fades and is gone after 1 s."""
+    """The clip keeps its frames, size and rate; the marker comes with the point's frame and is gone after 1 s."""
     frames, times = read_video(media / "clip.mp4", VIEWS.fps, VIEWS.max_frames)
     will_answer(monkeypatch, tiny[1], video_views(frames, times, VIEWS), [Point(1, 2, 80, 60)])
     status, out, _ = run(media / "clip.mp4", "Point to the cup.", "--json", "-")
@@ -149,7 +170,8 @@ def test_readable_spells_points_out_wherever_they_stand(tiny):
     views = image_views([np.zeros((100, 200, 3), np.uint8)] * 2, VIEWS)
     points = [Point(1, 0, 20, 50), Point(2, 1, 200, 0), Point(1, 1, 100, 7.3)]
     triple = "<|token_index|><|vit_index|><|vit_loc|>"
-    text = f'a <points coords="{triple}1{triple}2<|token_index|>">b</points> <points coords="{triple}1<|token_index|><|vit_index|>'
+    text = (f'a <points coords="{triple}1{triple}2<|token_index|>">b</points> '
+            f'<points coords="{triple}1<|token_index|><|vit_index|>')
     assert infer.readable(text, points, views) == (
         'a <points coords="1 1 100 500;2 2 1000 000">b</points> <points coords="2 1 500 073')
     listed = write_text(points[:2], data.places(views), views.sizes, "b")
@@ -188,7 +210,8 @@ def test_images_of_one_name_do_not_overwrite_each_other(run, media, tmp_path, mo
         path.parent.mkdir(exist_ok=True)
         Image.new("RGB", (20, 20)).save(path)
     assert run(*paths, "Hello.")[0] == 0
-    assert tree(tmp_path / "out") == {"a.points.json", "a.points.png", "a-2.points.png", "a-2-2.points.png", "a-3.points.png"}
+    assert tree(tmp_path / "out") == {"a.points.json", "a.points.png", "a-2.points.png", "a-2-2.points.png",
+                                      "a-3.points.png"}
 
 
 @pytest.mark.parametrize("shade", [0, GREY, 255])
@@ -198,7 +221,7 @@ def test_markers_can_be_read_on_any_background(shade, x, y):
     drawn = infer.draw(np.full((80, 100, 3), shade, np.uint8), [(Point(27, 0, x, y), 1.0)]).astype(int)[..., 0]
     without = infer.draw(np.full((80, 100, 3), shade, np.uint8), [(Point(83, 0, x, y), 1.0)]).astype(int)[..., 0]
     number = np.argwhere(abs(drawn - without) > 100)  # only the number differs
-    assert len(number) > 20 and (drawn > 230).sum() > 40 and (drawn < 25).sum() > 40
+    assert len(number) > 20 and (drawn > 230).sum() > 20 and (drawn < 25).sum() > 20
     assert 0 < number.min(0).min() and (number.max(0) < (79, 99)).all()
 
 
@@ -214,7 +237,7 @@ def test_markers_fit_any_picture():
 
 def command(*words, cwd, **environment):
     return subprocess.run([sys.executable, infer.__file__, *map(str, words)], cwd=cwd, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, timeout=120)
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, timeout=300)
 
 
 def test_command_writes_inside_out_only(media, tmp_path, checkpoint):
@@ -230,8 +253,8 @@ def test_command_writes_inside_out_only(media, tmp_path, checkpoint):
 
 def test_command_prints_json_alone(media, tmp_path, checkpoint):
     """With --json, stdout is one JSON value, also for a video."""
-    done = command("media/clip.mp4", "Point to the cups.", "--json", "-", "--checkpoint", checkpoint, "--max-new-tokens", 3,
-                   cwd=tmp_path)
+    done = command("media/clip.mp4", "Point to the cups.", "--json", "-", "--checkpoint", checkpoint,
+                   "--max-new-tokens", 3, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     result = json.loads(done.stdout)
     assert set(result) == {"media", "prompt", "text", "points", "count", "finish_reason", "timing"}
@@ -253,15 +276,6 @@ def refused(outcome, *reasons):
     assert all(reason in err for reason in reasons), err
 
 
-def sound(path):
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=44100, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate, frame.pts = 44100, 0
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-
-
 @pytest.mark.parametrize("words, reason", [
     (["missing.png", "Hello."], "missing.png: no such file"),
     (["missing.mp4", "Hello."], "missing.mp4: no such file"),
@@ -271,7 +285,7 @@ def sound(path):
     (["huge.png", "Hello."], "huge.png: 10000x10000 pixels"),
     (["text.mp4", "Hello."], "text.mp4: cannot be read as a video"),
     (["sound.mp4", "Hello."], "no video stream"),
-    (["cut.mp4", "Hello."], "cut.mp4: cannot be read as a video"),
+    (["headless.mp4", "Hello."], "headless.mp4: cannot be read as a video"),
     (["wide.png", "text.mp4", "Hello."], "a video must come alone"),
     (["clip.mp4", "clip.mp4", "Hello."], "a video must come alone"),
     (["wide.png", " \n"], "the prompt is empty"),
@@ -292,25 +306,9 @@ def sound(path):
 def test_bad_input_ends_in_one_line(run, media, tmp_path, monkeypatch, words, reason):
     """Exit status 2, one line that names the culprit, and nothing is written."""
     monkeypatch.chdir(media)
-    (media / "empty.png").touch()
-    (media / "empty.mp4").touch()
-    (media / "nothing.ppm").write_bytes(b"P6 0 0 255\n")
-    (media / "huge.png").write_bytes(huge_png())
-    (media / "text.mp4").write_text("Hello, I am a text.\n" * 50)
-    (media / "cut.mp4").write_bytes((media / "clip.mp4").read_bytes()[:-300])
-    if "sound.mp4" in words:
-        sound(media / "sound.mp4")
     before = tree(tmp_path)
     refused(run(*words), reason)
     assert tree(tmp_path) == before
-
-
-def huge_png() -> bytes:
-    """100 megapixels in a few bytes: a header and no more."""
-    import struct
-    import zlib
-    header = b"IHDR" + struct.pack(">IIBBBBB", 10_000, 10_000, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
 
 
 def test_bad_checkpoints_end_in_one_line(media, tmp_path, capsys, tiny):

@@ -173,10 +173,12 @@ def test_placeholders_and_windows_must_match(model):
 
 
 def test_initial_weights_are_a_pure_function_of_the_seed():
-    """The same seed gives the same weights, another seed others, and all are filled and finite."""
+    """The same seed gives the same weights, another seed others; all are filled and finite, and every norm starts at 1."""
     one, two, other = (Molmo(CONFIG).initialize(seed).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(one[name], two[name]) and one[name].isfinite().all() for name in one)
     assert not torch.equal(one["blocks.0.mlp.ff_out.weight"], other["blocks.0.mlp.ff_out.weight"])
+    norms = [name for name in one if name.endswith(("norm.weight", "ln_f.weight"))]
+    assert len(norms) == 2 * 3 + 4 * CONFIG.llm.layers + 2 and all((one[name] == 1).all() for name in norms)
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
@@ -385,7 +387,7 @@ def babble(model: Molmo):
             return point
         if logits[3] > logits[4] + 1.0:
             return close
-        return eos if logits[5] > logits[6] + 2.5 else int(logits[:eos].argmax())
+        return eos if logits[5] > logits[6] + 1.5 else int(logits[:eos].argmax())
 
     return sample
 
@@ -539,7 +541,7 @@ def test_odd_batches_have_finite_gradients(batch):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_few_scenes_are_learned(optimizer):
-    """After 40 steps on four small pictures the loss has fallen far and the decoded points lie in the right places."""
+    """After 60 steps on four small pictures the loss has fallen far and the decoded points lie in the right places."""
     config = replace(CONFIG, views=replace(CONFIG.views, max_crops=1), optimizer=optimizer)
     rng, examples, answers, prompts = np.random.default_rng(0), [], [], []
     for _ in range(4):
@@ -558,8 +560,8 @@ def test_a_few_scenes_are_learned(optimizer):
     model, batch = Molmo(config).initialize(0), collate(examples)
     optimisers, history = train.optimizers(model), []
     for group in (group for optimiser in optimisers for group in optimiser.param_groups):
-        group["lr"] = 3e-3
-    for _ in range(40):
+        group["lr"] = 5e-3
+    for _ in range(60):
         losses = model.losses(batch)
         loss = sum(losses[name] for name in train.LOSSES) / batch.loss_weights.sum()
         loss.backward()
@@ -568,6 +570,5 @@ def test_a_few_scenes_are_learned(optimizer):
             optimiser.step()
             optimiser.zero_grad()
         history.append(loss.item())
-    print([round(x, 3) for x in history[::5]])
     assert history[-1] < history[0] / 20
     assert generate(model.eval(), collate(prompts), SPELLING, 80) == answers

@@ -49,9 +49,9 @@ def test_stills_keep_to_their_ranges(monkeypatch):
     for i in range(60):
         scene = still(1, i)
         _, height, width, _ = scene.frames.shape
-        assert 80 <= min(height, width) and max(height, width) <= 192 and not scene.is_video
-        assert 2 <= len(scene.things) <= 10
-        assert all(0.17 <= thing.size / min(height, width) <= 0.36 for thing in scene.things)
+        assert 72 <= min(height, width) and max(height, width) <= 168 and not scene.is_video
+        assert 2 <= len(scene.things) <= 8
+        assert all(0.20 <= thing.size / min(height, width) <= 0.38 for thing in scene.things)
         assert (scene.masks[0].sum((1, 2)) >= 0.45 * np.array(areas[-1])).all()
         assert np.isfinite(scene.points).all()
 
