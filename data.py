@@ -8,7 +8,12 @@ Synthetic sets are endless: example number i is a pure function of (seed, i), so
 numbers can be held out for evaluation.
 """
 
+import argparse
+import os
+import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +22,7 @@ from torch.utils.data import Dataset
 import synthetic
 from model import Answer, MolmoConfig, Spelling
 from packing import Branch, Example
-from pointing import (CLOSE_LIST, TOKEN_INDEX, PatchMap, Point, grounded_pieces, grounded_points, grounding_targets, read_text,
+from pointing import (CLOSE_LIST, VIT_LOC, PatchMap, Point, grounded_pieces, grounded_points, grounding_targets, read_text,
                       write_text)
 from preprocess import Views, image_views, video_views
 from synthetic import Query, Scene
@@ -94,7 +99,9 @@ def read_answer(answer: Answer, tokenizer: Tokenizer, views: Views) -> tuple[str
     points never mix in one answer: grounding tokens, if there are any, are the points."""
     text = tokenizer.decode(answer.tokens)
     if answer.rows:
-        return text, grounded_points(text, answer.rows, patch_map(views))
+        after = (i + 1 for i, token in enumerate(answer.tokens) if token == tokenizer.special[VIT_LOC])
+        written = [tokenizer.decode(answer.tokens[i:i + 9]) for i in after]
+        return text, grounded_points(answer.rows, written, patch_map(views))
     return text, read_text(text, places(views), views.sizes)
 
 
@@ -125,3 +132,45 @@ class SyntheticSet(Dataset):
             pieces, rows = answer_pieces(query, truth(scene, query), views, map_, self.config)
             branches.append(branch(self.tokenizer, query.question, pieces, rows))
         return Example(trunk(self.tokenizer, views), views.crops, views.pooling, branches)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The manners of every command: bad input ends in one line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)  # argparse itself would print its usage as well
+
+
+def number(kind: type, low: float, high: float):
+    """An argparse type: a number from `low` to `high`."""
+    def read(text: str):
+        try:
+            if low <= (value := kind(text)) <= high:
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number "
+                                         f"from {low:g} to {high:g}")
+    return read
+
+
+@contextmanager
+def one_line(program: str):
+    """Around a command: bad input ends in one line on stderr and exit status 2, warnings are one line each.
+    MOLMO_TRACEBACK=1 in the environment shows the traceback."""
+    def say(*words: object) -> None:
+        print(f"{program}:", *" ".join(map(str, words)).split(), file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", UserWarning)  # "default": once, however often the file is decoded
+        warnings.showwarning = lambda message, *_, **__: say("warning:", message)
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+            if os.environ.get("MOLMO_TRACEBACK") == "1":
+                raise
+            say(error if str(error) else type(error).__name__)
+            raise SystemExit(2) from None

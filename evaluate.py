@@ -7,9 +7,9 @@ matched one to one by least total distance (Hungarian). Per question P = hits / 
 figures are means over questions. Scenes come from seeds that training never uses.
 """
 
-import argparse
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from preprocess import Views
 from synthetic import Query, Scene
 from tokenizer import Tokenizer
 
+HOME = Path(__file__).resolve().parent
 EVALUATION_SEED = 2_000_000  # training seeds lie below
 FAR = 1e6                    # pixels: the distance to an object that is not in that picture
 
@@ -148,17 +149,19 @@ def by_kind_of_question(asked: list[Asked]) -> dict[str, float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", default="assets/tiny", help="a folder written by train.py")
-    parser.add_argument("--scenes", type=int, default=300, help="fresh scenes of each sort, three questions each")
-    parser.add_argument("--seed", type=int, default=EVALUATION_SEED)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    model, tokenizer = weights.load(args.checkpoint, args.device)
-    for name, videos in (("stills", False), ("clips", True)):
-        figures, asked = evaluate(model, tokenizer, videos, args.scenes, args.seed)
-        print(f"{name}: " + json.dumps({k: round(v, 3) for k, v in figures.items()}))
-        print("  by question: " + json.dumps({k: round(v, 2) for k, v in by_kind_of_question(asked).items()}))
+    with data.one_line("evaluate.py"):
+        parser = data.Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
+        parser.add_argument("--checkpoint", default=HOME / "assets/tiny", help="a folder written by train.py")
+        parser.add_argument("--scenes", type=data.number(int, 1, 10**6), default=300,
+                            help="fresh scenes of each sort, three questions each")
+        parser.add_argument("--seed", type=data.number(int, 0, 2**32), default=EVALUATION_SEED)
+        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        args = parser.parse_args()
+        model, tokenizer = weights.load(args.checkpoint, args.device)
+        for name, videos in (("stills", False), ("clips", True)):
+            figures, asked = evaluate(model, tokenizer, videos, args.scenes, args.seed)
+            print(f"{name}: " + json.dumps({k: round(v, 3) for k, v in figures.items()}))
+            print("  by question: " + json.dumps({k: round(v, 2) for k, v in by_kind_of_question(asked).items()}))
 
 
 if __name__ == "__main__":

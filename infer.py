@@ -19,9 +19,7 @@ import os
 import re
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby, islice
@@ -37,7 +35,7 @@ import weights
 from model import Answer, Molmo, generate, sampler
 from packing import collate
 from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, Point
-from preprocess import (ViewConfig, Views, displayed_at, frames_of, image_views, is_video, read_image, read_video,
+from preprocess import (ViewConfig, Views, displayed_at, frame_times, frames_of, image_views, is_video, read_image, read_video,
                         video_views, write_video)
 from tokenizer import Tokenizer
 
@@ -47,39 +45,21 @@ SHOWN, FADING = 1.0, 0.5  # seconds: how long a point of a video has a marker, a
 
 # ---- 1. what is asked ------------------------------------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)  # argparse itself would print its usage as well
-
-
-def number(kind: type, low: float, high: float):
-    """An argparse type: a number from `low` to `high`."""
-    def read(text: str):
-        try:
-            if low <= (value := kind(text)) <= high:
-                return value
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number "
-                                         f"from {low:g} to {high:g}")
-    return read
-
-
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Raises ValueError if what it asks for makes no sense."""
-    parser = Parser(prog="infer.py", description=__doc__.split("\n")[0])
+    parser = data.Parser(prog="infer.py", description=__doc__.split("\n")[0])
     parser.add_argument("media", nargs="+", metavar="MEDIA", help="an image, several images or one video")
     parser.add_argument("prompt", metavar="PROMPT", help='for example "Point to the cups."')
     parser.add_argument("--checkpoint", default=HOME / "assets/tiny", help="a folder written by train.py")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default: %(default)s)")
     parser.add_argument("--json", choices=["-"], help="print the result as JSON and nothing else")
-    parser.add_argument("--max-frames", type=number(int, 1, 10_000), help="at most so many are sampled from a video")
-    parser.add_argument("--fps", type=number(float, 0.001, 1000), help="frames sampled per second of a video")
+    parser.add_argument("--max-frames", type=data.number(int, 1, 10_000), help="at most so many are sampled from a video")
+    parser.add_argument("--fps", type=data.number(float, 0.001, 1000), help="frames sampled per second of a video")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=number(int, 0, 2**32), default=0, help="of the sampling")
-    parser.add_argument("--temperature", type=number(float, 0, 100), default=0, help="0 takes the likeliest token")
-    parser.add_argument("--top-p", type=number(float, 0.001, 1), default=0.95, help="for temperatures above 0")
-    parser.add_argument("--max-new-tokens", type=number(int, 1, 10_000), default=256)
+    parser.add_argument("--seed", type=data.number(int, 0, 2**32), default=0, help="of the sampling")
+    parser.add_argument("--temperature", type=data.number(float, 0, 100), default=0, help="0 takes the likeliest token")
+    parser.add_argument("--top-p", type=data.number(float, 0.001, 1), default=0.95, help="for temperatures above 0")
+    parser.add_argument("--max-new-tokens", type=data.number(int, 1, 10_000), default=256)
     args = parser.parse_intermixed_args(argv)
     if not args.prompt.strip():
         raise ValueError("the prompt is empty: ask something")
@@ -119,7 +99,7 @@ def look(paths: list[str], config: ViewConfig) -> Media:
     """Read one or several images, or one video. Raises MediaError."""
     if is_video(paths[0]):
         views = video_views(*read_video(paths[0], config.fps, config.max_frames), config)
-        return Media(paths, views, [], [seconds for seconds, _ in frames_of(paths[0])])
+        return Media(paths, views, [], frame_times(paths[0]))
     images = [read_image(path) for path in paths]
     return Media(paths, image_views(images, config), images, [])
 
@@ -226,25 +206,6 @@ def table(result: dict) -> str:
                       f"{timing['tokens']} tokens, {timing['tokens_per_second']} tokens/s"])
 
 
-@contextmanager
-def one_line():
-    """Inside, bad input ends in one line on stderr and exit status 2, and warnings are one line each."""
-    def say(*words: object) -> None:
-        print("infer.py:", *" ".join(map(str, words)).split(), file=sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("default", UserWarning)  # "default": once, however often the file is decoded
-        warnings.showwarning = lambda message, *_, **__: say("warning:", message)
-        try:
-            yield
-        except (OSError, ValueError, RuntimeError, MemoryError) as error:
-            if os.environ.get("MOLMO_TRACEBACK") == "1":
-                raise
-            say(error if str(error) else type(error).__name__)
-            raise SystemExit(2) from None
-
-
 def stopwatch():
     """Returns a function that tells the seconds since its last call."""
     last = perf_counter()
@@ -257,7 +218,7 @@ def stopwatch():
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with one_line():
+    with data.one_line("infer.py"):
         # 1. What is asked
         args, lap, timing = arguments(argv), stopwatch(), {}
 

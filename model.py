@@ -97,7 +97,7 @@ PRESETS = {
         views=ViewConfig(crop_size=126, margins=(1, 1), max_crops=4, max_frames=16),
         vit=ViTConfig(width=128, layers=5, heads=4, mlp_hidden=512, taps=(-1, -3), grid=9),
         connector=ConnectorConfig(width=128, heads=4, mlp_hidden=256, output_layer=False),
-        llm=LLMConfig(vocabulary=512, width=192, layers=4, heads=6, kv_heads=2, head_width=32, mlp_hidden=512, rope_theta=1e4),
+        llm=LLMConfig(vocabulary=512, width=192, layers=4, heads=6, kv_heads=2, head_width=32, mlp_hidden=384, rope_theta=1e4),
         point=PointConfig(width=64),
         optimizer="muon",
     ),
@@ -407,7 +407,7 @@ def speakable(model: Molmo, logits: Tensor) -> Tensor:
 @torch.inference_mode()
 def generate_slowly(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int, sample=sampler()) -> Answer:
     """The oracle: one unpadded prompt, the whole sequence through the model for every token, no cache."""
-    tokens, decoder = [], None
+    tokens, decoder, given = [], None, batch.points.tolist()
     for _ in range(max_new_tokens):
         h, sight = model(batch)
         decoder = decoder or start_decoder(model, h, sight, int(model.owners(batch)[0, -1]), spelling.close)
@@ -415,7 +415,7 @@ def generate_slowly(model: Molmo, batch: Batch, spelling: Spelling, max_new_toke
         if token == spelling.eos:
             return Answer(tokens, decoder.rows, "stop")
         tokens.append(token)
-        batch = _with_token(batch, token, decoder.rows)
+        batch = _with_token(batch, token, given + decoder.rows)
     return Answer(tokens, decoder.rows if decoder else [], "length")
 
 

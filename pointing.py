@@ -63,6 +63,8 @@ class PatchMap:
         """Pixel -> (visual token, slot, location 3 * column + row); the nearest patch if the point lies outside."""
         number, left, top, width, height = self.boxes.T
         column, row = (x - left) / width, (y - top) / height  # 0..1 inside the box
+        if not (number == picture).any():
+            raise ValueError(f"picture {picture} has no patch that can be pointed at")
         distance = np.maximum(abs(column - 0.5), abs(row - 0.5))
         i = np.where(number == picture, distance, np.inf).argmin()
         third = lambda position: min(max(int(3 * position), 0), 2)
@@ -102,13 +104,13 @@ def grounded_pieces(ids: Sequence[int], label: str, tracks: bool = False) -> lis
     return pieces + [TOKEN_INDEX, f"{CLOSE_LIST}{label}</{tag}>"]
 
 
-def grounded_points(text: str, rows: Sequence[Sequence[int]], patch_map: PatchMap) -> list[Point]:
-    """A decoded answer and the rows of its `PointDecoder` -> points in pixels; unfinished triples are left out. The id is
-    the number written after the triple; a triple without one takes its place in the answer."""
+def grounded_points(rows: Sequence[Sequence[int]], written: Sequence[str], patch_map: PatchMap) -> list[Point]:
+    """The rows of a `PointDecoder` and the text that follows each finished triple -> points in pixels. The id is the
+    number at the start of that text; a triple without one takes its place in the answer."""
     triples = [row for row in rows if min(row) >= 0]
-    written = re.findall(re.escape(VIT_LOC) + r"([0-9]{0,9})", text)
+    numbers = [re.match("[0-9]{0,9}", text)[0] for text in written]
     return [Point(int(number or order), *patch_map.pixel(*triple))
-            for order, (number, triple) in enumerate(zip(written, triples), start=1)]
+            for order, (number, triple) in enumerate(zip(numbers, triples), start=1)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,13 +333,15 @@ def write_text(points: Sequence[Point], places: Sequence[str], sizes, label: str
     appearance, and a picture's points are sorted by id.
     """
     scale = lambda value, side: min(max(round(1000 * value / side), 0), 1000)
-    rows = sorted((p.picture, scale(p.x, sizes[p.picture][0]), scale(p.y, sizes[p.picture][1]), p.id) for p in points)
+    place = list(places).index  # two frames less than 0.1 s apart may share a name: it means the first
+    rows = sorted((place(places[p.picture]), scale(p.x, sizes[p.picture][0]), scale(p.y, sizes[p.picture][1]), p.id)
+                  for p in points)
     names, groups = {}, {}
     for order, (picture, x, y, identity) in enumerate(rows, start=1):
         number = names.setdefault(identity, len(names) + 1) if tracks else order
-        groups.setdefault(places[picture], []).append((number, x, y))
-    listed = (f"{place} " + " ".join(f"{i} {x:03d} {y:03d}" for i, x, y in (sorted(group) if tracks else group))
-              for place, group in groups.items())
+        groups.setdefault(picture, {}).setdefault(number, (x, y))
+    listed = (f"{places[picture]} " + " ".join(f"{i} {x:03d} {y:03d}" for i, (x, y) in sorted(group.items()))
+              for picture, group in groups.items())
     tag = "tracks" if tracks else "points"
     return f'<{tag} coords="{";".join(listed)}">{label}</{tag}>'
 
@@ -378,10 +382,11 @@ def _read_list(kind: str, coords: str, places: Sequence[str], sizes) -> list[Poi
 
 
 def _read_old(attributes: str, sizes) -> list[Point] | None:
-    found = dict(re.findall(r'([xy]\d*)="([^"]*)"', attributes))
+    written = re.findall(r'([xy]\d*)="([^"]*)"', attributes)
+    found = dict(written)
     names = sorted((name[1:] for name in found if name[0] == "x"), key=lambda n: (len(n), n))
     percent = re.compile(r"\d{1,3}(\.\d+)?", re.ASCII)
-    if len(found) != 2 * len(names) or not all(percent.fullmatch(v) and float(v) <= 100 for v in found.values()):
+    if len(written) != len(found) or len(found) != 2 * len(names) or not all(percent.fullmatch(v) and float(v) <= 100 for v in found.values()):
         return None
     if names not in ([""], [str(i) for i in range(1, len(names) + 1)]) or not all("y" + n in found for n in names):
         return None

@@ -294,6 +294,11 @@ def frames_of(path: str | os.PathLike) -> Iterator[tuple[float, np.ndarray]]:
         yield seconds, picture
 
 
+def frame_times(path: str | os.PathLike) -> list[float]:
+    """The seconds of all frames of a video since the first. Raises MediaError; warns about a file that ends early."""
+    return [seconds for seconds, _ in _decode(path)]
+
+
 def read_video(path: str | os.PathLike, fps: float, max_frames: int) -> tuple[list[np.ndarray], list[float]]:
     """Sample a video as `sample_times` says: frames (H, W, 3) uint8 and the seconds at which they really start.
 

@@ -404,10 +404,10 @@ def frame_times(fps: float, seconds: float) -> np.ndarray:
 
 
 def world(seed: int, index: int, seconds: float | None = None) -> World:
-    """2 to 6 things of 18% to 36% of the shorter side, on a frame of 128 to 288 pixels a side, for `seconds` (2 to 6 in
+    """2 to 6 things of 18% to 36% of the shorter side, on a frame of 128 to 288 pixels a side, for `seconds` (1.5 to 5 in
     halves unless given). A pure function of its arguments; ValueError if one is negative."""
     rng = _generator(seed, index, 1)
-    drawn = float(rng.integers(4, 13) / 2)
+    drawn = float(rng.integers(3, 11) / 2)
     seconds = drawn if seconds is None else float(seconds)
     aspect = rng.uniform(3 / 4, 16 / 9)
     short = rng.uniform(128, 288 / max(aspect, 1 / aspect))
@@ -568,10 +568,10 @@ def _ask_qa(scene: Scene, rng: np.random.Generator) -> Query | None:
 
 
 # What is asked, and how often. Size and position are asked of stills only: in a clip they change.
-MIXTURE = {("point", "kind"): 22, ("point", "color+kind"): 22, ("point", "color"): 8, ("point", "all"): 4,
-           ("point", "size"): 9, ("point", "position"): 8, ("point", "none"): 6,
-           ("count", "kind"): 5, ("count", "color+kind"): 5, ("count", "color"): 4, ("count", "none"): 1.5,
-           ("caption", ""): 4, ("qa", ""): 10}
+MIXTURE = {("point", "kind"): 22, ("point", "color+kind"): 22, ("point", "color"): 10, ("point", "all"): 3,
+           ("point", "size"): 4, ("point", "position"): 6, ("point", "none"): 9,
+           ("count", "kind"): 5, ("count", "color+kind"): 5, ("count", "color"): 4, ("count", "none"): 3,
+           ("caption", ""): 4, ("qa", ""): 8}
 
 
 def _query(scene: Scene, rng: np.random.Generator) -> Query | None:
@@ -590,15 +590,16 @@ def _query(scene: Scene, rng: np.random.Generator) -> Query | None:
 
 
 def queries(scene: Scene, rng: np.random.Generator, n: int) -> list[Query]:
-    """n queries about one scene, no question twice (fewer if the scene has no more: a hundred draws find none new)."""
-    found: dict[str, Query] = {}
+    """n queries about one scene, nothing asked twice (fewer if the scene has no more: a hundred draws find none new)."""
+    found: dict[tuple[str, str], Query] = {}
     misses = 0
     while len(found) < n and misses < 100:
         query = _query(scene, rng)
-        if query is None or query.question in found:
+        key = query and (query.task, query.label or query.question)
+        if query is None or key in found:
             misses += 1
         else:
-            found[query.question], misses = query, 0
+            found[key], misses = query, 0
     return list(found.values())
 
 

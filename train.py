@@ -7,7 +7,6 @@ Writes a run folder: metrics.jsonl (a line per step and per evaluation), curves.
 `infer.py --checkpoint`.
 """
 
-import argparse
 import json
 import math
 import time
@@ -20,15 +19,17 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import data
 import weights
-from data import SyntheticSet
 from evaluate import evaluate
 from model import PRESETS, Molmo
 from packing import collate
 from tokenizer import Tokenizer
 
+HOME = Path(__file__).resolve().parent
 PARTS = ("vit", "connector", "llm", "point")
 LOSSES = ("token", "patch", "slot", "location")
+SMALL_EVALUATION = 40  # scenes of each sort
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,23 +52,24 @@ def each(*values):
 
 
 STAGES = {
-    ("tiny", 1): Stage(2000, 16, 6, 0.0, each(3e-3, 3e-3, 3e-3, 3e-3), each(50, 50, 50, 50), 1),
-    ("tiny", 2): Stage(1200, 16, 6, 0.6, each(1.5e-3, 1.5e-3, 1.5e-3, 1.5e-3), each(30, 30, 30, 30), 2),
+    ("tiny", 1): Stage(2500, 16, 4, 0.0, each(1e-3, 1e-3, 1e-3, 1e-3), each(20, 20, 20, 20), 1),
+    ("tiny", 2): Stage(1500, 16, 4, 0.5, each(7e-4, 7e-4, 7e-4, 7e-4), each(20, 20, 20, 20), 2),
 }
 
 
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse(argv: list[str] | None):
+    parser = data.Parser(prog="train.py", description=__doc__.split("\n")[0])
     parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
     parser.add_argument("--preset", default="tiny", choices=sorted({name for name, _ in STAGES}))
+    parser.add_argument("--points-as", default="tokens", choices=("tokens", "text"), help="how a new model writes points")
     parser.add_argument("--init", help="checkpoint of the stage before")
     parser.add_argument("--out", help="run folder (default: runs/stage<N>)")
-    parser.add_argument("--steps", type=int, help="instead of the stage's own number")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, and added to the seed of the scenes")
-    parser.add_argument("--eval-every", type=int, default=200, help="steps between small evaluations")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
+    parser.add_argument("--steps", type=data.number(int, 1, 10**9), help="instead of the stage's own number")
+    parser.add_argument("--seed", type=data.number(int, 0, 10_000), default=0, help="of the weights, and added to the seed of the scenes")
+    parser.add_argument("--eval-every", type=data.number(int, 1, 10**9), default=200, help="steps between small evaluations")
+    parser.add_argument("--workers", type=data.number(int, 0, 256), default=1, help="processes that draw scenes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ class Log:
         """curves.png: the losses (log scale) on the left, the evaluated shares on the right."""
         width, height = 480, 320
         sheet = Image.new("RGB", (2 * width, height), "white")
-        shares = sorted({k for line in self.lines if "eval" in line for k in line if k.startswith(("stills", "clips"))})
+        shares = sorted({k for line in self.lines for k in line if k.startswith(("stills", "clips"))})
         for x, names, scale in ((0, ["loss", *LOSSES], lambda v: math.log10(max(v, 1e-3))), (width, shares, float)):
             plot(sheet, x, width, height, {n: [(line["step"], scale(line[n])) for line in self.lines if n in line] for n in names})
         sheet.save(self.folder / "curves.png")
@@ -151,12 +153,25 @@ def plot(sheet: Image.Image, left: int, width: int, height: int, curves: dict[st
             draw.line([place(*p) for p in curve], fill=color, width=2)
 
 
+def small_evaluation(model: Molmo, tokenizer: Tokenizer, videos: bool) -> dict[str, float]:
+    """The figures to watch, on fresh scenes: a few, so they jump about by some hundredths."""
+    figures = {}
+    for name in ("stills", "clips") if videos else ("stills",):
+        result, _ = evaluate(model, tokenizer, name == "clips", SMALL_EVALUATION, quiet=True)
+        figures |= {f"{name} {k}": round(v, 3) for k, v in result.items() if k in ("f1", "count exact", "none recognised")}
+    return figures
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. The run
 
 
-def main():
-    args = parse()
+def main(argv: list[str] | None = None):
+    with data.one_line("train.py"):
+        run(parse(argv))
+
+
+def run(args):
     stage = STAGES[args.preset, args.stage]
     stage = replace(stage, steps=args.steps or stage.steps, seed=stage.seed + 100 * args.seed)
     log = Log(Path(args.out or f"runs/stage{args.stage}"))
@@ -164,12 +179,13 @@ def main():
     if args.init:
         model, tokenizer = weights.load(args.init, args.device)
     else:
-        tokenizer = Tokenizer.load("assets/tokenizer.json")
-        model = Molmo(PRESETS[args.preset]).initialize(args.seed).to(args.device)
+        tokenizer = Tokenizer.load(HOME / "assets/tokenizer.json")
+        config = replace(PRESETS[args.preset], points_as=args.points_as)
+        model = Molmo(config).initialize(args.seed).to(args.device)
     model.train()
     parts, optimisers = parts_of(model), optimizers(model)
 
-    examples = SyntheticSet(stage.seed, tokenizer, model.config, stage.branches, stage.videos)
+    examples = data.SyntheticSet(stage.seed, tokenizer, model.config, stage.branches, stage.videos)
     loader = DataLoader(examples, stage.batch, sampler=range(stage.steps * stage.batch), collate_fn=collate,
                         num_workers=args.workers)
     bar = tqdm(loader, total=stage.steps, desc=f"stage {args.stage}", dynamic_ncols=True)
@@ -180,12 +196,13 @@ def main():
         losses = model.losses(batch)
         divisor = batch.loss_weights.sum().clamp(min=1)
         loss = sum(losses[name] for name in LOSSES if name in losses) / divisor
-        if not torch.isfinite(loss):
-            raise SystemExit(f"step {step}: the loss is {loss.item()}; stopped before the step")
 
         # backward and step
         loss.backward()
         norms = {part: nn.utils.clip_grad_norm_(params.values(), 1.0).item() for part, params in parts.items() if params}
+        if not all(map(math.isfinite, [loss.item(), *norms.values()])):
+            raise ValueError(f"step {step}: loss {loss.item()}, gradient norms {norms}: stopped before the step; "
+                             f"the last checkpoint is in {log.folder}")
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(stage, group["part"], step)
@@ -195,18 +212,14 @@ def main():
         # report
         tokens += int((batch.example_ids >= 0).sum())
         shown = {name: (value / divisor).item() for name, value in losses.items() if name in LOSSES}
-        right = (losses["right"] / losses["choices"].clamp(min=1)).item() if "right" in losses else float("nan")
-        log.write(step=step, loss=loss.item(), **shown, right=right, norms=norms)
-        bar.set_postfix(loss=f"{loss.item():.3f}", **{k: f"{v:.2f}" for k, v in shown.items()}, right=f"{right:.0%}",
-                        tok_s=f"{tokens / (time.time() - started):.0f}")
+        if "right" in losses:  # the share of visual tokens (and of stops) chosen right
+            shown["right"] = (losses["right"] / losses["choices"].clamp(min=1)).item()
+        log.write(step=step, loss=loss.item(), **shown, norms=norms)
+        bar.set_postfix({"loss": loss.item(), **shown, "tokens/s": int(tokens / (time.time() - started))})
         if (step + 1) % args.eval_every == 0 or step + 1 == stage.steps:
             weights.save(log.folder / "checkpoint", model, tokenizer)  # before evaluating
-            figures = {}
-            for name, videos in (("stills", False), ("clips", True)):
-                if not videos or stage.videos:
-                    result, _ = evaluate(model, tokenizer, videos, scenes=40, quiet=True)
-                    figures |= {f"{name} {k}": round(v, 3) for k, v in result.items() if k in ("f1", "count exact", "none recognised")}
-            log.write(step=step, eval=True, **figures)
+            figures = small_evaluation(model, tokenizer, bool(stage.videos))
+            log.write(step=step, **figures)
             log.draw()
             bar.write(f"step {step + 1}: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()))
 

@@ -47,12 +47,19 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Molmo,
             raise CheckpointError(f"{folder}: not a checkpoint folder, {name} is missing")
     try:
         config = MolmoConfig.from_json((folder / "config.json").read_text())
-    except (ValueError, TypeError) as error:
+        with torch.device("meta"):
+            model = Molmo(config)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
-    with torch.device("meta"):
-        model = Molmo(config)
+    try:
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    if tokenizer.base_size != config.llm.vocabulary:
+        raise CheckpointError(f"{folder / 'tokenizer.json'}: {tokenizer.base_size} base tokens, "
+                              f"the config asks for {config.llm.vocabulary}")
     model.load_state_dict(_arrays(folder / "model.npz", model), assign=True)
-    return model.to(device).eval(), Tokenizer.load(folder / "tokenizer.json")
+    return model.to(device).eval(), tokenizer
 
 
 def _arrays(path: Path, model: Molmo) -> dict[str, torch.Tensor]:
@@ -62,7 +69,7 @@ def _arrays(path: Path, model: Molmo) -> dict[str, torch.Tensor]:
             if odd := sorted(set(file.files) ^ set(wanted)):
                 raise CheckpointError(f"{path}: {odd[0]} is {'missing' if odd[0] in wanted else 'not part of this model'}")
             arrays = {name: torch.from_numpy(file[name]).float() for name in wanted}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{path}: not readable ({error})") from None
     for name, shape in wanted.items():
         if arrays[name].shape != shape:

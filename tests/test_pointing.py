@@ -102,9 +102,8 @@ def test_grounded_points_read_ids_and_skip_what_is_unfinished():
     views = VIEWS["tiny"]()
     first = int(np.nonzero(views.indexable)[0][0])
     rows = [[first + 8, 0, 4], [first + 8, 1, 0], [-1, -1, -1], [first + 9, 2, 8], [first + 9, 3, -1]]
-    triple = TOKEN_INDEX + VIT_INDEX + VIT_LOC
-    text = f'<points coords="{triple}5{triple}{TOKEN_INDEX}">12 cups</points> <points coords="{triple}1{TOKEN_INDEX}{VIT_INDEX}'
-    found = grounded_points(text, rows, map_of(views))
+    after = [f"5{TOKEN_INDEX}", f'{TOKEN_INDEX}">12 cups</points>', f"1{TOKEN_INDEX}{VIT_INDEX}"]
+    found = grounded_points(rows, after, map_of(views))
     assert [p.id for p in found] == [5, 2, 1]
     assert [(p.picture, p.x, p.y) for p in found] == [map_of(views).pixel(*row) for row in rows if min(row) >= 0]
 

@@ -64,7 +64,7 @@ def test_clips_keep_to_their_ranges():
         assert 128 <= min(height, width) and max(height, width) <= 288 and 0.74 < width / height < 1.79
         assert 2 <= len(scene.things) <= 6 and scene.is_video
         assert all(0.18 <= thing.size / min(height, width) <= 0.36 for thing in scene.things)
-        assert 2 <= scene.times[-1] <= 6 and np.array_equal(scene.times, np.arange(frames) / 2)
+        assert 1.5 <= scene.times[-1] <= 5 and np.array_equal(scene.times, np.arange(frames) / 2)
         for j, sprite in enumerate(made.sprites):
             _, alone, _ = synthetic._compose(np.zeros((200, 200, 3), np.uint8), [sprite], np.array([[100, 100]]))
             assert scene.masks[:, j].sum((1, 2)).max() >= 0.6 * alone.sum()
@@ -300,24 +300,24 @@ def test_answers_in_words_are_true():
 
 
 def test_the_mixture_and_its_variety():
-    """Shares near the intended ones; no question twice; the two fixed phrasings occur; negatives are hard ones."""
+    """Shares near the intended ones; nothing asked twice; the two fixed phrasings occur; negatives are hard ones."""
     pairs = asked(250, 0, 4)
     tasks, about = Counter(q.task for _, q in pairs), Counter(q.about for _, q in pairs if q.task == "point")
     share = {name: count / len(pairs) for name, count in (tasks + about).items()}
-    intended = {"kind": 0.22, "color+kind": 0.22, "color": 0.08, "all": 0.04, "size": 0.07, "position": 0.07,
-                "count": 0.17, "caption": 0.04, "qa": 0.09}
+    intended = {"kind": 0.18, "color+kind": 0.20, "color": 0.10, "all": 0.03, "size": 0.04, "position": 0.08,
+                "count": 0.17, "caption": 0.05, "qa": 0.09}
     assert all(abs(share[name] - part) < 0.045 for name, part in intended.items()), share
     located = [(scene, query) for scene, query in pairs if query.label]
     nowhere = [(scene, query) for scene, query in located if query.about == "none"]
-    assert 0.06 < len(nowhere) / len(located) < 0.12
+    assert 0.10 < len(nowhere) / len(located) < 0.20
     near = [meant(scene, query.label.split()[-1]) != set() for scene, query in nowhere]
     assert np.mean(near) > 0.4  # the kind is there, the colour is not
     questions = {query.question for _, query in pairs}
     assert any(q.startswith("Point to the ") and q.endswith(".") for q in questions)
     assert any(q.startswith("point to the ") and not q.endswith(".") for q in questions)
     for scene in scenes(3, 1):
-        found = [query.question for query in queries(scene, np.random.default_rng(1), 15)]
-        assert len(found) == len(set(found)) == 15
+        found = [(query.task, query.label or query.question) for query in queries(scene, np.random.default_rng(1), 12)]
+        assert len(found) == len(set(found)) == 12
 
 
 def test_corpus_covers_every_word():
