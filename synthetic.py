@@ -132,7 +132,7 @@ def _paints(color: np.ndarray) -> dict[str, tuple[int, ...]]:
 
 def _sprite(rng: np.random.Generator, thing: Thing) -> Sprite:
     """Draws a thing with a tilt, tint and outline of its own. A ring is not tilted: its anchor stays at the top."""
-    tilt = 0.0 if thing.kind == "ring" else np.radians(rng.uniform(-25, 25))
+    tilt = 0.0 if thing.kind == "ring" else np.radians(rng.uniform(-15, 15))
     paints = _paints(COLORS[thing.color] + rng.uniform(-12, 12, 3))
     outline = round(rng.uniform(0.0, 0.05) * thing.size * OVERSAMPLING)
     side = int(np.ceil(thing.size)) + 4  # room for the outline
@@ -175,7 +175,7 @@ def _background(rng: np.random.Generator, style: str, width: int, height: int) -
 # 3. Scenes: frames, and who owns each pixel
 # ---------------------------------------------------------------------------------------------------------------------
 
-STILL_VISIBLE = 0.45   # of its area: what every thing of a still keeps in view
+STILL_VISIBLE = 0.60   # of its area: what every thing of a still keeps in view
 POINT_VISIBLE = 0.20   # of its area: what a thing must show in a frame to have a point there,
 POINT_PIXELS = 12      # and at least so many pixels
 CLEARLY_VISIBLE = 0.60  # what a thing must show at some moment of a clip, and what `first_seen` asks for
@@ -307,16 +307,19 @@ def _settle(rng: np.random.Generator, sprites: list[Sprite], shape: tuple[int, i
 
 
 def still(seed: int, index: int) -> Scene:
-    """One picture, each side 72 to 168 pixels, of 2 to 8 things of 20% to 38% of its shorter side, each of which
-    shows at least 45% of itself. A pure function of (seed, index), both >= 0."""
+    """One picture of 2 to 8 things, each of which shows at least 60% of itself. It is one or two squares wide and high
+    (a square has 88 to 126 pixels a side, two overlap to 224), things have 19% to 36% of a square's side, and larger
+    pictures hold more of them. A pure function of (seed, index), both >= 0."""
     rng = _generator(seed, index, 0)
-    width, height = (int(side) for side in rng.integers(72, 169, 2))
+    rows, columns = [(1, 1), (1, 2), (2, 1), (2, 2)][rng.choice(4, p=[0.5, 0.2, 0.2, 0.1])]
+    scale = rng.uniform(0.75, 1.0)
+    height, width = (round((28 + 98 * n) * scale * rng.uniform(0.93, 1.0)) for n in (rows, columns))
     style = str(rng.choice(BACKGROUNDS))
     background = _background(rng, style, width, height)
     settled = {}
     while len(settled) < 2:
-        n = rng.integers(2, 7) if rng.random() < 0.92 else rng.integers(7, 9)
-        things = _cast(rng, n, 0.20 * min(width, height), 0.38 * min(width, height))
+        n = rng.integers(2, 5) + rng.integers(rows * columns)
+        things = _cast(rng, n, 0.19 * 126 * scale, 0.36 * 126 * scale)
         sprites = [_sprite(rng, thing) for thing in things]
         settled = _settle(rng, sprites, (height, width))
     frame, masks, points = _compose(background, [sprites[i] for i in settled], np.array([*settled.values()]))
@@ -404,18 +407,18 @@ def frame_times(fps: float, seconds: float) -> np.ndarray:
 
 
 def world(seed: int, index: int, seconds: float | None = None) -> World:
-    """2 to 6 things of 18% to 36% of the shorter side, on a frame of 128 to 288 pixels a side, for `seconds` (1.5 to 5 in
+    """2 to 6 things of 20% to 36% of the shorter side, on a frame of 128 to 288 pixels a side, for `seconds` (1.5 to 5 in
     halves unless given). A pure function of its arguments; ValueError if one is negative."""
     rng = _generator(seed, index, 1)
     drawn = float(rng.integers(3, 11) / 2)
     seconds = drawn if seconds is None else float(seconds)
-    aspect = rng.uniform(3 / 4, 16 / 9)
+    aspect = rng.uniform(0.8, 1.4)
     short = rng.uniform(128, 288 / max(aspect, 1 / aspect))
     width, height = round(short * max(aspect, 1)), round(short * max(1 / aspect, 1))
     style = str(rng.choice(BACKGROUNDS))
     made = World(_background(rng, style, width, height), style, seconds, [], [], [])
     while len(made.things) < 2:
-        things = _cast(rng, int(rng.integers(2, 7)), 0.18 * min(width, height), 0.36 * min(width, height))
+        things = _cast(rng, int(rng.integers(2, 7)), 0.20 * min(width, height), 0.36 * min(width, height))
         motions: list[Motion] = []
         for thing in things:
             motions.append(_motion(rng, thing.size, (height, width), seconds, motions))

@@ -49,10 +49,10 @@ def test_stills_keep_to_their_ranges(monkeypatch):
     for i in range(60):
         scene = still(1, i)
         _, height, width, _ = scene.frames.shape
-        assert 72 <= min(height, width) and max(height, width) <= 168 and not scene.is_video
-        assert 2 <= len(scene.things) <= 8
-        assert all(0.20 <= thing.size / min(height, width) <= 0.38 for thing in scene.things)
-        assert (scene.masks[0].sum((1, 2)) >= 0.45 * np.array(areas[-1])).all()
+        assert 87 <= min(height, width) and max(height, width) <= 224 and not scene.is_video
+        assert 2 <= len(scene.things) <= 7
+        assert all(17 <= thing.size <= 46 for thing in scene.things)
+        assert (scene.masks[0].sum((1, 2)) >= 0.60 * np.array(areas[-1])).all()
         assert np.isfinite(scene.points).all()
 
 
@@ -61,9 +61,9 @@ def test_clips_keep_to_their_ranges():
     for i in range(25):
         made, scene = synthetic.world(1, i), clip(1, i)
         frames, height, width, _ = scene.frames.shape
-        assert 128 <= min(height, width) and max(height, width) <= 288 and 0.74 < width / height < 1.79
+        assert 128 <= min(height, width) and max(height, width) <= 288 and 0.79 < width / height < 1.41
         assert 2 <= len(scene.things) <= 6 and scene.is_video
-        assert all(0.18 <= thing.size / min(height, width) <= 0.36 for thing in scene.things)
+        assert all(0.20 <= thing.size / min(height, width) <= 0.36 for thing in scene.things)
         assert 1.5 <= scene.times[-1] <= 5 and np.array_equal(scene.times, np.arange(frames) / 2)
         for j, sprite in enumerate(made.sprites):
             _, alone, _ = synthetic._compose(np.zeros((200, 200, 3), np.uint8), [sprite], np.array([[100, 100]]))

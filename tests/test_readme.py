@@ -1,0 +1,59 @@
+"""The README is code: its commands run, the files it names exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import evaluate
+import infer
+import synthetic
+import tokenizer
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+            for line in block.splitlines() if line.strip()]
+PROGRAMS = {"train.py": train.main, "evaluate.py": evaluate.main, "infer.py": infer.main, "synthetic.py": synthetic.main,
+            "tokenizer.py": tokenizer.main}
+LESS = {"train.py": ["--steps", "1", "--workers", "0"], "evaluate.py": ["--scenes", "1"]}
+
+
+def test_the_readme_names_files_that_exist():
+    """Every file in backticks or in a link is there."""
+    named = re.findall(r"`([\w/.]+\.(?:py|md|txt|json|mp4|png))`", README) + re.findall(r"\]\(([^)#:]+)\)", README)
+    missing = [name for name in named if not (ROOT / name).exists() and not name.startswith("out/")]
+    assert len(named) > 10 and not missing, missing
+
+
+def test_make_targets_are_what_continuous_integration_runs():
+    """`make demo` and `make test` stand in the README and in .ci/run."""
+    made = [command for command in COMMANDS if command.startswith("make")]
+    assert sorted(made) == ["make demo", "make test"]
+    assert set(made) <= set((ROOT / ".ci/run").read_text().splitlines())
+
+
+def test_every_python_command_runs(tmp_path, monkeypatch, capfd):
+    """All commands in their order, in an empty folder with the assets beside it; training and evaluation cut short. The
+    vocabulary and the clip's truth come out byte for byte as they lie in assets/."""
+    commands = [shlex.split(command) for command in COMMANDS if command.startswith("python")]
+    assert {words[1] for words in commands} == set(PROGRAMS)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "SMALL_EVALUATION", 1)
+    for key, stage in train.STAGES.items():
+        monkeypatch.setitem(train.STAGES, key, train.replace(stage, batch=2))
+    for _, program, *words in commands:
+        target = words[words.index(">") + 1] if ">" in words else None
+        words = words[:words.index(">")] if target else words
+        monkeypatch.setattr("sys.argv", [program, *words, *LESS.get(program, [])])
+        capfd.readouterr()
+        status = PROGRAMS[program]()
+        assert not status, (program, words)
+        if target:
+            (tmp_path / target).write_text(capfd.readouterr().out)
+    assert (tmp_path / "out/cups.points.mp4").stat().st_size > 0
+    assert (tmp_path / "runs/stage2/checkpoint/model.npz").stat().st_size > 0
+    for made in ("tokenizer.json", "cups.json"):  # the assets are what these commands make
+        assert (tmp_path / "runs" / made).read_bytes() == (ROOT / "assets" / made).read_bytes()

@@ -1,0 +1,106 @@
+"""The training command: what it writes, what it refuses, and that every part learns at its own rate."""
+
+import json
+
+import pytest
+import torch
+
+import train
+import weights
+from model import PRESETS, Molmo
+from train import PARTS, STAGES, learning_rate, optimizers, part_of, parts_of
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A stage of three small steps and one evaluated scene."""
+    for key, stage in STAGES.items():
+        monkeypatch.setitem(STAGES, key, train.replace(stage, batch=2, branches=2))
+    monkeypatch.setattr(train, "SMALL_EVALUATION", 1)
+    return ["--steps", "3", "--eval-every", "3", "--workers", "0"]
+
+
+def test_two_stages_leave_metrics_curves_and_a_checkpoint(quick, tmp_path):
+    """Stage 1 from nothing and stage 2 from its checkpoint write a line per step, an evaluation, a picture, a model."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    train.main(["--stage", "1", "--out", str(first), *quick])
+    train.main(["--stage", "2", "--init", str(first / "checkpoint"), "--out", str(second), *quick])
+    for folder, evaluated in ((first, {"stills f1"}), (second, {"stills f1", "clips f1"})):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        steps = [line for line in lines if "loss" in line]
+        assert [line["step"] for line in steps] == [0, 1, 2]
+        assert all(line["loss"] == pytest.approx(sum(line[name] for name in train.LOSSES), rel=1e-4) for line in steps)
+        shown = {name for line in lines if "loss" not in line for name in line}
+        assert shown <= {"seconds", "step"} | {f"{m} {k}" for m in ("stills", "clips")
+                                              for k in ("f1", "count exact", "none recognised")}
+        assert (folder / "curves.png").stat().st_size > 0
+    before, _ = weights.load(first / "checkpoint")
+    after, _ = weights.load(second / "checkpoint")
+    assert all((a != b).any() for a, b in zip(before.parameters(), after.parameters()))
+
+
+def test_a_run_is_a_pure_function_of_its_seed(quick, tmp_path):
+    """The same command twice gives the same losses; another seed gives others."""
+    losses = []
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        train.main(["--stage", "1", "--out", str(tmp_path / name), "--seed", seed, *quick])
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[0] == losses[1] and losses[0][0] != losses[2][0]
+
+
+def test_text_coordinates_train_with_the_same_command(quick, tmp_path):
+    """--points-as text makes a model without grounding heads whose loss has no part but the tokens."""
+    train.main(["--stage", "1", "--points-as", "text", "--out", str(tmp_path / "text"), *quick])
+    model, _ = weights.load(tmp_path / "text/checkpoint")
+    line = json.loads((tmp_path / "text/metrics.jsonl").read_text().splitlines()[0])
+    assert model.point_predictor is None and line["loss"] == pytest.approx(line["token"], rel=1e-5) and "patch" not in line
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--stage", "3"], "stage"),
+    (["--stage", "1", "--steps", "0"], "0"),
+    (["--stage", "2", "--init", "no/such/folder"], "no/such/folder"),
+    (["--stage", "1", "--preset", "huge"], "huge"),
+])
+def test_bad_commands_end_in_one_line(argv, said, tmp_path, capsys):
+    """Wrong words on the command line: one line on stderr that names them, exit status 2."""
+    with pytest.raises(SystemExit) as end:
+        train.main([*argv, "--out", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and said in error and error.count("\n") == 1
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(quick, tmp_path, monkeypatch, capsys):
+    """A NaN in the loss ends the run with one line that names the step, and no checkpoint is written from it."""
+    losses = Molmo.losses
+    monkeypatch.setattr(Molmo, "losses", lambda self, batch: {k: v * float("nan") if k == "token" else v
+                                                              for k, v in losses(self, batch).items()})
+    with pytest.raises(SystemExit) as end:
+        train.main(["--stage", "1", "--out", str(tmp_path / "run"), *quick])
+    assert end.value.code == 2 and "step 0" in capsys.readouterr().err and not (tmp_path / "run/checkpoint").exists()
+
+
+def test_each_parameter_has_one_part_and_one_optimiser(tiny):
+    """Every parameter is stepped once, at its part's learning rate; new token embeddings go with the connector; Muon
+    gets matrices that mix channels and no table of rows."""
+    model = tiny[0]
+    made = optimizers(model)
+    stepped = [id(p) for optimiser in made for group in optimiser.param_groups for p in group["params"]]
+    assert sorted(stepped) == sorted(id(p) for p in model.parameters())
+    part = {id(p): name for name, params in parts_of(model).items() for p in params.values()}
+    assert all(part[id(p)] == group["part"] for o in made for group in o.param_groups for p in group["params"])
+    assert part_of("wte.new_embedding") == "connector" and part_of("wte.embedding") == "llm"
+    muon = {id(p) for o in made if isinstance(o, torch.optim.Muon) for group in o.param_groups for p in group["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in muon}
+    assert "vit.patch_embedding.weight" in names and not any(n.startswith(("wte", "lm_head")) for n in names)
+    assert PRESETS["molmopoint-8b"].optimizer == "adamw"
+
+
+def test_learning_rates_warm_up_and_end_at_a_tenth():
+    """Linear from nothing over the part's own warm-up, full after it, a tenth of the peak at the end."""
+    stage = train.replace(STAGES["tiny", 1], steps=1000, warmup=dict(zip(PARTS, (100, 10, 100, 1))))
+    assert learning_rate(stage, "vit", 0) == pytest.approx(stage.lr["vit"] / 100, rel=1e-3)
+    assert learning_rate(stage, "point", 0) == pytest.approx(stage.lr["point"])
+    assert learning_rate(stage, "vit", 99) > 0.97 * stage.lr["vit"]
+    assert learning_rate(stage, "llm", 1000) == pytest.approx(0.1 * stage.lr["llm"])
