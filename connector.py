@@ -15,7 +15,6 @@ M visual tokens of the whole batch, K slots per window, v ViT feature width, p p
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

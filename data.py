@@ -22,8 +22,17 @@ from torch.utils.data import Dataset
 import synthetic
 from model import Answer, MolmoConfig, Spelling
 from packing import Branch, Example
-from pointing import (CLOSE_LIST, VIT_LOC, PatchMap, Point, grounded_pieces, grounded_points, grounding_targets, read_text,
-                      write_text)
+from pointing import (
+    CLOSE_LIST,
+    VIT_LOC,
+    PatchMap,
+    Point,
+    grounded_pieces,
+    grounded_points,
+    grounding_targets,
+    read_text,
+    write_text,
+)
 from preprocess import Views, image_views, video_views
 from synthetic import Query, Scene
 from tokenizer import Tokenizer
@@ -53,7 +62,8 @@ def scene_views(scene: Scene, config: MolmoConfig) -> Views:
 def truth(scene: Scene, query: Query) -> list[Point]:
     """One point per target, in a video where the target is first clearly seen."""
     frames = [synthetic.first_seen(scene, thing) if scene.is_video else 0 for thing in query.targets]
-    return [Point(thing, frame, *map(float, scene.points[frame, thing])) for thing, frame in zip(query.targets, frames)]
+    return [Point(thing, frame, *map(float, scene.points[frame, thing]))
+            for thing, frame in zip(query.targets, frames)]
 
 
 def answer_pieces(query: Query, points: Sequence[Point], views: Views, map_: PatchMap, config: MolmoConfig):

@@ -35,8 +35,19 @@ import weights
 from model import Answer, Molmo, generate, sampler
 from packing import collate
 from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, Point
-from preprocess import (ViewConfig, Views, displayed_at, frame_times, frames_of, image_views, is_video, read_image, read_video,
-                        video_views, write_video)
+from preprocess import (
+    ViewConfig,
+    Views,
+    displayed_at,
+    frame_times,
+    frames_of,
+    image_views,
+    is_video,
+    read_image,
+    read_video,
+    video_views,
+    write_video,
+)
 from tokenizer import Tokenizer
 
 HOME = Path(__file__).resolve().parent

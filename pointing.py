@@ -386,7 +386,9 @@ def _read_old(attributes: str, sizes) -> list[Point] | None:
     found = dict(written)
     names = sorted((name[1:] for name in found if name[0] == "x"), key=lambda n: (len(n), n))
     percent = re.compile(r"\d{1,3}(\.\d+)?", re.ASCII)
-    if len(written) != len(found) or len(found) != 2 * len(names) or not all(percent.fullmatch(v) and float(v) <= 100 for v in found.values()):
+    if len(written) != len(found) or len(found) != 2 * len(names):
+        return None
+    if not all(percent.fullmatch(value) and float(value) <= 100 for value in found.values()):
         return None
     if names not in ([""], [str(i) for i in range(1, len(names) + 1)]) or not all("y" + n in found for n in names):
         return None

@@ -270,13 +270,13 @@ def first_seen(scene: Scene, thing: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def _cast(rng: np.random.Generator, n: int, smallest: float, largest: float) -> list[Thing]:
-    """n things of two to four types (kind, colour). A new type mostly shares one of the two with an old one: most
-    questions then have both several targets and things that are nearly but not quite asked for."""
+    """n things of three to five types (kind, colour). A new type often shares one of the two with an old one: most
+    questions then have things that are nearly but not quite asked for, and many have several targets."""
     types = [(str(rng.choice(KINDS)), str(rng.choice(list(COLORS))))]
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(2, 5)):
         kind, color = types[rng.integers(len(types))]
         shared = rng.random()
-        kind = kind if shared < 0.4 else str(rng.choice(KINDS))
+        kind = kind if shared < 0.2 else str(rng.choice(KINDS))
         color = color if shared > 0.7 else str(rng.choice(list(COLORS)))
         if (kind, color) not in types:
             types.append((kind, color))
@@ -307,19 +307,19 @@ def _settle(rng: np.random.Generator, sprites: list[Sprite], shape: tuple[int, i
 
 
 def still(seed: int, index: int) -> Scene:
-    """One picture of 2 to 8 things, each of which shows at least 60% of itself. It is one or two squares wide and high
-    (a square has 88 to 126 pixels a side, two overlap to 224), things have 19% to 36% of a square's side, and larger
+    """One picture of 2 to 12 things, each of which shows at least 60% of itself. It is one or two squares wide and high
+    (a square has 100 to 126 pixels a side, two overlap to 224), things have 22% to 36% of a square's side, and larger
     pictures hold more of them. A pure function of (seed, index), both >= 0."""
     rng = _generator(seed, index, 0)
     rows, columns = [(1, 1), (1, 2), (2, 1), (2, 2)][rng.choice(4, p=[0.5, 0.2, 0.2, 0.1])]
-    scale = rng.uniform(0.75, 1.0)
+    scale = rng.uniform(0.85, 1.0)
     height, width = (round((28 + 98 * n) * scale * rng.uniform(0.93, 1.0)) for n in (rows, columns))
     style = str(rng.choice(BACKGROUNDS))
     background = _background(rng, style, width, height)
     settled = {}
     while len(settled) < 2:
-        n = rng.integers(2, 5) + rng.integers(rows * columns)
-        things = _cast(rng, n, 0.19 * 126 * scale, 0.36 * 126 * scale)
+        n = rng.integers(3, 7) + rng.integers(2 * rows * columns - 1)
+        things = _cast(rng, n, 0.22 * 126 * scale, 0.36 * 126 * scale)
         sprites = [_sprite(rng, thing) for thing in things]
         settled = _settle(rng, sprites, (height, width))
     frame, masks, points = _compose(background, [sprites[i] for i in settled], np.array([*settled.values()]))

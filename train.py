@@ -52,8 +52,8 @@ def each(*values):
 
 
 STAGES = {
-    ("tiny", 1): Stage(3600, 12, 4, 0.0, each(1e-3, 1e-3, 1e-3, 1e-3), each(20, 20, 20, 20), 1),
-    ("tiny", 2): Stage(2000, 12, 4, 0.5, each(7e-4, 7e-4, 7e-4, 7e-4), each(20, 20, 20, 20), 2),
+    ("tiny", 1): Stage(2400, 16, 4, 0.0, each(1e-3, 1e-3, 1e-3, 1e-3), each(20, 20, 20, 20), 1),
+    ("tiny", 2): Stage(1400, 16, 4, 0.5, each(7e-4, 7e-4, 7e-4, 7e-4), each(20, 20, 20, 20), 2),
 }
 
 
@@ -65,7 +65,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--init", help="checkpoint of the stage before")
     parser.add_argument("--out", help="run folder (default: runs/stage<N>)")
     parser.add_argument("--steps", type=data.number(int, 1, 10**9), help="instead of the stage's own number")
-    parser.add_argument("--seed", type=data.number(int, 0, 10_000), default=0, help="of the weights, and added to the seed of the scenes")
+    parser.add_argument("--seed", type=data.number(int, 0, 10_000), default=0, help="of the weights and of the scenes")
     parser.add_argument("--eval-every", type=data.number(int, 1, 10**9), default=200, help="steps between small evaluations")
     parser.add_argument("--workers", type=data.number(int, 0, 256), default=1, help="processes that draw scenes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -135,7 +135,8 @@ class Log:
         sheet = Image.new("RGB", (2 * width, height), "white")
         shares = sorted({k for line in self.lines for k in line if k.startswith(("stills", "clips"))})
         for x, names, scale in ((0, ["loss", *LOSSES], lambda v: math.log10(max(v, 1e-3))), (width, shares, float)):
-            plot(sheet, x, width, height, {n: [(line["step"], scale(line[n])) for line in self.lines if n in line] for n in names})
+            curves = {n: [(line["step"], scale(line[n])) for line in self.lines if n in line] for n in names}
+            plot(sheet, x, width, height, curves)
         sheet.save(self.folder / "curves.png")
 
 
@@ -146,7 +147,11 @@ def plot(sheet: Image.Image, left: int, width: int, height: int, curves: dict[st
         return
     draw, top = ImageDraw.Draw(sheet), 14 * len(curves) + 10
     low, high, last = min(y for _, y in points), max(y for _, y in points), max(x for x, _ in points)
-    place = lambda x, y: (left + 10 + (width - 20) * x / max(last, 1), height - 10 - (height - 10 - top) * (y - low) / max(high - low, 1e-9))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        up = (y - low) / max(high - low, 1e-9)
+        return left + 10 + (width - 20) * x / max(last, 1), height - 10 - (height - 10 - top) * up
+
     for row, (color, (name, curve)) in enumerate(zip(colors, curves.items())):
         draw.text((left + 10, 5 + 14 * row), f"{name} {curve[-1][1]:.3f}" if curve else name, fill=color)
         if len(curve) > 1:

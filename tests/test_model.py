@@ -10,8 +10,20 @@ import torch
 import data
 import train
 from connector import ConnectorConfig
-from model import (PRESETS, Answer, Batch, Ids, LLMConfig, Molmo, MolmoConfig, Spelling, generate, generate_slowly,
-                   may_attend, sampler, speakable)
+from model import (
+    PRESETS,
+    Answer,
+    Batch,
+    Ids,
+    LLMConfig,
+    Molmo,
+    MolmoConfig,
+    generate,
+    generate_slowly,
+    may_attend,
+    sampler,
+    speakable,
+)
 from packing import Example, collate
 from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, PointConfig, grounded_pieces
 from preprocess import ViewConfig, Views, image_views, video_views

@@ -7,8 +7,24 @@ import numpy as np
 import pytest
 import torch
 
-from pointing import (TOKEN_INDEX, VIT_INDEX, VIT_LOC, PatchMap, Point, PointConfig, PointDecoder, PointPredictor, RMSNorm, Sight,
-                      grounded_pieces, grounded_points, grounding_targets, read_text, rope, write_text)
+from pointing import (
+    TOKEN_INDEX,
+    VIT_INDEX,
+    VIT_LOC,
+    PatchMap,
+    Point,
+    PointConfig,
+    PointDecoder,
+    PointPredictor,
+    RMSNorm,
+    Sight,
+    grounded_pieces,
+    grounded_points,
+    grounding_targets,
+    read_text,
+    rope,
+    write_text,
+)
 from preprocess import ViewConfig, Views, image_views, video_views
 
 IDS = {TOKEN_INDEX: 20, VIT_INDEX: 21, VIT_LOC: 22}

@@ -49,9 +49,9 @@ def test_stills_keep_to_their_ranges(monkeypatch):
     for i in range(60):
         scene = still(1, i)
         _, height, width, _ = scene.frames.shape
-        assert 87 <= min(height, width) and max(height, width) <= 224 and not scene.is_video
-        assert 2 <= len(scene.things) <= 7
-        assert all(17 <= thing.size <= 46 for thing in scene.things)
+        assert 99 <= min(height, width) and max(height, width) <= 224 and not scene.is_video
+        assert 2 <= len(scene.things) <= 12
+        assert all(23 <= thing.size <= 46 for thing in scene.things)
         assert (scene.masks[0].sum((1, 2)) >= 0.60 * np.array(areas[-1])).all()
         assert np.isfinite(scene.points).all()
 

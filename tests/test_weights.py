@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-import weights
 from connector import ConnectorConfig
 from model import PRESETS, LLMConfig, Molmo
 from pointing import PointConfig
