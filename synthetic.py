@@ -307,8 +307,8 @@ def _settle(rng: np.random.Generator, sprites: list[Sprite], shape: tuple[int, i
 
 
 def still(seed: int, index: int) -> Scene:
-    """One picture of 2 to 12 things, each of which shows at least 60% of itself. It is one or two squares wide and high
-    (a square has 100 to 126 pixels a side, two overlap to 224), things have 22% to 36% of a square's side, and larger
+    """One picture of 2 to 11 things, each of which shows at least 60% of itself. It is one or two squares wide and high
+    (a square has 100 to 126 pixels a side, two overlap to 224), things have 28% to 44% of a square's side, and larger
     pictures hold more of them. A pure function of (seed, index), both >= 0."""
     rng = _generator(seed, index, 0)
     rows, columns = [(1, 1), (1, 2), (2, 1), (2, 2)][rng.choice(4, p=[0.5, 0.2, 0.2, 0.1])]
@@ -318,8 +318,8 @@ def still(seed: int, index: int) -> Scene:
     background = _background(rng, style, width, height)
     settled = {}
     while len(settled) < 2:
-        n = rng.integers(3, 7) + rng.integers(2 * rows * columns - 1)
-        things = _cast(rng, n, 0.22 * 126 * scale, 0.36 * 126 * scale)
+        n = rng.integers(3, 6) + rng.integers(2 * rows * columns - 1)
+        things = _cast(rng, n, 0.28 * 126 * scale, 0.44 * 126 * scale)
         sprites = [_sprite(rng, thing) for thing in things]
         settled = _settle(rng, sprites, (height, width))
     frame, masks, points = _compose(background, [sprites[i] for i in settled], np.array([*settled.values()]))
@@ -407,7 +407,7 @@ def frame_times(fps: float, seconds: float) -> np.ndarray:
 
 
 def world(seed: int, index: int, seconds: float | None = None) -> World:
-    """2 to 6 things of 20% to 36% of the shorter side, on a frame of 128 to 288 pixels a side, for `seconds` (1.5 to 5 in
+    """2 to 6 things of 26% to 42% of the shorter side, on a frame of 128 to 288 pixels a side, for `seconds` (1.5 to 5 in
     halves unless given). A pure function of its arguments; ValueError if one is negative."""
     rng = _generator(seed, index, 1)
     drawn = float(rng.integers(3, 11) / 2)
@@ -418,7 +418,7 @@ def world(seed: int, index: int, seconds: float | None = None) -> World:
     style = str(rng.choice(BACKGROUNDS))
     made = World(_background(rng, style, width, height), style, seconds, [], [], [])
     while len(made.things) < 2:
-        things = _cast(rng, int(rng.integers(2, 7)), 0.20 * min(width, height), 0.36 * min(width, height))
+        things = _cast(rng, int(rng.integers(2, 7)), 0.26 * min(width, height), 0.42 * min(width, height))
         motions: list[Motion] = []
         for thing in things:
             motions.append(_motion(rng, thing.size, (height, width), seconds, motions))
@@ -697,12 +697,12 @@ def _corpus(args: argparse.Namespace) -> None:
 def cups_world() -> World:
     """The sample clip's world, 320 x 240: a red cup passes behind a house, a yellow one leaves and comes back."""
     script = [  # kind, colour, diameter, start, velocity, low, high, swing, period; later lines are nearer
-        ("star", "purple", 52, (268, 196), (0, 0), (0, 0), (320, 240), (0, 14), (1, 2.5)),
-        ("cup", "red", 48, (36, 150), (50, 0), (30, 0), (290, 240), (0, 0), (1, 1)),
-        ("cup", "yellow", 54, (60, 52), (-38, 0), (-40, 0), (320, 240), (0, 5), (1, 2)),
-        ("cup", "blue", 56, (232, 62), (0, 0), (0, 0), (320, 240), (34, 16), (4, 2)),
-        ("house", "green", 86, (160, 146), (0, 0), (0, 0), (320, 240), (0, 0), (1, 1)),
-        ("ball", "orange", 46, (60, 210), (70, -16), (23, 160), (297, 217), (0, 0), (1, 1)),
+        ("star", "purple", 66, (268, 196), (0, 0), (0, 0), (320, 240), (0, 14), (1, 2.5)),
+        ("cup", "red", 64, (36, 150), (50, 0), (30, 0), (290, 240), (0, 0), (1, 1)),
+        ("cup", "yellow", 68, (60, 52), (-38, 0), (-40, 0), (320, 240), (0, 5), (1, 2)),
+        ("cup", "blue", 70, (232, 62), (0, 0), (0, 0), (320, 240), (34, 16), (4, 2)),
+        ("house", "green", 98, (160, 146), (0, 0), (0, 0), (320, 240), (0, 0), (1, 1)),
+        ("ball", "orange", 64, (60, 210), (70, -16), (23, 160), (297, 217), (0, 0), (1, 1)),
     ]
     rng = np.random.default_rng(10)  # a draw in which the house stands nearly upright
     things = [Thing(kind, color, float(size)) for kind, color, size, *_ in script]

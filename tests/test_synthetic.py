@@ -50,8 +50,8 @@ def test_stills_keep_to_their_ranges(monkeypatch):
         scene = still(1, i)
         _, height, width, _ = scene.frames.shape
         assert 99 <= min(height, width) and max(height, width) <= 224 and not scene.is_video
-        assert 2 <= len(scene.things) <= 12
-        assert all(23 <= thing.size <= 46 for thing in scene.things)
+        assert 2 <= len(scene.things) <= 11
+        assert all(29 <= thing.size <= 56 for thing in scene.things)
         assert (scene.masks[0].sum((1, 2)) >= 0.60 * np.array(areas[-1])).all()
         assert np.isfinite(scene.points).all()
 
@@ -63,7 +63,7 @@ def test_clips_keep_to_their_ranges():
         frames, height, width, _ = scene.frames.shape
         assert 128 <= min(height, width) and max(height, width) <= 288 and 0.79 < width / height < 1.41
         assert 2 <= len(scene.things) <= 6 and scene.is_video
-        assert all(0.20 <= thing.size / min(height, width) <= 0.36 for thing in scene.things)
+        assert all(0.26 <= thing.size / min(height, width) <= 0.42 for thing in scene.things)
         assert 1.5 <= scene.times[-1] <= 5 and np.array_equal(scene.times, np.arange(frames) / 2)
         for j, sprite in enumerate(made.sprites):
             _, alone, _ = synthetic._compose(np.zeros((200, 200, 3), np.uint8), [sprite], np.array([[100, 100]]))
