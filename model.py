@@ -99,7 +99,7 @@ PRESETS = {
         connector=ConnectorConfig(width=128, heads=4, mlp_hidden=256, output_layer=False),
         llm=LLMConfig(vocabulary=512, width=160, layers=4, heads=4, kv_heads=2, head_width=40, mlp_hidden=320,
                       rope_theta=1e4),
-        point=PointConfig(width=64),
+        point=PointConfig(width=256),
         optimizer="muon",
     ),
     "molmopoint-8b": MOLMOPOINT_8B,
