@@ -365,7 +365,7 @@ def test_the_sample_clip_shows_what_its_truth_says(tmp_path):
     assert Counter(thing["kind"] for thing in truth["things"])["cup"] == 3
     for thing in truth["things"]:
         assert [moment["time"] for moment in thing["track"]] == [half / 2 for half in range(11)]
-        assert 0.18 * 240 <= synthetic.cups_world().things[thing["id"]].size <= 0.36 * 240
+        assert 0.26 * 240 <= synthetic.cups_world().things[thing["id"]].size <= 0.42 * 240
         for moment in thing["track"]:
             assert (moment["x"] is None) == (moment["visible"] < 0.2)
             if moment["x"] is not None and moment["visible"] > 0.9:
