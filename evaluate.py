@@ -7,7 +7,7 @@ matched one to one by least total distance (Hungarian). Per question P = hits / 
 figures are means over questions. Scenes come from seeds that training never uses.
 """
 
-import json
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,8 +160,10 @@ def main():
         model, tokenizer = weights.load(args.checkpoint, args.device)
         for name, videos in (("stills", False), ("clips", True)):
             figures, asked = evaluate(model, tokenizer, videos, args.scenes, args.seed)
-            print(f"{name}: " + json.dumps({k: round(v, 3) for k, v in figures.items()}))
-            print("  by question: " + json.dumps({k: round(v, 2) for k, v in by_kind_of_question(asked).items()}))
+            print(f"{name}, {figures.pop('questions')} questions")
+            for title, table in (("all", figures), ("by question", by_kind_of_question(asked))):
+                line = f"{title}: " + ", ".join(f"{key} {value:.3f}" for key, value in table.items())
+                print(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="    "))
 
 
 if __name__ == "__main__":

@@ -135,7 +135,8 @@ class Log:
         sheet = Image.new("RGB", (2 * width, height), "white")
         shares = sorted({k for line in self.lines for k in line if k.startswith(("stills", "clips"))})
         for x, names, scale in ((0, ["loss", *LOSSES], lambda v: math.log10(max(v, 1e-3))), (width, shares, float)):
-            curves = {n: [(line["step"], scale(line[n])) for line in self.lines if n in line] for n in names}
+            title = "log10 " if scale is not float else ""
+            curves = {title + n: [(line["step"], scale(line[n])) for line in self.lines if n in line] for n in names}
             plot(sheet, x, width, height, curves)
         sheet.save(self.folder / "curves.png")
 
