@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 import synthetic
@@ -76,7 +77,8 @@ def answer_pieces(query: Query, points: Sequence[Point], views: Views, map_: Pat
     if not points:
         return [NONE], np.zeros((0, 3), int)
     if config.points_as == "text":
-        pieces, rows, count = [write_text(points, places(views), views.sizes, query.label)], np.zeros((0, 3), int), len(points)
+        pieces, count = [write_text(points, places(views), views.sizes, query.label)], len(points)
+        rows = np.zeros((0, 3), int)
     else:
         rows, ids = grounding_targets(points, map_)
         pieces, count = grounded_pieces(ids, query.label), len(ids)
@@ -164,6 +166,15 @@ def number(kind: type, low: float, high: float):
         raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number "
                                          f"from {low:g} to {high:g}")
     return read
+
+
+def device(name: str) -> str:
+    """An argparse type: a device that this machine has."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError):
+        raise argparse.ArgumentTypeError(f"{name}: not available on this machine: try cpu") from None
+    return name
 
 
 @contextmanager

@@ -155,7 +155,7 @@ def main():
         parser.add_argument("--scenes", type=data.number(int, 1, 10**6), default=300,
                             help="fresh scenes of each sort, three questions each")
         parser.add_argument("--seed", type=data.number(int, 0, 2**32), default=EVALUATION_SEED)
-        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        parser.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
         args = parser.parse_args()
         model, tokenizer = weights.load(args.checkpoint, args.device)
         for name, videos in (("stills", False), ("clips", True)):

@@ -68,7 +68,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--seed", type=data.number(int, 0, 10_000), default=0, help="of the weights and of the scenes")
     parser.add_argument("--eval-every", type=data.number(int, 1, 10**9), default=200, help="steps between small evaluations")
     parser.add_argument("--workers", type=data.number(int, 0, 256), default=1, help="processes that draw scenes")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
 
@@ -180,8 +180,6 @@ def main(argv: list[str] | None = None):
 def run(args):
     stage = STAGES[args.preset, args.stage]
     stage = replace(stage, steps=args.steps or stage.steps, seed=stage.seed + 100 * args.seed)
-    log = Log(Path(args.out or f"runs/stage{args.stage}"))
-
     if args.init:
         model, tokenizer = weights.load(args.init, args.device)
     else:
@@ -189,6 +187,7 @@ def run(args):
         config = replace(PRESETS[args.preset], points_as=args.points_as)
         model = Molmo(config).initialize(args.seed).to(args.device)
     model.train()
+    log = Log(Path(args.out or f"runs/stage{args.stage}"))  # not before bad input is out: it begins a new metrics.jsonl
     parts, optimisers = parts_of(model), optimizers(model)
 
     examples = data.SyntheticSet(stage.seed, tokenizer, model.config, stage.branches, stage.videos)

@@ -112,7 +112,7 @@ def test_padding_changes_no_hidden_state(model, trees):
     with torch.no_grad():
         alone, together = model(collate([short]))[0][0], model(collate([trees[1], short]))[0][1]
     assert len(together) > len(alone)
-    torch.testing.assert_close(together[:len(alone)], alone, rtol=1e-4, atol=1e-4)  # sums in another order
+    assert (together[:len(alone)] - alone).abs().max() <= 1e-5 * alone.abs().max()  # float32 sums in another order
 
 
 def test_the_order_of_branches_does_not_matter(model, trees):

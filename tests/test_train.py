@@ -62,13 +62,17 @@ def test_text_coordinates_train_with_the_same_command(quick, tmp_path):
     (["--stage", "1", "--steps", "0"], "0"),
     (["--stage", "2", "--init", "no/such/folder"], "no/such/folder"),
     (["--stage", "1", "--preset", "huge"], "huge"),
+    (["--stage", "1", "--device", "no-such-device"], "no-such-device"),
 ])
 def test_bad_commands_end_in_one_line(argv, said, tmp_path, capsys):
-    """Wrong words on the command line: one line on stderr that names them, exit status 2."""
+    """Wrong words on the command line: one line on stderr that names them, exit status 2, and an earlier run is kept."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("kept")
     with pytest.raises(SystemExit) as end:
         train.main([*argv, "--out", str(tmp_path / "run")])
     error = capsys.readouterr().err
     assert end.value.code == 2 and said in error and error.count("\n") == 1
+    assert (tmp_path / "run/metrics.jsonl").read_text() == "kept"
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(quick, tmp_path, monkeypatch, capsys):
