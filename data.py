@@ -146,6 +146,51 @@ class SyntheticSet(Dataset):
         return Example(trunk(self.tokenizer, views), views.crops, views.pooling, branches)
 
 
+PATCH_CLASSES = (1 + len(synthetic.KINDS), 1 + len(synthetic.COLORS), 1 + len(synthetic.KINDS))
+
+
+@dataclass
+class PatchSet(Dataset):
+    """Crops with a label for every patch, to teach a ViT to see before it has anyone to tell. Item i -> crops
+    (N, S, 3P²) and labels (N, S, 3) in PATCH_CLASSES: kind and colour of the thing at the middle of the patch, and the
+    kind of the thing whose point lies in it; 0 = none. A third of the items is a frame of a clip."""
+
+    seed: int
+    config: MolmoConfig
+
+    def __len__(self) -> int:
+        return 1 << 40
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if index % 3 == 2:
+            world = synthetic.world(self.seed, index)
+            scene = world.film(np.random.default_rng([self.seed, index, 1]).uniform(0, world.seconds, 1))
+        else:
+            scene = synthetic.still(self.seed, index)
+        views = scene_views(scene, self.config)
+        labels = patch_labels(scene, views.patches).reshape(*views.crops.shape[:2], 3)
+        skipped = 0 if scene.is_video else 1  # the global crop of a still: the others show the same, larger
+        return torch.from_numpy(views.crops[skipped:]), torch.from_numpy(labels[skipped:])
+
+
+def collate_patches(items: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    crops, labels = zip(*items)
+    return torch.cat(crops), torch.cat(labels)
+
+
+def patch_labels(scene: Scene, patches: np.ndarray) -> np.ndarray:
+    """The labels of `PatchSet` for patches (N*S, 5) of a scene with one picture: (N*S, 3)."""
+    _, left, top, width, height = patches.T
+    rows, columns = (top + height / 2).astype(int), (left + width / 2).astype(int)
+    names = [(1 + synthetic.KINDS.index(thing.kind), 1 + list(synthetic.COLORS).index(thing.color))
+             for thing in scene.things]
+    labels = np.zeros((len(patches), 3), int)
+    for name, mask, (x, y) in zip(names, scene.masks[0], scene.points[0]):
+        labels[mask[rows, columns], :2] = name
+        labels[(left <= x) & (x < left + width) & (top <= y) & (y < top + height), 2] = name[0]
+    return labels
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The manners of every command: bad input ends in one line
 

@@ -259,7 +259,7 @@ class Molmo(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> "Molmo":
-        """Random weights from a seed. Matrices: normal with 1 / sqrt(inputs), half of that into the residual stream;
+        """Random weights from a seed. Matrices: normal with 1 / sqrt(inputs), a tenth of that into the residual stream;
         tables of embeddings and positions: as large as what the blocks add to them; the head: small."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
@@ -273,7 +273,7 @@ class Molmo(nn.Module):
                 p.normal_(0, 0.2, generator=generator)
             else:
                 residual = name.endswith(("wo.weight", "feed_forward.w2.weight", "attn_out.weight", "ff_out.weight"))
-                gain = 0.5 if residual else 2.0 if name.endswith(("patch_embedding.weight", "projector.w2.weight")) else 1.0
+                gain = 0.1 if residual else 2.0 if name.endswith(("patch_embedding.weight", "projector.w2.weight")) else 1.0
                 p.normal_(0, gain * p.shape[1] ** -0.5, generator=generator)
         return self
 

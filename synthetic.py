@@ -571,10 +571,10 @@ def _ask_qa(scene: Scene, rng: np.random.Generator) -> Query | None:
 
 
 # What is asked, and how often. Size and position are asked of stills only: in a clip they change.
-MIXTURE = {("point", "kind"): 22, ("point", "color+kind"): 22, ("point", "color"): 10, ("point", "all"): 3,
-           ("point", "size"): 4, ("point", "position"): 6, ("point", "none"): 9,
-           ("count", "kind"): 5, ("count", "color+kind"): 5, ("count", "color"): 4, ("count", "none"): 3,
-           ("caption", ""): 4, ("qa", ""): 8}
+MIXTURE = {("point", "kind"): 20, ("point", "color+kind"): 20, ("point", "color"): 8, ("point", "all"): 3,
+           ("point", "size"): 4, ("point", "position"): 6, ("point", "none"): 16,
+           ("count", "kind"): 5, ("count", "color+kind"): 5, ("count", "color"): 4, ("count", "none"): 6,
+           ("caption", ""): 3, ("qa", ""): 8}
 
 
 def _query(scene: Scene, rng: np.random.Generator) -> Query | None:

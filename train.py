@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.utils.data import DataLoader
@@ -30,6 +31,7 @@ HOME = Path(__file__).resolve().parent
 PARTS = ("vit", "connector", "llm", "point")
 LOSSES = ("token", "patch", "slot", "location")
 SMALL_EVALUATION = 40  # scenes of each sort
+LOOK_BATCH, LOOK_LR, LOOK_WARMUP = 10, 3e-3, 20  # of the ViT alone: scenes a step, peak rate, steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,6 +47,7 @@ class Stage:
     lr: dict[str, float]         # per part; new token embeddings go with the connector
     warmup: dict[str, int]       # steps, per part
     seed: int                    # of the scenes
+    look: int = 0                # steps that teach a ViT that starts from nothing to see, before the whole model trains
 
 
 def each(*values):
@@ -52,8 +55,8 @@ def each(*values):
 
 
 STAGES = {
-    ("tiny", 1): Stage(900, 12, 10, 0.0, each(1e-3, 1e-3, 1e-3, 1e-3), each(20, 20, 20, 20), 1),
-    ("tiny", 2): Stage(450, 12, 10, 0.5, each(7e-4, 7e-4, 7e-4, 7e-4), each(20, 20, 20, 20), 2),
+    ("tiny", 1): Stage(4000, 4, 10, 0.0, each(2e-4, 2e-3, 2e-3, 2e-3), each(20, 20, 20, 20), 1, look=2000),
+    ("tiny", 2): Stage(4000, 4, 10, 0.6, each(2e-4, 1e-3, 1e-3, 1e-3), each(20, 20, 20, 20), 2),
 }
 
 
@@ -66,7 +69,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--out", help="run folder (default: runs/stage<N>)")
     parser.add_argument("--steps", type=data.number(int, 1, 10**9), help="instead of the stage's own number")
     parser.add_argument("--seed", type=data.number(int, 0, 10_000), default=0, help="of the weights and of the scenes")
-    parser.add_argument("--eval-every", type=data.number(int, 1, 10**9), default=200, help="steps between small evaluations")
+    parser.add_argument("--eval-every", type=data.number(int, 1, 10**9), default=400, help="steps between small evaluations")
     parser.add_argument("--workers", type=data.number(int, 0, 256), default=1, help="processes that draw scenes")
     parser.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
@@ -83,7 +86,7 @@ def part_of(name: str) -> str:
     return {"vit": "vit", "connector": "connector", "point_predictor": "point"}.get(top, "llm")
 
 
-def parts_of(model: Molmo) -> dict[str, dict[str, nn.Parameter]]:
+def parts_of(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     parts = {part: {n: p for n, p in model.named_parameters() if part_of(n) == part} for part in PARTS}
     assert sum(map(len, parts.values())) == len(list(model.parameters())), "every parameter belongs to one part"
     return parts
@@ -91,15 +94,15 @@ def parts_of(model: Molmo) -> dict[str, dict[str, nn.Parameter]]:
 
 def is_table(name: str) -> bool:
     """Word embeddings, positions and the head: rows that are looked up, not matrices that mix channels."""
-    return name.startswith(("wte", "lm_head")) or name == "vit.positional_embedding"
+    return name.startswith(("wte", "lm_head", "names")) or name == "vit.positional_embedding"
 
 
-def optimizers(model: Molmo) -> list[torch.optim.Optimizer]:
+def optimizers(module: nn.Module, kind: str) -> list[torch.optim.Optimizer]:
     """AdamW as in the papers (no weight decay); with "muon", the matrices inside the network go to Muon, scaled so that
     one learning rate serves both."""
     adamw, muon = [], []
-    for part, params in parts_of(model).items():
-        matrices = {n for n, p in params.items() if model.config.optimizer == "muon" and p.dim() == 2 and not is_table(n)}
+    for part, params in parts_of(module).items():
+        matrices = {n for n, p in params.items() if kind == "muon" and p.dim() == 2 and not is_table(n)}
         adamw.append({"params": [p for n, p in params.items() if n not in matrices], "part": part})
         muon.append({"params": [p for n, p in params.items() if n in matrices], "part": part})
     made = [torch.optim.AdamW([g for g in adamw if g["params"]], betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)]
@@ -108,10 +111,31 @@ def optimizers(model: Molmo) -> list[torch.optim.Optimizer]:
     return made
 
 
-def learning_rate(stage: Stage, part: str, step: int) -> float:
+def backward(loss: torch.Tensor, parts: dict[str, dict[str, nn.Parameter]], step: int) -> dict[str, float]:
+    """Gradients, clipped to norm 1 in every part; -> the norms before. ValueError if anything is not finite."""
+    loss.backward()
+    norms = {part: nn.utils.clip_grad_norm_(params.values(), 1.0).item() for part, params in parts.items() if params}
+    if not all(map(math.isfinite, [loss.item(), *norms.values()])):
+        raise ValueError(f"step {step}: loss {loss.item()}, gradient norms {norms}: stopped before the step")
+    return norms
+
+
+def update(optimisers: list[torch.optim.Optimizer], rates: dict[str, float]):
+    """One step of every optimiser at these rates per part; gradients are gone afterwards."""
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = rates[group["part"]]
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+def schedule(peak: float, warmup: int, step: int, steps: int) -> float:
     """Linear warm-up, then a cosine down to a tenth."""
-    warm = min(1.0, (step + 1) / stage.warmup[part])
-    return stage.lr[part] * warm * (0.55 + 0.45 * math.cos(math.pi * step / stage.steps))
+    return peak * min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+
+
+def learning_rates(stage: Stage, step: int) -> dict[str, float]:
+    return {part: schedule(stage.lr[part], stage.warmup[part], step, stage.steps) for part in PARTS}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,11 +154,11 @@ class Log:
         print(json.dumps(line), file=self.file, flush=True)
 
     def draw(self):
-        """curves.png: the losses (log scale) on the left, the evaluated shares on the right."""
+        """curves.png: the losses (log scale) on the left, the evaluated shares on the right; steps below 0 are the ViT's."""
         width, height = 480, 320
         sheet = Image.new("RGB", (2 * width, height), "white")
-        shares = sorted({k for line in self.lines for k in line if k.startswith(("stills", "clips"))})
-        for x, names, scale in ((0, ["loss", *LOSSES], lambda v: math.log10(max(v, 1e-3))), (width, shares, float)):
+        shares = ["named"] + sorted({k for line in self.lines for k in line if k.startswith(("stills", "clips"))})
+        for x, names, scale in ((0, ["naming", "loss", *LOSSES], lambda v: math.log10(max(v, 1e-3))), (width, shares, float)):
             title = "log10 " if scale is not float else ""
             curves = {title + n: [(line["step"], scale(line[n])) for line in self.lines if n in line] for n in names}
             plot(sheet, x, width, height, curves)
@@ -147,11 +171,11 @@ def plot(sheet: Image.Image, left: int, width: int, height: int, curves: dict[st
     if not points:
         return
     draw, top = ImageDraw.Draw(sheet), 14 * len(curves) + 10
-    low, high, last = min(y for _, y in points), max(y for _, y in points), max(x for x, _ in points)
+    (first, last), (low, high) = ((min(values), max(values)) for values in zip(*points))
 
     def place(x: float, y: float) -> tuple[float, float]:
         up = (y - low) / max(high - low, 1e-9)
-        return left + 10 + (width - 20) * x / max(last, 1), height - 10 - (height - 10 - top) * up
+        return left + 10 + (width - 20) * (x - first) / max(last - first, 1), height - 10 - (height - 10 - top) * up
 
     for row, (color, (name, curve)) in enumerate(zip(colors, curves.items())):
         draw.text((left + 10, 5 + 14 * row), f"{name} {curve[-1][1]:.3f}" if curve else name, fill=color)
@@ -169,7 +193,36 @@ def small_evaluation(model: Molmo, tokenizer: Tokenizer, videos: bool) -> dict[s
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. The run
+# 4. A ViT that starts from nothing learns to see
+
+
+def look(model: Molmo, stage: Stage, workers: int, log: Log):
+    """Where the papers load SigLIP 2, `tiny` trains its ViT alone for a while: a linear layer on the features, thrown
+    away afterwards, names for each patch the kind and colour of the thing at its middle and of which kind of thing it
+    holds the point. Steps count up to 0, where the model takes over."""
+    device = model.vit.positional_embedding.device
+    names = nn.Linear(model.config.vit.feature_width, sum(data.PATCH_CLASSES), device=device)
+    nn.init.zeros_(names.weight), nn.init.zeros_(names.bias)
+    seeing = nn.ModuleDict({"vit": model.vit, "names": names})
+    parts, optimisers = parts_of(seeing), optimizers(seeing, model.config.optimizer)
+    scenes = DataLoader(data.PatchSet(stage.seed, model.config), LOOK_BATCH, sampler=range(stage.look * LOOK_BATCH),
+                        collate_fn=data.collate_patches, num_workers=workers)
+    bar = tqdm(scenes, total=stage.look, desc="the ViT alone", dynamic_ncols=True)
+    for step, (crops, labels) in enumerate(bar):
+        scores = names(model.vit(crops.to(device))).flatten(0, 1)
+        truth = labels.to(device).flatten(0, 1)
+        kind, color, pointed = scores.split(data.PATCH_CLASSES, dim=-1)
+        loss = sum(F.cross_entropy(s, t) for s, t in zip((kind, color, pointed), truth.T))
+        backward(loss, parts, step - stage.look)
+        update(optimisers, dict.fromkeys(PARTS, schedule(LOOK_LR, LOOK_WARMUP, step, stage.look)))
+        shown = truth[:, 0] > 0
+        line = {"naming": loss.item(), "named": (kind.argmax(-1) == truth[:, 0])[shown].float().mean().item()}
+        log.write(step=step - stage.look, **line)
+        bar.set_postfix(line)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The run
 
 
 def main(argv: list[str] | None = None):
@@ -179,7 +232,8 @@ def main(argv: list[str] | None = None):
 
 def run(args):
     stage = STAGES[args.preset, args.stage]
-    stage = replace(stage, steps=args.steps or stage.steps, seed=stage.seed + 100 * args.seed)
+    steps = args.steps or stage.steps
+    stage = replace(stage, steps=steps, look=min(stage.look, args.steps or stage.look), seed=stage.seed + 100 * args.seed)
     if args.init:
         model, tokenizer = weights.load(args.init, args.device)
     else:
@@ -188,8 +242,10 @@ def run(args):
         model = Molmo(config).initialize(args.seed).to(args.device)
     model.train()
     log = Log(Path(args.out or f"runs/stage{args.stage}"))  # not before bad input is out: it begins a new metrics.jsonl
-    parts, optimisers = parts_of(model), optimizers(model)
+    if not args.init:
+        look(model, stage, args.workers, log)
 
+    parts, optimisers = parts_of(model), optimizers(model, model.config.optimizer)
     examples = data.SyntheticSet(stage.seed, tokenizer, model.config, stage.branches, stage.videos)
     loader = DataLoader(examples, stage.batch, sampler=range(stage.steps * stage.batch), collate_fn=collate,
                         num_workers=args.workers)
@@ -203,16 +259,8 @@ def run(args):
         loss = sum(losses[name] for name in LOSSES if name in losses) / divisor
 
         # backward and step
-        loss.backward()
-        norms = {part: nn.utils.clip_grad_norm_(params.values(), 1.0).item() for part, params in parts.items() if params}
-        if not all(map(math.isfinite, [loss.item(), *norms.values()])):
-            raise ValueError(f"step {step}: loss {loss.item()}, gradient norms {norms}: stopped before the step; "
-                             f"the last checkpoint is in {log.folder}")
-        for optimiser in optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(stage, group["part"], step)
-            optimiser.step()
-            optimiser.zero_grad()
+        norms = backward(loss, parts, step)
+        update(optimisers, learning_rates(stage, step))
 
         # report
         tokens += int((batch.example_ids >= 0).sum())

@@ -570,7 +570,7 @@ def test_a_few_scenes_are_learned(optimizer):
         prompts.append(data.prompt(TOKENIZER, views, "Where?"))
 
     model, batch = Molmo(config).initialize(0), collate(examples)
-    optimisers, history = train.optimizers(model), []
+    optimisers, history = train.optimizers(model, model.config.optimizer), []
     for group in (group for optimiser in optimisers for group in optimiser.param_groups):
         group["lr"] = 5e-3
     for _ in range(60):

@@ -134,6 +134,35 @@ def test_synthetic_examples_are_a_pure_function_of_seed_and_number():
     assert not np.array_equal(one[2].crops, other[2].crops)
 
 
+def test_patches_are_labelled_with_what_they_show():
+    """A vivid patch is labelled with the colour that its middle shows, and fewer patches hold a point than show a thing."""
+    examples = data.PatchSet(7, PRESETS["tiny"])
+    crops, labels = data.collate_patches([examples[i] for i in range(9)])  # three of them are frames of clips
+    assert crops.shape[:2] == labels.shape[:2] and crops.dtype == torch.uint8
+    assert all(labels[..., i].min() == 0 and labels[..., i].max() < n for i, n in enumerate(data.PATCH_CLASSES))
+    assert ((labels[..., 0] > 0) == (labels[..., 1] > 0)).all()
+    middle = crops.unflatten(-1, (14, 14, 3))[:, :, 5:9, 5:9].float().mean((2, 3))  # (N, S, 3)
+    colors = torch.tensor(list(synthetic.COLORS.values()), dtype=torch.float)
+    vivid = (labels[..., 1] > 0) & (middle.max(-1).values - middle.min(-1).values > 120)  # neither grey nor shaded
+    nearest = torch.cdist(middle[vivid], colors).argmin(-1) + 1
+    assert vivid.sum() > 50 and (nearest == labels[..., 1][vivid]).float().mean() > 0.8  # some parts are shaded
+    assert 0 < (labels[..., 2] > 0).sum() < (labels[..., 0] > 0).sum()
+
+
+def test_points_lie_in_labelled_patches():
+    """By hand on one still: the patch that holds a thing's point names its kind, and only those patches do."""
+    scene = synthetic.still(7, 0)
+    views = data.scene_views(scene, CONFIG)
+    labels = data.patch_labels(scene, views.patches)
+    for (_, left, top, width, height), (kind, _, pointed) in zip(views.patches, labels):
+        inside = [1 + synthetic.KINDS.index(thing.kind) for thing, (x, y) in zip(scene.things, scene.points[0])
+                  if left <= x < left + width and top <= y < top + height]
+        assert pointed == (inside[-1] if inside else 0)
+        x, y = left + width / 2, top + height / 2
+        owner = scene.masks[0, :, int(y), int(x)].nonzero()[0]
+        assert kind == (1 + synthetic.KINDS.index(scene.things[owner[0]].kind) if len(owner) else 0)
+
+
 def test_learned_tokens_are_the_answer_and_its_end():
     """A branch is the chat layout around question and answer; exactly the answer and the end token after it are learned."""
     made = data.branch(TOKENIZER, "where <|im_end|>?", ["here ", "<|token_index|>", '">'], np.array([[-1, -1, -1]]))

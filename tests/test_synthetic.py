@@ -304,12 +304,12 @@ def test_the_mixture_and_its_variety():
     pairs = asked(250, 0, 4)
     tasks, about = Counter(q.task for _, q in pairs), Counter(q.about for _, q in pairs if q.task == "point")
     share = {name: count / len(pairs) for name, count in (tasks + about).items()}
-    intended = {"kind": 0.18, "color+kind": 0.20, "color": 0.10, "all": 0.03, "size": 0.04, "position": 0.08,
-                "count": 0.17, "caption": 0.05, "qa": 0.09}
+    intended = {"kind": 0.18, "color+kind": 0.19, "color": 0.08, "all": 0.03, "size": 0.04, "position": 0.08,
+                "count": 0.19, "caption": 0.04, "qa": 0.09}
     assert all(abs(share[name] - part) < 0.045 for name, part in intended.items()), share
     located = [(scene, query) for scene, query in pairs if query.label]
     nowhere = [(scene, query) for scene, query in located if query.about == "none"]
-    assert 0.10 < len(nowhere) / len(located) < 0.20
+    assert 0.18 < len(nowhere) / len(located) < 0.30
     near = [meant(scene, query.label.split()[-1]) != set() for scene, query in nowhere]
     assert np.mean(near) > 0.4  # the kind is there, the colour is not
     questions = {query.question for _, query in pairs}
