@@ -521,18 +521,18 @@ def _ask(scene: Scene, rng: np.random.Generator, task: str, about: str, label: s
 
 
 def _outermost(scene: Scene, group: list[int], side: str) -> int | None:
-    """The thing of the group that lies farthest to a side, if it leads by 8% of the picture; else None."""
+    """The thing of the group that lies farthest to a side, if it leads by 12% of the picture; else None."""
     axis, sign = SIDES[side]
     order = sorted(group, key=lambda i: sign * scene.points[0, i, axis])
     lead = sign * (scene.points[0, order[1], axis] - scene.points[0, order[0], axis]) if len(order) > 1 else 0
-    return order[0] if lead >= 0.08 * scene.frames.shape[2 - axis] else None
+    return order[0] if lead >= 0.12 * scene.frames.shape[2 - axis] else None
 
 
 def _extreme(scene: Scene, group: list[int], word: str) -> int | None:
-    """The largest or smallest thing of the group, if it beats the next one by a factor of 1.25; else None."""
+    """The largest or smallest thing of the group, if it beats the next one by a factor of 1.35; else None."""
     order = sorted(group, key=lambda i: scene.things[i].size, reverse=word in LARGEST)
     sizes = [scene.things[i].size for i in order[:2]]
-    return order[0] if len(order) > 1 and max(sizes) >= 1.25 * min(sizes) else None
+    return order[0] if len(order) > 1 and max(sizes) >= 1.35 * min(sizes) else None
 
 
 def _choose(rng: np.random.Generator, options: list):

@@ -250,9 +250,9 @@ def meant(scene: Scene, label: str) -> set[int]:
              "bottommost": lambda i: scene.points[0, i, 1] / scene.frames.shape[1]}[first[0]]
     second, best = sorted(value(i) for i in group)[-2:]
     if first[0] in ("largest", "biggest", "smallest"):
-        assert max(abs(best), abs(second)) >= 1.25 * min(abs(best), abs(second))
+        assert max(abs(best), abs(second)) >= 1.35 * min(abs(best), abs(second))
     else:
-        assert best - second >= 0.08 - 1e-6
+        assert best - second >= 0.12 - 1e-6
     return {i for i in group if value(i) == best}
 
 
