@@ -119,13 +119,15 @@ def read_answer(answer: Answer, tokenizer: Tokenizer, views: Views) -> tuple[str
 
 @dataclass
 class SyntheticSet(Dataset):
-    """Scenes drawn on demand: item i -> a message tree of `branches` questions. A share `videos` of them are clips."""
+    """Scenes drawn on demand: item i -> a message tree of `branches` questions. A share `videos` of them are clips;
+    `absent` as in `synthetic.queries`."""
 
     seed: int
     tokenizer: Tokenizer
     config: MolmoConfig
     branches: int = 6
     videos: float = 0.0
+    absent: float = 1.0
 
     def __len__(self) -> int:
         return 1 << 40  # endless
@@ -140,7 +142,7 @@ class SyntheticSet(Dataset):
         scene, rng = self.scene(index)
         views = scene_views(scene, self.config)
         map_, branches = patch_map(views), []
-        for query in synthetic.queries(scene, rng, self.branches):
+        for query in synthetic.queries(scene, rng, self.branches, self.absent):
             pieces, rows = answer_pieces(query, truth(scene, query), views, map_, self.config)
             branches.append(branch(self.tokenizer, query.question, pieces, rows))
         return Example(trunk(self.tokenizer, views), views.crops, views.pooling, branches)

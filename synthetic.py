@@ -577,10 +577,10 @@ MIXTURE = {("point", "kind"): 20, ("point", "color+kind"): 20, ("point", "color"
            ("caption", ""): 3, ("qa", ""): 8}
 
 
-def _query(scene: Scene, rng: np.random.Generator) -> Query | None:
+def _query(scene: Scene, rng: np.random.Generator, absent: float) -> Query | None:
     """One query drawn from MIXTURE; None if this scene has no clear answer to it."""
     choices = [key for key in MIXTURE if not (scene.is_video and key[1] in ("size", "position"))]
-    weights = np.array([MIXTURE[key] for key in choices])
+    weights = np.array([MIXTURE[key] * (absent if key[1] == "none" else 1) for key in choices])
     task, about = choices[rng.choice(len(choices), p=weights / weights.sum())]
     if task == "caption":
         question = str(rng.choice(CAPTION)).format(medium=_medium(scene))
@@ -592,12 +592,13 @@ def _query(scene: Scene, rng: np.random.Generator) -> Query | None:
     return _ask(scene, rng, task, about, *_pick(scene, rng, about))
 
 
-def queries(scene: Scene, rng: np.random.Generator, n: int) -> list[Query]:
-    """n queries about one scene, nothing asked twice (fewer if the scene has no more: a hundred draws find none new)."""
+def queries(scene: Scene, rng: np.random.Generator, n: int, absent: float = 1.0) -> list[Query]:
+    """n queries about one scene, nothing asked twice (fewer if the scene has no more: a hundred draws find none new).
+    `absent` multiplies the share of those about things that are not there."""
     found: dict[tuple[str, str], Query] = {}
     misses = 0
     while len(found) < n and misses < 100:
-        query = _query(scene, rng)
+        query = _query(scene, rng, absent)
         key = query and (query.task, query.label or query.question)
         if query is None or key in found:
             misses += 1

@@ -44,6 +44,7 @@ class Stage:
     batch: int                   # scenes a step
     branches: int                # questions a scene
     videos: float                # share of clips
+    absent: float                # how many questions about things that are not there, relative to synthetic.MIXTURE
     lr: dict[str, float]         # per part; new token embeddings go with the connector
     warmup: dict[str, int]       # steps, per part
     seed: int                    # of the scenes
@@ -55,8 +56,8 @@ def each(*values):
 
 
 STAGES = {
-    ("tiny", 1): Stage(1050, 4, 10, 0.0, each(2e-4, 2e-3, 2e-3, 2e-3), each(20, 20, 20, 20), 1, look=1400),
-    ("tiny", 2): Stage(6000, 4, 10, 0.5, each(4e-4, 1.5e-3, 1.5e-3, 1.5e-3), each(20, 20, 20, 20), 2),
+    ("tiny", 1): Stage(1050, 4, 10, 0.0, 0.4, each(2e-4, 2e-3, 2e-3, 2e-3), each(20, 20, 20, 20), 1, look=1400),
+    ("tiny", 2): Stage(6000, 4, 10, 0.5, 1.0, each(4e-4, 1.5e-3, 1.5e-3, 1.5e-3), each(20, 20, 20, 20), 2),
 }
 
 
@@ -246,7 +247,7 @@ def run(args):
         look(model, stage, args.workers, log)
 
     parts, optimisers = parts_of(model), optimizers(model, model.config.optimizer)
-    examples = data.SyntheticSet(stage.seed, tokenizer, model.config, stage.branches, stage.videos)
+    examples = data.SyntheticSet(stage.seed, tokenizer, model.config, stage.branches, stage.videos, stage.absent)
     loader = DataLoader(examples, stage.batch, sampler=range(stage.steps * stage.batch), collate_fn=collate,
                         num_workers=args.workers)
     bar = tqdm(loader, total=stage.steps, desc=f"stage {args.stage}", dynamic_ncols=True)
