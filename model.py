@@ -13,7 +13,9 @@ B sequences, T tokens, d LLM width, N crops of the batch, S patches per crop, v 
 batch, K slots of a pool window, G points, V rows of the base vocabulary.
 """
 
+import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import NamedTuple
@@ -23,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from connector import Connector, ConnectorConfig, gather_windows
-from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, PointConfig, PointDecoder, PointPredictor, RMSNorm, Sight, rope
+from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, PointConfig, PointDecoder, PointPredictor, RMSNorm, Sight, frequencies, rope
 from preprocess import ViewConfig
 from tokenizer import EXTRA_TOKENS, RESERVED
 from vit import ViT, ViTConfig
@@ -38,6 +40,26 @@ VISUAL_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_i
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """RoPE stretched to longer texts: slow channel pairs turn `factor` times slower, fast ones as before, those between
+    are blended. (YaRN, arXiv 2309.00071; OLMo 3 uses it on some layers.)"""
+
+    factor: float = 8.0
+    attention_factor: float = 1.2079441541679836  # 1 + ln(factor) / 10, on queries and on keys
+    beta_fast: float = 32.0        # pairs that turn more often than this over the original length stay as they are
+    beta_slow: float = 1.0         # those that turn less often are stretched in full
+    original_length: int = 8192
+    layers: tuple[int, ...] = ()   # which ones
+
+    def frequencies(self, width: int, theta: float, device=None) -> Tensor:
+        plain = frequencies(width, theta, device)
+        pair = lambda turns: width * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        low, high = max(math.floor(pair(self.beta_fast)), 0), min(math.ceil(pair(self.beta_slow)), width - 1)
+        stretched = ((torch.arange(width // 2, device=device) - low) / max(high - low, 0.001)).clamp(0, 1)
+        return plain * (1 - stretched) + plain / self.factor * stretched
+
+
+@dataclass(frozen=True)
 class LLMConfig:
     vocabulary: int = 151_936  # V, without the extra tokens
     width: int = 4096          # d
@@ -49,6 +71,9 @@ class LLMConfig:
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     tied: bool = False         # the head reuses the embedding table
+    norm_after: bool = False   # OLMo 3 normalises what attention and MLP give; Qwen 3 what they take
+    norm_heads: bool = True    # one RMSNorm for each head's query and key (Qwen 3) or over all heads at once (OLMo 3)
+    yarn: Yarn | None = None
 
 
 @dataclass(frozen=True)
@@ -75,23 +100,37 @@ class MolmoConfig:
     @classmethod
     def from_json(cls, text: str) -> "MolmoConfig":
         """Strict inverse of `to_json`: unknown or missing entries raise ValueError."""
-        parts = {"views": ViewConfig, "vit": ViTConfig, "connector": ConnectorConfig, "llm": LLMConfig, "point": PointConfig}
-        values = {}
-        for name, value in json.loads(text).items():
-            values[name] = _build(parts[name], value, name) if name in parts else value
-        return _build(cls, values, "config")
+        return _build(cls, json.loads(text), "config")
 
 
 def _build(cls, values: dict, name: str):
+    parts = {"views": ViewConfig, "vit": ViTConfig, "connector": ConnectorConfig, "llm": LLMConfig, "point": PointConfig,
+             "yarn": Yarn}
     wrong = {f.name for f in fields(cls)} ^ set(values)
     if wrong:
         raise ValueError(f"{name}: unknown or missing: {', '.join(sorted(wrong))}")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    value = lambda k, v: _build(parts[k], v, k) if k in parts and v is not None else tuple(v) if isinstance(v, list) else v
+    return cls(**{k: value(k, v) for k, v in values.items()})
 
 
 # Sizes: Molmo2 and MolmoPoint papers and the released config files. `tiny` trains on two CPU cores: 126 px crops of 9x9
 # patches (odd like 27x27, so that 2x2 pooling leaves an empty column and 3x3 does not), every mechanism of the large ones.
-MOLMOPOINT_8B = MolmoConfig(connector=ConnectorConfig(output_layer=False))
+QWEN3_8B = LLMConfig()
+QWEN3_4B = replace(QWEN3_8B, width=2560, mlp_hidden=9728, rope_theta=5e6, tied=True)  # 1e6 in the paper's table
+OLMO3_7B = LLMConfig(vocabulary=100_278, layers=32, kv_heads=32, mlp_hidden=11_008, rope_theta=5e5, norm_after=True,
+                     norm_heads=False, yarn=Yarn(layers=tuple(range(3, 32, 4))))
+
+
+def _molmo2(llm: LLMConfig) -> MolmoConfig:
+    return MolmoConfig(views=ViewConfig(low_res_pointing=True), connector=ConnectorConfig(mlp_hidden=llm.mlp_hidden),
+                       llm=llm, points_as="text")
+
+
+def _molmopoint(llm: LLMConfig, max_crops: int = 24) -> MolmoConfig:
+    return MolmoConfig(views=ViewConfig(max_crops=max_crops),
+                       connector=ConnectorConfig(mlp_hidden=llm.mlp_hidden, output_layer=False), llm=llm)
+
+
 PRESETS = {
     "tiny": MolmoConfig(
         views=ViewConfig(crop_size=126, margins=(1, 1), max_crops=4, max_frames=16),
@@ -102,16 +141,12 @@ PRESETS = {
         point=PointConfig(width=256),
         optimizer="muon",
     ),
-    "molmopoint-8b": MOLMOPOINT_8B,
-    "molmo2-8b": replace(MOLMOPOINT_8B, views=ViewConfig(low_res_pointing=True), connector=ConnectorConfig(),
-                         points_as="text"),
-    "molmo2-4b": replace(
-        MOLMOPOINT_8B,
-        views=ViewConfig(low_res_pointing=True),
-        connector=ConnectorConfig(mlp_hidden=9728),
-        llm=LLMConfig(width=2560, mlp_hidden=9728, rope_theta=5e6, tied=True),
-        points_as="text",
-    ),
+    "molmo2-4b": _molmo2(QWEN3_4B),
+    "molmo2-8b": _molmo2(QWEN3_8B),
+    "molmo2-o-7b": _molmo2(OLMO3_7B),
+    "molmopoint-8b": _molmopoint(QWEN3_8B),
+    "molmopoint-gui-8b": _molmopoint(QWEN3_8B, max_crops=48),
+    "molmopoint-vid-4b": _molmopoint(QWEN3_4B),
 }
 
 
@@ -186,22 +221,32 @@ class Cache:
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, c: LLMConfig):
+    def __init__(self, c: LLMConfig, layer: int):
         super().__init__()
-        self.c = c
+        self.c, self.layer = c, layer
+        self.yarn = c.yarn if c.yarn is not None and layer in c.yarn.layers else None
         self.att_proj = nn.Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_width, bias=False)  # rows q, k, v
         self.attn_out = nn.Linear(c.heads * c.head_width, c.width, bias=False)
-        self.q_norm, self.k_norm = (RMSNorm(c.head_width, c.norm_eps) for _ in range(2))
+        self.q_norm, self.k_norm = (RMSNorm(c.head_width * (1 if c.norm_heads else heads), c.norm_eps)
+                                    for heads in (c.heads, c.kv_heads))
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, cache: Cache | None, layer: int) -> Tensor:
-        c = self.c
-        heads = self.att_proj(x).unflatten(-1, (-1, c.head_width)).transpose(1, 2)  # (B, heads + 2 kv_heads, T, head_width)
-        q, k, v = heads.split([c.heads, c.kv_heads, c.kv_heads], dim=1)
-        q, k = (rope(y, positions[:, None], c.rope_theta) for y in (self.q_norm(q), self.k_norm(k)))
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
+        c, split = self.c, lambda y: y.unflatten(-1, (-1, c.head_width)).transpose(1, 2)  # (B, heads, T, head_width)
+        q, k, v = self.att_proj(x).split([n * c.head_width for n in (c.heads, c.kv_heads, c.kv_heads)], dim=-1)
+        q, k = (norm(y.unflatten(-1, (-1, len(norm.weight)))).flatten(-2)
+                for norm, y in ((self.q_norm, q), (self.k_norm, k)))
+        q, k = (self.turn(split(y), positions[:, None]) for y in (q, k))
+        v = split(v)
         if cache is not None:
-            k, v = cache.add(layer, k, v)
+            k, v = cache.add(self.layer, k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
         return self.attn_out(out.transpose(1, 2).flatten(2))
+
+    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        c = self.c
+        if self.yarn is None:
+            return rope(x, positions, frequencies(c.head_width, c.rope_theta, x.device))
+        return rope(x, positions, self.yarn.frequencies(c.head_width, c.rope_theta, x.device), self.yarn.attention_factor)
 
 
 class MLP(nn.Module):
@@ -218,26 +263,30 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c: LLMConfig):
+    def __init__(self, c: LLMConfig, layer: int):
         super().__init__()
+        self.norm_after = c.norm_after
         self.attn_norm, self.ff_norm = (RMSNorm(c.width, c.norm_eps) for _ in range(2))
-        self.self_attn, self.mlp = SelfAttention(c), MLP(c)
+        self.self_attn, self.mlp = SelfAttention(c, layer), MLP(c)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, cache: Cache | None, layer: int) -> Tensor:
-        x = x + self.self_attn(self.attn_norm(x), positions, mask, cache, layer)
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
+        if self.norm_after:
+            x = x + self.attn_norm(self.self_attn(x, positions, mask, cache))
+            return x + self.ff_norm(self.mlp(x))
+        x = x + self.self_attn(self.attn_norm(x), positions, mask, cache)
         return x + self.mlp(self.ff_norm(x))
 
 
 class Table(nn.Module):
-    """Word embeddings: the base vocabulary and, trained from nothing, the extra tokens."""
+    """Rows of words: the base vocabulary and, trained from nothing, the extra tokens."""
 
-    def __init__(self, c: LLMConfig):
+    def __init__(self, c: LLMConfig, extra: bool = True):
         super().__init__()
         self.embedding = nn.Parameter(torch.empty(c.vocabulary, c.width))
-        self.new_embedding = nn.Parameter(torch.empty(RESERVED, c.width))
+        self.new_embedding = nn.Parameter(torch.empty(RESERVED, c.width)) if extra else None
 
     def rows(self) -> Tensor:
-        return torch.cat([self.embedding, self.new_embedding])
+        return self.embedding if self.new_embedding is None else torch.cat([self.embedding, self.new_embedding])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,9 +301,9 @@ class Molmo(nn.Module):
         self.vit = ViT(c.vit)
         self.connector = Connector(c.connector, c.vit.feature_width, c.llm.width)
         self.wte = Table(c.llm)
-        self.blocks = nn.ModuleList(Block(c.llm) for _ in range(c.llm.layers))
+        self.blocks = nn.ModuleList(Block(c.llm, layer) for layer in range(c.llm.layers))
         self.ln_f = RMSNorm(c.llm.width, c.llm.norm_eps)
-        self.lm_head = None if c.llm.tied else Table(c.llm)
+        self.lm_head = None if c.llm.tied else Table(c.llm, extra=c.points_as == "tokens")  # Molmo2 never says extra tokens
         self.point_predictor = PointPredictor(c.point, c.llm.width, c.vit.feature_width) if c.points_as == "tokens" else None
 
     @torch.no_grad()
@@ -291,7 +340,10 @@ class Molmo(nn.Module):
         return Sight.of(windows, valid, self.connector(windows, valid), at, self.owners(batch)[placeholder], indexable)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Word embeddings (B, T, d); <im_low> shares <im_patch>'s."""
+        """Word embeddings (B, T, d); <im_low> shares <im_patch>'s. (The released inference code: <im_low> has its own,
+        and what <|vit_index|> carries stands in place of its word embedding.)"""
+        if self.config.point.released_inference:
+            return F.embedding(tokens, self.wte.rows()) * (tokens != self.ids[VIT_INDEX])[..., None]
         tokens = torch.where(tokens == self.ids["<im_low>"], self.ids["<im_patch>"], tokens)
         return F.embedding(tokens, self.wte.rows())
 
@@ -310,8 +362,8 @@ class Molmo(nn.Module):
 
     def decode(self, x: Tensor, positions: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:
         """x (B, T, d) -> hidden states after the last block, before the final norm."""
-        for layer, block in enumerate(self.blocks):
-            x = block(x, positions, mask, cache, layer)
+        for block in self.blocks:
+            x = block(x, positions, mask, cache)
         if cache is not None:
             cache.used += x.shape[1]
         return x
@@ -319,7 +371,7 @@ class Molmo(nn.Module):
     def logits(self, h: Tensor) -> Tensor:
         """h (..., d) -> (..., V) scores of the base vocabulary, and of the extra tokens if points are grounding tokens."""
         head = self.wte if self.lm_head is None else self.lm_head
-        return self.ln_f(h) @ (head.rows() if self.point_predictor is not None else head.embedding).T
+        return self.ln_f(h) @ (head.embedding if self.point_predictor is None else head.rows()).T
 
     def owners(self, batch: Batch) -> Tensor:
         """(B, T): one number per example of the batch."""
@@ -471,3 +523,40 @@ def generate(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int
         keys = Ids(*(torch.cat([old, field], dim=1) for old, field in zip(keys, new)))
         h = model.decode(x, (position + 1 + step)[:, None], may_attend(new, keys), cache)[:, 0]
     return [Answer(a, d.rows, "stop" if f else "length") for a, d, f in zip(answers, decoders, finished)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python model.py --preset molmo2-8b: what a model costs, without allocating it
+
+
+def costs(config: MolmoConfig) -> dict[str, float]:
+    """Parameters per part and in all, bytes of the key-value cache per token (bf16), and FLOPs per token: two per weight
+    that a token meets (word embeddings are looked up), attention over other tokens not counted."""
+    with torch.device("meta"):
+        model = Molmo(config)
+    count = lambda *modules: sum(p.numel() for module in modules if module is not None for p in module.parameters())
+    t = config.llm
+    figures = {"vit": count(model.vit), "connector": count(model.connector), "point predictor": count(model.point_predictor),
+               "word embeddings": count(model.wte), "decoder blocks": count(model.blocks, model.ln_f),
+               "head": count(model.lm_head)}
+    return figures | {
+        "parameters": sum(figures.values()),
+        "cache bytes per token": 2 * t.layers * t.kv_heads * t.head_width * 2,
+        "flops per token": 2 * (count(model.blocks) + t.width * t.vocabulary),
+        "flops per crop": 2 * count(model.vit.blocks, model.vit.patch_embedding) * config.views.grid**2,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description="What a preset costs: parameters, memory, arithmetic.")
+    parser.add_argument("--preset", choices=PRESETS, default="tiny")
+    figures = costs(PRESETS[parser.parse_args().preset])
+    for name, value in figures.items():
+        if "per" in name.split():
+            print(f"{name:24}{value:>18,}")
+        else:
+            print(f"{name:24}{value:>18,}{value * 2 / 2**30:>9.2f} GiB bf16{value * 4 / 2**30:>9.2f} GiB float32")
+
+
+if __name__ == "__main__":
+    main()

@@ -129,15 +129,19 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
 
 
-def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding, rotate-half: channel i turns with channel i + c/2 by positions * theta^(-2i/c).
+def frequencies(width: int, theta: float, device=None) -> Tensor:
+    """Radians per position of the width / 2 channel pairs of `rope`: theta^(-2i/width)."""
+    return theta ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
 
-    x (..., T, c), positions broadcastable to (..., T); angles in float32.
+
+def rope(x: Tensor, positions: Tensor, frequency: Tensor, gain: float = 1.0) -> Tensor:
+    """Rotary position embedding, rotate-half: channel i turns with channel i + c/2 by positions * frequency[i].
+
+    x (..., T, c), positions broadcastable to (..., T), frequency (c/2,); angles in float32. `gain` is YaRN's.
     """
     half = x.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
     angle = positions[..., None].float() * frequency
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    cos, sin = (angle.cos() * gain).to(x.dtype), (angle.sin() * gain).to(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -151,6 +155,8 @@ class PointConfig:
     width: int = 512          # w, of queries and keys
     rope_theta: float = 50_000.0
     locations: int = 9        # thirds of a patch: 3 * column + row
+    norm_eps: float = 1e-6
+    released_inference: bool = False  # as the released inference code computes, where it differs from the training code
 
 
 class Sight(NamedTuple):
@@ -183,7 +189,7 @@ class PointPredictor(nn.Module):
     def __init__(self, c: PointConfig, d: int, feature_width: int):
         super().__init__()
         self.config = c
-        self.x_norm = RMSNorm(d)
+        self.x_norm = RMSNorm(d, c.norm_eps)
         self.patch_q = nn.Linear(d, c.width)
         self.patch_k = nn.Linear(d, c.width)
         self.no_more_points = nn.Parameter(torch.zeros(c.width))
@@ -192,22 +198,31 @@ class PointPredictor(nn.Module):
         self.subpatch_loc_k = nn.Linear(d, c.locations)
         self.build_vit_embedding = nn.Linear(feature_width, d)  # <|vit_index|> carries the chosen patch
 
+    def turn(self, x: Tensor, index: Tensor) -> Tensor:
+        return rope(x, index, frequencies(self.config.width, self.config.rope_theta, x.device))
+
     def patch_keys(self, x: Tensor, index: Tensor) -> Tensor:
         """x (M, d) of the visual tokens, index (M,) among the indexable ones -> (M, w)."""
-        return rope(self.patch_k(x), index, self.config.rope_theta)
+        return self.turn(self.patch_k(x), index)
 
     def patch_scores(self, x: Tensor, index: Tensor, keys: Tensor) -> Tensor:
         """x (G, d), index (G,) of the previously chosen token (0 if none), keys (M, w) -> (G, M + 1), stop class last.
 
-        The stop class is a learned key at position 0. Scores are divided by sqrt(w).
+        The stop class is a learned key at position 0. Scores are divided by sqrt(w). (The released code: by
+        sqrt(number of keys), which makes the same choice, but was another temperature in training.)
         """
-        q = rope(self.patch_q(x), index, self.config.rope_theta)
-        return q @ torch.cat([keys, self.no_more_points[None].to(keys.dtype)]).T / self.config.width**0.5
+        keys = torch.cat([keys, self.no_more_points[None].to(keys.dtype)])
+        return self.turn(self.patch_q(x), index) @ keys.T / (len(keys) if self.config.released_inference
+                                                             else self.config.width) ** 0.5
 
     def slot_scores(self, x: Tensor, windows: Tensor, valid: Tensor) -> Tensor:
         """x (G, d), windows (G, K, v) of the chosen tokens, valid (G, K) -> (G, K), -inf in empty slots."""
         scores = torch.einsum("gw,gkw->gk", self.subpatch_q(x), self.subpatch_k(windows)) / self.config.width**0.5
         return scores.masked_fill(~valid, float("-inf"))
+
+    def location_scores(self, h: Tensor) -> Tensor:
+        """h (..., d) -> (..., 9). (The released inference code forgets the norm.)"""
+        return self.subpatch_loc_k(h if self.config.released_inference else self.x_norm(h))
 
     def losses(self, h, targets, weights, owner, branch, points, sight: Sight, ids: dict[str, int]) -> dict[str, Tensor]:
         """Weighted sums of the three cross-entropies, and the number of visual tokens chosen right.
@@ -232,7 +247,7 @@ class PointPredictor(nn.Module):
 
         window = triples[:, 0]
         slots = self.slot_scores(self.x_norm(h[at_slot]), sight.windows[window], sight.valid[window])
-        locations = self.subpatch_loc_k(self.x_norm(h[at_location]))
+        locations = self.location_scores(h[at_location])
 
         def loss(scores, target, at):
             return (F.cross_entropy(scores.float(), target, reduction="none") * weights[at]).sum()
@@ -286,7 +301,7 @@ class PointDecoder:
             self.expects = VIT_LOC
             return self.ids[VIT_INDEX], self.predictor.build_vit_embedding(self.sight.windows[self.token, self.slot])
         if self.expects == VIT_LOC:
-            self.rows[-1][2] = int(self.predictor.subpatch_loc_k(x).argmax())
+            self.rows[-1][2] = int(self.predictor.location_scores(h).argmax())
             self.expects = None
             return self.ids[VIT_LOC], None
         banned = [VIT_INDEX, VIT_LOC] if self.sight.indexable.any() else [VIT_INDEX, VIT_LOC, TOKEN_INDEX]

@@ -163,12 +163,11 @@ def select_tiling(height: int, width: int, config: ViewConfig) -> tuple[int, int
     tilings = sorted(((rows, cols) for rows in range(1, most + 1) for cols in range(1, most // rows + 1)),
                      key=lambda tiling: (tiling[0] * tiling[1], tiling[0]))
 
-    def scale(tiling: tuple[int, int]) -> float:
-        return min(n * window / (side - margin) if side > margin else float("inf")  # inf: the margins alone show it all
-                   for n, side in zip(tiling, (height, width)))
-
-    enlarging = [tiling for tiling in tilings if scale(tiling) >= 1]
-    return min(enlarging, key=scale) if enlarging else max(tilings, key=scale)
+    with np.errstate(divide="ignore"):  # a side as long as the margins: they alone show it, any enlarging will do
+        scales = np.array(tilings, np.float32) * window / np.float32([height - margin, width - margin])
+    scale = scales.min(axis=1)  # negative where a side is shorter than the margins: one crop is the best of such tilings
+    enlarging = np.where(scale >= 1, scale, np.inf)
+    return tilings[int(enlarging.argmin() if (scale >= 1).any() else scale.argmax())]
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -201,6 +201,72 @@ class Tokenizer:
         return tokenizer
 
 
+class ReleasedTokenizer(Tokenizer):
+    """The tokenizer.json of a released checkpoint, through the `tokenizers` package: same methods, same safety. Only the
+    tokens of the chat and of pictures and points are special here; any other added token is read as the file says."""
+
+    def __init__(self, settings: dict, base_size: int, bos: str, eos: str):
+        """settings: a parsed tokenizer.json; base_size: rows before the extra tokens; bos, eos: spellings. ImportError
+        without the package, ValueError if a special token is missing or has another id than its place says."""
+        from tokenizers import Tokenizer as Library  # an extra: requirements-released.txt
+
+        self.settings, self.base_size, self._cache = settings, base_size, {}
+        wanted = {name: base_size + i for i, name in enumerate(EXTRA_TOKENS)}
+        for token in settings.get("added_tokens", []):
+            token["special"] = token["special"] or token["content"] in wanted or token["content"] in CHAT_TOKENS
+        self.library = Library.from_str(json.dumps(settings))
+        self.library.encode_special_tokens = True  # their spelling in a text is just characters
+        for name, i in wanted.items():
+            if (found := self.library.token_to_id(name)) not in (i, None):
+                raise ValueError(f"{name} has id {found}, the vocabulary of {base_size} rows asks for {i}")
+        chat = {name: self.library.token_to_id(name) for name in {*CHAT_TOKENS, bos, eos}}
+        if missing := sorted(name for name, i in chat.items() if i is None and name != "<|endoftext|>"):
+            raise ValueError(f"the token {missing[0]} is missing")
+        self.special = chat | wanted
+        self.bos_id, self.eos_id = chat[bos], chat[eos]
+        self._names = {i: name for name, i in self.special.items()}
+
+    def encode(self, text: str) -> list[int]:
+        return self.library.encode(utf8(text).decode("utf-8"), add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        ids = list(ids)
+        if outside := [i for i in ids if not 0 <= i < self.size]:
+            raise ValueError(f"token id {outside[0]} is outside the vocabulary (0 to {self.size - 1})")
+        parts, text = [], []  # the library leaves out ids that it has no name for, Molmo2's files lack the pointing tokens
+        for i in [*ids, -1]:
+            if i in self._names or i < 0:
+                parts += [self.library.decode(text, skip_special_tokens=False), self._names.get(i, "")]
+                text = []
+            else:
+                text.append(i)
+        return "".join(parts)
+
+    def save(self, path: str | os.PathLike) -> None:
+        temporary = Path(f"{os.fspath(path)}.tmp")
+        temporary.write_text(json.dumps(self.settings, ensure_ascii=False), encoding="utf-8")
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike, base_size: int) -> "ReleasedTokenizer":
+        """From tokenizer.json and, for bos and eos, tokenizer_config.json in a folder. ValueError names the file."""
+        path = Path(folder) / "tokenizer.json"
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            beside = Path(folder) / "tokenizer_config.json"
+            said = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+            spelled = lambda token: token["content"] if isinstance(token, dict) else token
+            eos = spelled(said.get("eos_token")) or "<|im_end|>"
+            return cls(settings, base_size, spelled(said.get("bos_token")) or eos, eos)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        except ImportError:
+            raise ValueError("released checkpoints need the package tokenizers: "
+                             "pip install -r requirements-released.txt") from None
+        except Exception as error:  # the library raises bare exceptions
+            raise ValueError(f"{path}: not a tokenizer of this model ({error})") from None
+
+
 def byte_symbols() -> list[str]:
     """One visible character for each byte, as in the files of GPT-2: itself if printable, else one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}

@@ -1,20 +1,35 @@
-"""Checkpoints: a folder of three files, written whole or not at all, loaded strictly.
+"""Checkpoints: ours and the released ones, loaded strictly, written whole or not at all.
 
-    config.json       the MolmoConfig
-    tokenizer.json    the vocabulary
-    model.npz         one array per parameter, named as in the model (no pickle)
+    ours      config.json (the MolmoConfig), tokenizer.json, model.npz: one array per parameter, named as in the model
+    released  config.json, tokenizer.json, model*.safetensors: the layout of allenai/Molmo2-* and allenai/MolmoPoint-*
+
+Strictly: every tensor of the file is used once, every parameter is filled, all shapes are equal; else nothing is loaded
+and one line names the file and the tensor. No pickle is ever read. The released layout needs two more packages
+(requirements-released.txt), imported only then.
+
+    python weights.py runs/stage2/checkpoint exported    # any checkpoint, written in the released layout
 """
 
+import importlib
+import json
+import math
 import os
+import re
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from model import Molmo, MolmoConfig
-from tokenizer import Tokenizer
+import data
+from connector import ConnectorConfig
+from model import LLMConfig, Molmo, MolmoConfig, Yarn
+from pointing import PointConfig
+from preprocess import ViewConfig
+from tokenizer import EXTRA_TOKENS, RESERVED, ReleasedTokenizer, Tokenizer
+from vit import ViTConfig
 
 
 class CheckpointError(ValueError):
@@ -22,15 +37,24 @@ class CheckpointError(ValueError):
 
 
 def save(folder: str | Path, model: Molmo, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> None:
-    """Writes the folder under another name and renames it, so that a reader never meets half a checkpoint."""
+    """Writes the folder under another name and renames it, so that a reader never meets half a checkpoint. A model that
+    came with a released tokenizer is written in the released layout."""
+    if isinstance(tokenizer, ReleasedTokenizer):
+        return save_released(folder, model, tokenizer)
     folder = Path(folder)
-    fresh, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    fresh = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     (fresh / "config.json").write_text(model.config.to_json() + "\n")
     tokenizer.save(fresh / "tokenizer.json")
     arrays = {name: p.detach().to(dtype).cpu().numpy() for name, p in model.state_dict().items()}
     np.savez(fresh / "model.npz", **arrays)
+    _swap(fresh, folder)
+
+
+def _swap(fresh: Path, folder: Path) -> None:
+    """Gives a finished folder its name; one that had it goes only then."""
+    old = folder.with_name(folder.name + ".old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
@@ -38,10 +62,14 @@ def save(folder: str | Path, model: Molmo, tokenizer: Tokenizer, dtype: torch.dt
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Molmo, Tokenizer]:
-    """-> the model in float32 and evaluation mode, and its tokenizer. Every array is used once, every parameter is
-    filled, shapes are equal; else CheckpointError names the array."""
+def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+         ) -> tuple[Molmo, Tokenizer]:
+    """-> the model in evaluation mode, and its tokenizer, from a folder of either sort. Numbers are float32 if the
+    checkpoint is ours and as they are in the file if it was released, unless `dtype` says. CheckpointError if anything is
+    wrong."""
     folder = Path(folder)
+    if is_released(folder):
+        return load_released(folder, device, dtype)
     for name in ("config.json", "tokenizer.json", "model.npz"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: not a checkpoint folder, {name} is missing")
@@ -59,7 +87,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Molmo,
         raise CheckpointError(f"{folder / 'tokenizer.json'}: {tokenizer.base_size} base tokens, "
                               f"the config asks for {config.llm.vocabulary}")
     model.load_state_dict(_arrays(folder / "model.npz", model), assign=True)
-    return model.to(device).eval(), tokenizer
+    return model.to(device, dtype).eval(), tokenizer
 
 
 def _arrays(path: Path, model: Molmo) -> dict[str, torch.Tensor]:
@@ -75,3 +103,372 @@ def _arrays(path: Path, model: Molmo) -> dict[str, torch.Tensor]:
         if arrays[name].shape != shape:
             raise CheckpointError(f"{path}: {name} has shape {tuple(arrays[name].shape)}, the config asks for {tuple(shape)}")
     return arrays
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The released layout: names
+
+MOLMO2 = {  # beginnings of names, ours -> released; the first that fits counts
+    "wte.": "model.transformer.wte.",
+    "blocks.": "model.transformer.blocks.",
+    "ln_f.": "model.transformer.ln_f.",
+    "lm_head.embedding": "lm_head.weight",
+    "vit.blocks.": "model.vision_backbone.image_vit.transformer.resblocks.",
+    "vit.": "model.vision_backbone.image_vit.",
+    "connector.": "model.vision_backbone.",
+}
+MOLMOPOINT = MOLMO2 | {
+    "lm_head.embedding": "lm_head.output_embeddings",
+    "lm_head.new_embedding": "lm_head.new_output_embeddings",
+    "vit.blocks.": "model.vit.transformer.resblocks.",
+    "vit.": "model.vit.",
+    "connector.": "model.connector.",
+    "point_predictor.build_vit_embedding.": "model.build_vit_embedding.",
+    "point_predictor.no_more_points": "model.point_predictor.add_no_point_class_embed.vector",
+    "point_predictor.": "model.point_predictor.",
+}
+TABLE = ("wte.embedding", "wte.new_embedding")
+
+
+def released_name(name: str, config: MolmoConfig) -> str:
+    for ours, theirs in (MOLMOPOINT if config.points_as == "tokens" else MOLMO2).items():
+        if name.startswith(ours):
+            return theirs + name[len(ours):]
+    raise KeyError(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The released layout: config.json, in both spellings
+
+
+class _Entries:
+    """A JSON object that is asked for entries by any of their names and complains in one line."""
+
+    def __init__(self, path: Path, values: dict, where: str = ""):
+        self.path, self.values, self.where = path, values, where
+
+    def __call__(self, *names: str, default=None):
+        for name in names:
+            if self.values.get(name) is not None:
+                return self.values[name]
+        if default is None:
+            raise CheckpointError(f"{self.path}: {self.where}{names[0]} is missing")
+        return default
+
+    def part(self, *names: str) -> "_Entries":
+        return _Entries(self.path, self(*names), f"{names[0]}.")
+
+    def must(self, expected, *names: str) -> None:
+        if (found := self(*names, default=expected)) != expected:
+            raise CheckpointError(f"{self.path}: {self.where}{names[0]} is {found!r}, only {expected!r} is supported")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return values
+
+
+def is_released(folder: Path) -> bool:
+    """Does its config.json have the entries of the released ones?"""
+    path = Path(folder) / "config.json"
+    return path.is_file() and "model_type" in _read_json(path)
+
+
+def released_config(folder: str | Path) -> MolmoConfig:
+    """config.json, and the preprocessor's settings beside it, as a MolmoConfig. CheckpointError if it is of a model that
+    this code is not."""
+    folder = Path(folder)
+    top = _Entries(folder / "config.json", _read_json(folder / "config.json"))
+    kind = top("model_type")
+    if kind not in ("molmo2", "molmo_point"):
+        raise CheckpointError(f"{top.path}: model_type {kind!r} is not molmo2 or molmo_point")
+    pointing = kind == "molmo_point"
+    try:
+        vit, connector, text = top.part("vit_config", "vision_config"), top.part("adapter_config"), top.part("text_config")
+        config = MolmoConfig(
+            vit=_released_vit(vit, connector),
+            connector=_released_connector(connector, pointing),
+            llm=_released_llm(text, top),
+            point=_released_point(top, text) if pointing else PointConfig(),
+            points_as="tokens" if pointing else "text",
+        )
+        crop = vit("image_default_input_size", "image_size", default=[378, 378])[0]
+        return replace(config, views=_released_views(folder, crop, config.vit.patch_size, pointing))
+    except (TypeError, AttributeError, IndexError, ValueError) as error:
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{top.path}: {error}") from None
+
+
+def _released_vit(vit: _Entries, connector: _Entries) -> ViTConfig:
+    crop, patch = vit("image_default_input_size", "image_size", default=[378, 378]), vit("image_patch_size", "patch_size")
+    vit.must("gelu_pytorch_tanh", "hidden_act")
+    return ViTConfig(width=vit("hidden_size"), layers=vit("num_hidden_layers"), heads=vit("num_attention_heads"),
+                     mlp_hidden=vit("intermediate_size"), taps=tuple(connector("vit_layers", "vision_feature_layer")),
+                     grid=math.isqrt(vit("image_num_pos", "num_position_embeddings", default=(crop[0] // patch) ** 2)),
+                     patch_size=patch, norm_eps=vit("layer_norm_eps"))
+
+
+def _released_connector(connector: _Entries, pointing: bool) -> ConnectorConfig:
+    connector.must("silu", "hidden_act")
+    connector.must(True, "pooling_attention_mask")
+    if connector("positional_embeddings", default=0):
+        raise CheckpointError(f"{connector.path}: a connector with positional_embeddings is not supported")
+    return ConnectorConfig(width=connector("hidden_size"), heads=connector("num_attention_heads"),
+                           mlp_hidden=connector("intermediate_size"),
+                           output_layer=connector("attention_pooling_out_layer", default=not pointing))
+
+
+def _released_llm(text: _Entries, top: _Entries) -> LLMConfig:
+    rope = _Entries(text.path, text.values | text("rope_scaling", default={}) | text("rope_parameters", default={}),
+                    "text_config rope: ")
+    layers, kind = text("num_hidden_layers"), rope("rope_type", "type", default="default")
+    if kind not in ("default", "yarn"):
+        raise CheckpointError(f"{text.path}: rope_type {kind!r} is not default or yarn")
+    factor = rope("factor", default=1.0)
+    yarn = Yarn(factor, rope("attention_factor", default=1 + 0.1 * math.log(factor)), rope("beta_fast", default=32.0),
+                rope("beta_slow", default=1.0), rope("original_max_position_embeddings"),
+                tuple(text("rope_scaling_layers", default=range(layers)))) if kind == "yarn" else None
+    text.must("silu", "hidden_act")
+    text.must(False, "qkv_bias", "attention_bias")
+    text.must(True, "use_qk_norm")
+    text.must(RESERVED, "additional_vocab_size")
+    tied = any(values.get("tie_word_embeddings") for values in (text.values, top.values))
+    return LLMConfig(vocabulary=text("vocab_size"), width=text("hidden_size"), layers=layers,
+                     heads=text("num_attention_heads"), kv_heads=text("num_key_value_heads"),
+                     head_width=text("head_dim"), mlp_hidden=text("intermediate_size"), rope_theta=rope("rope_theta"),
+                     norm_eps=text("layer_norm_eps", "rms_norm_eps"), tied=tied,
+                     norm_after=text("norm_after", default=False), yarn=yarn,
+                     norm_heads=text("qk_norm_type", default="qwen3") == "qwen3")
+
+
+def _released_point(top: _Entries, text: _Entries) -> PointConfig:
+    for value, name in (("3x3", "patch_location"), (True, "no_more_points_class"), ("linear", "embed_selected_vit_patch"),
+                        ("one_d", "token_prediction_rotary"), (True, "layer_norm_x"), (True, "norm_logits"),
+                        (False, "embed_location")):
+        top.must(value, name)
+    return PointConfig(width=top("patch_embed_dim"), rope_theta=top("token_prediction_rotary_theta", default=50_000.0),
+                       norm_eps=text("layer_norm_eps", "rms_norm_eps"))
+
+
+def _released_views(folder: Path, crop: int, patch: int, pointing: bool) -> ViewConfig:
+    """From preprocessor_config.json and video_preprocessor_config.json, or processor_config.json, which holds both."""
+    both = _read_json(path) if (path := folder / "processor_config.json").is_file() else {}
+    images, videos = (
+        _read_json(path) if (path := folder / name).is_file() else both.get(part, {})
+        for name, part in (("preprocessor_config.json", "image_processor"), ("video_preprocessor_config.json", "video_processor")))
+    usual = ViewConfig()
+    return ViewConfig(
+        crop_size=crop, patch_size=patch, margins=tuple(images.get("overlap_margins", usual.margins)),
+        image_pool=images.get("pooling_size", [usual.image_pool])[0], video_pool=videos.get("pooling_size", [usual.video_pool])[0],
+        max_crops=images.get("max_crops", usual.max_crops), max_frames=videos.get("num_frames", usual.max_frames),
+        fps=float(videos.get("max_fps", usual.fps)), low_res_pointing=not pointing)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The released layout: tensors
+
+
+def _extra(name: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise CheckpointError(f"released checkpoints need the package {name}: "
+                              "pip install -r requirements-released.txt") from None
+
+
+def load_released(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+                  released_inference: bool = False) -> tuple[Molmo, Tokenizer]:
+    """A folder as released, or as `save_released` or the `transformers` library write it. The model is built without
+    memory and its parameters are the mapped file, converted one by one if `dtype` or `device` ask for it, so that the peak
+    stays near the size of the weights. `released_inference`: see PointConfig."""
+    folder = Path(folder)
+    config = released_config(folder)
+    config = replace(config, point=replace(config.point, released_inference=released_inference))
+    tokenizer = ReleasedTokenizer.load(folder, config.llm.vocabulary)
+    tokenizer.eos_id = _generation_end(folder / "generation_config.json", tokenizer)
+    with torch.device("meta"):
+        model = Molmo(config)
+    model.load_state_dict(_released_tensors(folder, model, device, dtype), assign=True)
+    return model.eval(), tokenizer
+
+
+def _generation_end(path: Path, tokenizer: Tokenizer) -> int:
+    """The token that ends an answer: the first that generation_config.json names, else the tokenizer's own."""
+    end = _read_json(path).get("eos_token_id") if path.is_file() else None
+    end = end[0] if isinstance(end, list) and end else end
+    if end is not None and not (isinstance(end, int) and 0 <= end < tokenizer.size):
+        raise CheckpointError(f"{path}: eos_token_id {end!r} is not a token")
+    return tokenizer.eos_id if end is None else end
+
+
+def _released_tensors(folder: Path, model: Molmo, device, dtype) -> dict[str, torch.Tensor]:
+    """Every parameter of the model by our names."""
+    shards = _shards(folder)
+    wanted = {released_name(name, model.config): name for name in model.state_dict()}
+    tied = _tied_copies(model.config)
+    for name, file in shards.items():
+        block = re.search(r"resblocks\.(\d+)\.", name)
+        above = block is not None and int(block[1]) >= len(model.vit.blocks)  # of the ViT, deeper than any tap
+        if name not in wanted and name not in tied and not above:
+            raise CheckpointError(f"{file.path}: {name} is not part of this model")
+    if missing := sorted(set(wanted) - set(shards)):
+        raise CheckpointError(f"{folder}: {missing[0]} is missing" + f", and {len(missing) - 1} more" * (len(missing) > 1))
+
+    read = lambda name: shards[name].get(name).to(device, dtype)
+    table = torch.cat([read(released_name(name, model.config)) for name in TABLE])  # a copy may be split at another row
+    rows, tensors = model.config.llm.vocabulary, {}
+    for theirs, ours in wanted.items():
+        tensor = (table[:rows] if ours == TABLE[0] else table[rows:]) if ours in TABLE else read(theirs)
+        if tensor.shape != (shape := model.get_parameter(ours).shape):
+            raise CheckpointError(f"{shards[theirs].path}: {theirs} has shape {tuple(tensor.shape)}, "
+                                  f"the config asks for {tuple(shape)}")
+        tensors[ours] = tensor
+    for theirs, ours in tied.items():
+        if theirs in shards and not torch.equal(read(theirs), tensors[ours]):
+            raise CheckpointError(f"{shards[theirs].path}: {theirs} differs from the word embeddings, the config ties them")
+    return tensors
+
+
+def _tied_copies(config: MolmoConfig) -> dict[str, str]:
+    """Released name -> ours of the copies that files hold of the word embeddings where the head is tied to them."""
+    if not config.llm.tied:
+        return {}
+    heads = ("lm_head.embedding", "lm_head.new_embedding")[:2 if config.points_as == "tokens" else 1]
+    return {released_name(head, config): table for head, table in zip(heads, TABLE)}
+
+
+class _Shard:
+    """A safetensors file, opened when its first tensor is asked for."""
+
+    def __init__(self, path: Path):
+        self.path, safetensors = path, _extra("safetensors")
+        try:
+            self.file = safetensors.safe_open(path, framework="pt")
+            self.names = set(self.file.keys())
+        except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from None
+
+    def get(self, name: str) -> torch.Tensor:
+        """A view of the mapped file."""
+        return self.file.get_tensor(name)
+
+
+def _shards(folder: Path) -> dict[str, _Shard]:
+    """Tensor name -> its file, from model.safetensors or model.safetensors.index.json and the files it lists."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():
+        shard = _Shard(single)
+        return dict.fromkeys(sorted(shard.names), shard)
+    if not index.is_file():
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json"
+                              + (f"; {pickles[0]} is a pickle, which is never loaded: convert it" if pickles else ""))
+    places = _Entries(index, _read_json(index))("weight_map")
+    files = {}
+    for name in sorted(set(places.values())):
+        if not (folder / name).is_file() or Path(name).name != name:
+            raise CheckpointError(f"{folder / name}: a file of the checkpoint is missing, {index.name} lists it")
+        files[name] = _Shard(folder / name)
+    for tensor, name in places.items():
+        if tensor not in files[name].names:
+            raise CheckpointError(f"{folder / name}: {tensor} is not in it, though {index.name} says so")
+    for name, shard in files.items():
+        if extra := sorted(shard.names - set(places)):
+            raise CheckpointError(f"{folder / name}: {extra[0]} is not listed in {index.name}")
+    return {tensor: files[name] for tensor, name in places.items()}
+
+
+def save_released(folder: str | Path, model: Molmo, tokenizer: Tokenizer) -> None:
+    """Writes the released layout, which the `transformers` library loads too (Molmo2, that is: points as text): the
+    tensors in one file, config.json, tokenizer and processor files. The folder appears under its name when complete."""
+    folder = Path(folder)
+    save_file = _extra("safetensors.torch").save_file
+    fresh = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    tensors = {released_name(name, model.config): p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
+    tensors |= {theirs: model.get_parameter(ours).detach().cpu().clone() for theirs, ours in _tied_copies(model.config).items()}
+    save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(fresh / "tokenizer.json")
+    for name, values in _released_files(model.config, tokenizer).items():
+        (fresh / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    _swap(fresh, folder)
+
+
+def _released_files(config: MolmoConfig, tokenizer: Tokenizer) -> dict[str, dict]:
+    """File name -> content: `released_config` read backwards."""
+    v, c, t, views = config.vit, config.connector, config.llm, config.views
+    ids, pointing = config.token_ids(), config.points_as == "tokens"
+    top = {"image_start_token_id": "<im_start>", "image_end_token_id": "<im_end>", "image_patch_id": "<im_patch>",
+           "image_col_id": "<im_col>", "low_res_image_start_token_id": "<low_res_im_start>",
+           "frame_start_token_id": "<frame_start>", "frame_end_token_id": "<frame_end>"}
+    if pointing:
+        top |= {"image_non_indexable_patch_id": "<im_low>", "patch_token_id": "<|token_index|>",
+                "subpatch_token_id": "<|vit_index|>", "location_token_id": "<|vit_loc|>"}
+    name = "molmo_point" if pointing else "molmo2"
+    crop = [views.crop_size, views.crop_size]
+    text = {
+        "model_type": "molmo2_text", "vocab_size": t.vocabulary, "additional_vocab_size": RESERVED,
+        "hidden_size": t.width, "num_hidden_layers": t.layers, "num_attention_heads": t.heads,
+        "num_key_value_heads": t.kv_heads, "head_dim": t.head_width, "intermediate_size": t.mlp_hidden, "hidden_act": "silu",
+        "rope_theta": t.rope_theta, "layer_norm_eps": t.norm_eps, "norm_after": t.norm_after, "qkv_bias": False,
+        "use_qk_norm": True, "qk_norm_type": "qwen3" if t.norm_heads else "olmo", "tie_word_embeddings": t.tied}
+    if t.yarn:
+        text |= {"rope_scaling_layers": list(t.yarn.layers), "rope_scaling": {
+            "rope_type": "yarn", "factor": t.yarn.factor, "attention_factor": t.yarn.attention_factor,
+            "beta_fast": t.yarn.beta_fast, "beta_slow": t.yarn.beta_slow,
+            "original_max_position_embeddings": t.yarn.original_length}}
+    entries = {
+        "model_type": name, "tie_word_embeddings": False, **{entry: ids[token] for entry, token in top.items()},
+        "architectures": ["MolmoPointForConditionalGeneration" if pointing else "Molmo2ForConditionalGeneration"],
+        "vit_config": {
+            "model_type": "molmo2", "hidden_size": v.width, "num_hidden_layers": v.layers, "num_attention_heads": v.heads,
+            "num_key_value_heads": v.heads, "head_dim": v.width // v.heads, "intermediate_size": v.mlp_hidden,
+            "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": v.norm_eps, "image_default_input_size": crop,
+            "image_patch_size": v.patch_size, "image_num_pos": v.grid ** 2},
+        "adapter_config": {
+            "model_type": name, "vit_layers": list(v.taps), "hidden_size": c.width, "num_attention_heads": c.heads,
+            "num_key_value_heads": c.heads, "head_dim": c.width // c.heads, "intermediate_size": c.mlp_hidden,
+            "text_hidden_size": t.width, "hidden_act": "silu", "pooling_attention_mask": True}
+            | ({"attention_pooling_out_layer": c.output_layer, "positional_embeddings": 0} if pointing else {}),
+        "text_config": text}
+    if pointing:
+        entries |= {"patch_embed_dim": config.point.width, "token_prediction_rotary_theta": config.point.rope_theta,
+                    "token_prediction_rotary": "one_d", "patch_location": "3x3", "no_more_points_class": True,
+                    "embed_selected_vit_patch": "linear", "embed_location": False, "layer_norm_x": True, "norm_logits": True}
+    size, normal = {"height": views.crop_size, "width": views.crop_size}, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    eos = tokenizer.decode([tokenizer.eos_id])
+    return {
+        "config.json": entries,
+        "generation_config.json": {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id},
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": eos,
+                                  "bos_token": tokenizer.decode([tokenizer.bos_id])},
+        "preprocessor_config.json": {
+            "image_processor_type": "Molmo2ImageProcessor", "size": size, **normal, "max_crops": views.max_crops,
+            "overlap_margins": list(views.margins), "patch_size": views.patch_size, "pooling_size": [views.image_pool] * 2},
+        "video_preprocessor_config.json": {
+            "video_processor_type": "Molmo2VideoProcessor", "size": size, **normal, "patch_size": views.patch_size,
+            "pooling_size": [views.video_pool] * 2, "num_frames": views.max_frames, "max_fps": views.fps},
+        "processor_config.json": {
+            "processor_class": "Molmo2Processor", "image_use_col_tokens": True, "use_single_crop_col_tokens": False,
+            "use_single_crop_start_token": True, "video_use_col_tokens": False, "use_frame_special_tokens": True},
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    with data.one_line("weights.py"):
+        parser = data.Parser(prog="weights.py", description="Writes a checkpoint in the released layout.")
+        parser.add_argument("checkpoint", help="a folder of either sort")
+        parser.add_argument("out", help="the folder to write")
+        args = parser.parse_args(argv)
+        save_released(args.out, *load(args.checkpoint))
+
+
+if __name__ == "__main__":
+    main()

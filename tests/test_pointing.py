@@ -22,6 +22,7 @@ from pointing import (
     grounded_points,
     grounding_targets,
     read_text,
+    frequencies,
     rope,
     write_text,
 )
@@ -140,7 +141,7 @@ def test_rope_turns_pairs():
     """Channels i and i + c/2 are one complex number turned by position * theta^(-2i/c); position 0 changes nothing."""
     x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([0, 1, 7, 300])
-    turned = rope(x, positions, 50_000.0)
+    turned = rope(x, positions, frequencies(x.shape[-1], 50_000.0))
     for row, position in enumerate(positions.tolist()):
         for i in range(3):
             z = complex(x[row, i], x[row, i + 3]) * np.exp(1j * position * 50_000.0 ** (-2 * i / 6))

@@ -1,0 +1,214 @@
+"""The released layout without the `transformers` library: round trips, what it refuses, and MolmoPoint's two ways."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("safetensors", reason="pip install -r requirements-released.txt")
+pytest.importorskip("tokenizers", reason="pip install -r requirements-released.txt")
+
+import data  # noqa: E402
+import infer  # noqa: E402
+import synthetic  # noqa: E402
+import weights  # noqa: E402
+from model import PRESETS, LLMConfig, Molmo, Yarn, costs, generate, generate_slowly  # noqa: E402
+from packing import collate  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+TINY = PRESETS["tiny"]
+SMALL = replace(TINY, llm=LLMConfig(512, 32, 2, 4, 2, 8, 48, 1e4), point=replace(TINY.point, width=16),
+                vit=replace(TINY.vit, width=16, heads=2, mlp_hidden=24), optimizer="adamw",
+                connector=replace(TINY.connector, width=16, heads=2, mlp_hidden=24))
+OLMO = replace(SMALL.llm, kv_heads=4, norm_after=True, norm_heads=False, yarn=Yarn(original_length=64, layers=(1,)))
+AS_TEXT = dict(points_as="text", views=replace(TINY.views, low_res_pointing=True),
+               connector=replace(SMALL.connector, output_layer=True), point=weights.PointConfig())
+CONFIGS = {
+    "points": SMALL,
+    "points, tied": replace(SMALL, llm=replace(SMALL.llm, tied=True)),
+    "text": replace(SMALL, **AS_TEXT),
+    "text, tied": replace(SMALL, llm=replace(SMALL.llm, tied=True), **AS_TEXT),
+    "text, olmo": replace(SMALL, llm=OLMO, **AS_TEXT),
+}
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    weights.save_released(tmp_path / "made", Molmo(SMALL).initialize(1), tiny[1])
+    return tmp_path / "made"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_round_trip(name, tiny, tmp_path):
+    """Written in the released layout and loaded again: equal config, equal tensors, a tokenizer that agrees."""
+    config = CONFIGS[name]
+    model = Molmo(config).initialize(1)
+    weights.save_released(tmp_path / "made", model, tiny[1])
+    loaded, tokenizer = weights.load(tmp_path / "made")
+    assert loaded.config == replace(config, point=replace(config.point, norm_eps=config.llm.norm_eps))
+    for (key, a), (other, b) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert key == other and torch.equal(a, b)
+    assert tokenizer.chat_prompt("point to the <im_patch>") == tiny[1].chat_prompt("point to the <im_patch>")
+
+
+def test_numbers_stay_as_they_are_in_the_file_unless_asked(folder):
+    """bfloat16 on disk is bfloat16 in memory, float32 on request."""
+    path = folder / "model.safetensors"
+    save_file({name: t.bfloat16() for name, t in load_file(path).items()}, path, metadata={"format": "pt"})
+    kept, widened = weights.load(folder)[0], weights.load(folder, dtype=torch.float32)[0]
+    assert {p.dtype for p in kept.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(a.float(), b) for a, b in zip(kept.parameters(), widened.parameters()))
+
+
+def test_shards_other_splits_and_deeper_vit_blocks_load_too(folder):
+    """Tensors spread over two files, the word table split at another row, blocks above the deepest tap: the same model."""
+    expected, _ = weights.load(folder)
+    tensors = load_file(folder / "model.safetensors")
+    table = torch.cat([tensors.pop(f"model.transformer.wte.{part}") for part in ("embedding", "new_embedding")])
+    tensors["model.transformer.wte.embedding"], tensors["model.transformer.wte.new_embedding"] = table.chunk(2)
+    deep = {name.replace("resblocks.0", "resblocks.5"): t for name, t in tensors.items() if "resblocks.0" in name}
+    names = sorted(tensors | deep)
+    for i, part in enumerate((names[::2], names[1::2])):
+        save_file({name: (tensors | deep)[name].contiguous() for name in part}, folder / f"model-{i}.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {
+        name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}}))
+    loaded, _ = weights.load(folder)
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), loaded.parameters(), strict=True))
+
+
+def test_both_spellings_of_the_config(folder):
+    """vit_config with image_default_input_size or vision_config with image_size, flat or nested RoPE: the same config."""
+    path = folder / "config.json"
+    old = json.loads(path.read_text())
+    expected = weights.released_config(folder)
+    vision, adapter, text = old.pop("vit_config"), old["adapter_config"], old["text_config"]
+    for before, after in (("image_default_input_size", "image_size"), ("image_patch_size", "patch_size"),
+                          ("image_num_pos", "num_position_embeddings")):
+        vision[after] = vision.pop(before)
+    adapter["vision_feature_layer"] = adapter.pop("vit_layers")
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": text.pop("rope_theta")}
+    text["rms_norm_eps"], text["attention_bias"] = text.pop("layer_norm_eps"), text.pop("qkv_bias")
+    path.write_text(json.dumps(old | {"vision_config": vision}))
+    assert weights.released_config(folder) == expected
+
+
+def change(folder, **entries):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def retensor(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def index(folder, **places):
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    names = dict.fromkeys(load_file(folder / "a.safetensors"), "a.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names | places}))
+
+
+def cut(folder, share):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:int(len(content) * share)])
+
+
+def only_pickle(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+WRONG = {
+    "missing shard": (lambda f: index(f, more="b.safetensors"), ("b.safetensors",)),
+    "tensor not where the index says": (lambda f: index(f, more="a.safetensors"), ("a.safetensors", "more")),
+    "extra tensor": (lambda f: retensor(f, lambda t: t.update(surplus=torch.zeros(2))), ("model.safetensors", "surplus")),
+    "missing tensor": (lambda f: retensor(f, lambda t: t.pop("model.transformer.ln_f.weight")), ("model.transformer.ln_f.weight",)),
+    "wrong shape": (lambda f: retensor(f, lambda t: t.update({"model.transformer.ln_f.weight": torch.zeros(5)})),
+                    ("model.safetensors", "model.transformer.ln_f.weight", "(5,)", "(32,)")),
+    "another model": (lambda f: change(f, model_type="llama"), ("config.json", "llama")),
+    "another activation": (lambda f: change(f, vit_config={"hidden_act": "quick_gelu", "image_patch_size": 14}), ("hidden_act", "quick_gelu")),
+    "missing entry": (lambda f: change(f, text_config={"hidden_size": 32}), ("config.json", "text_config")),
+    "config of a wrong type": (lambda f: change(f, text_config=[1]), ("config.json",)),
+    "truncated safetensors": (lambda f: cut(f, 0.9), ("model.safetensors",)),
+    "empty safetensors": (lambda f: cut(f, 0), ("model.safetensors",)),
+    "a pickle": (only_pickle, ("pytorch_model.bin", "pickle")),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ("tokenizer.json",)),
+    "not a tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), ("tokenizer.json",)),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_named_in_one_line(folder, case, capsys):
+    """Through the command: exit status 2, one line that names the file and the tensor or entry; nothing half loaded."""
+    spoil, said = WRONG[case]
+    spoil(folder)
+    with pytest.raises(ValueError):
+        weights.load(folder)
+    with pytest.raises(SystemExit) as end:
+        infer.main([str(synthetic.__file__), "what?", "--checkpoint", str(folder)])
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1 and all(word in line for word in said), line
+
+
+@pytest.mark.parametrize("package", ["safetensors", "tokenizers"])
+def test_a_missing_package_is_named(folder, package, monkeypatch):
+    """Without one of the two packages one line says what to install."""
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=f"{package}.*requirements-released.txt"):
+        weights.load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infer_takes_a_released_folder(folder, dtype, tmp_path, monkeypatch):
+    """infer.py --checkpoint FOLDER needs no other flag, whatever numbers the folder holds."""
+    path = folder / "model.safetensors"
+    save_file({name: t.to(dtype) for name, t in load_file(path).items()}, path)
+    monkeypatch.chdir(tmp_path)
+    clip = Path(__file__).parent.parent / "assets/cups.mp4"
+    infer.main([str(clip), "point to the cups", "--checkpoint", str(folder), "--max-new-tokens", "12"])
+    assert (tmp_path / "out/cups.points.json").stat().st_size > 0
+
+
+def test_the_released_inference_code_differs_in_four_places(tiny):
+    """With the switch: scores over sqrt(number of keys), locations from the state before the norm, <|vit_index|> carries
+    the patch in place of its word, <im_low> has a word of its own; cached and uncached answers still agree."""
+    ours, theirs = (Molmo(replace(SMALL, point=replace(SMALL.point, released_inference=switch))).initialize(2).eval()
+                    for switch in (False, True))
+    theirs.load_state_dict(ours.state_dict())
+    rng = np.random.default_rng(0)
+    h, keys = (torch.tensor(rng.normal(size=shape), dtype=torch.float32) for shape in ((3, 32), (6, 16)))
+    a, b = (m.point_predictor for m in (ours, theirs))
+    with torch.no_grad():
+        at = torch.tensor([0, 2, 4])
+        assert torch.allclose(a.patch_scores(h, at, keys) * 16**0.5, b.patch_scores(h, at, keys) * 7**0.5, atol=1e-5)
+        assert torch.allclose(a.location_scores(h), b.location_scores(a.x_norm(h)), atol=1e-6)
+        names = ("<|vit_index|>", "<im_low>", "<im_patch>", "<|token_index|>")
+        word = {name: [m.embed(torch.tensor([[m.ids[name]]]))[0, 0] for m in (ours, theirs)] for name in names}
+    assert word["<|vit_index|>"][0].abs().sum() > 0 and word["<|vit_index|>"][1].abs().sum() == 0
+    assert torch.equal(word["<im_low>"][0], word["<im_patch>"][0]) and not torch.equal(*word["<im_low>"])
+    assert torch.equal(*word["<im_patch>"]) and torch.equal(*word["<|token_index|>"])
+
+    tokenizer = tiny[1]
+    views = data.scene_views(synthetic.still(0, 0), SMALL)
+    batch, spelling = collate([data.prompt(tokenizer, views, "point to the cups")]), data.spelling(tokenizer)
+    with torch.no_grad():
+        theirs.lm_head.new_embedding[11] += 5 * theirs.ln_f(theirs(batch)[0][0, -1])  # it wants to point
+    slow = generate_slowly(theirs, batch, spelling, 24)
+    assert slow.rows and generate(theirs, batch, spelling, 24) == [slow]
+
+
+def test_presets_have_the_sizes_of_the_released_models(capsys, monkeypatch):
+    """Parameters near what the names say; figures per token by hand for the 8B model; no memory is touched for them."""
+    billions = {"molmo2-4b": (4.4, 5.0), "molmo2-8b": (8.5, 8.8), "molmo2-o-7b": (7.6, 7.9), "molmopoint-8b": (8.5, 8.8),
+                "molmopoint-gui-8b": (8.5, 8.8), "molmopoint-vid-4b": (4.4, 5.0)}
+    for name, (low, high) in billions.items():
+        assert low < costs(PRESETS[name])["parameters"] / 1e9 < high, name
+    assert costs(PRESETS["molmo2-8b"])["cache bytes per token"] == 2 * 36 * 8 * 128 * 2
+    small, model = costs(TINY), Molmo(TINY)
+    assert small["parameters"] == sum(p.numel() for p in model.parameters())
+    assert small["flops per token"] > 2 * small["decoder blocks"] * 0.99
