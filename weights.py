@@ -442,7 +442,9 @@ def _released_files(config: MolmoConfig, tokenizer: Tokenizer) -> dict[str, dict
         entries |= {"patch_embed_dim": config.point.width, "token_prediction_rotary_theta": config.point.rope_theta,
                     "token_prediction_rotary": "one_d", "patch_location": "3x3", "no_more_points_class": True,
                     "embed_selected_vit_patch": "linear", "embed_location": False, "layer_norm_x": True, "norm_logits": True}
-    size, normal = {"height": views.crop_size, "width": views.crop_size}, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    size, normal = {"height": views.crop_size, "width": views.crop_size}, {
+        "do_resize": True, "resample": 2, "do_convert_rgb": True, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     eos = tokenizer.decode([tokenizer.eos_id])
     return {
         "config.json": entries,

@@ -29,6 +29,26 @@ TOKENIZER = Tokenizer.load(Path(__file__).resolve().parent.parent / "assets/toke
 SIZES = dict(crop=126, patch=14, vit=(32, 5, 4, 64), pool=4, mlp=48, width=48, layers=4, heads=4, kv_heads=2, head=12)
 
 
+def declare_operators() -> torch.library.Library | None:
+    """The transformers library imports torchvision if it is there, which describes two operators of its compiled half;
+    where that half does not fit this torch they are declared here, and the Python half is enough. Keep what is returned."""
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return None
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        return library
+    return None
+
+
+OPERATORS = declare_operators()
+
+
 def reference(style: str = "qwen3", tied: bool = False, seed: int = 0):
     """A small random Molmo2 of the `transformers` library. style: "qwen3" or "olmo" (post-norm, YaRN on two layers)."""
     from transformers import Molmo2Config, Molmo2ForConditionalGeneration
@@ -128,7 +148,7 @@ def compare(ours: Molmo, theirs, batch: Batch, inputs: dict) -> list[tuple[str, 
     with recorded({name: a for name, a, _ in pairs}) as left, recorded({name: b for name, _, b in pairs}) as right:
         ours_logits = ours.logits(ours(batch)[0])
         theirs_logits = theirs(**inputs).logits
-    rows, found = [(name, left[name], right[name]) for name, *_ in pairs if name in left], []
+    rows, found = [(name, left[name], right[name]) for name, *_ in pairs if name in left and name in right], []
     for name, a, b in [*rows, ("logits", ours_logits, theirs_logits)]:
         if a.shape[:2] == batch.tokens.shape:
             a, b = a[batch.example_ids >= 0], b[batch.example_ids >= 0]

@@ -82,7 +82,7 @@ def test_every_layer_gives_the_same(pair, name):
     """From the patch embedding to the logits no layer differs by more than 1e-4 of its scale."""
     theirs, ours, tokenizer, _ = pair
     found = compare(ours, theirs, *asked(ours, tokenizer, scenes(ours.config)[name]))
-    assert len(found) >= 6 and first_difference(found) is None, found
+    assert len(found) >= len(ours.blocks) + 2 and first_difference(found) is None, found
 
 
 def test_the_comparison_finds_a_missing_bidirectional_rule(pair, monkeypatch):
@@ -200,10 +200,12 @@ def test_the_decoder_is_qwen3s_and_olmo3s(style):
     else:
         yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "attention_factor": 1.2079441541679836,
                 "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 64}
-        theirs = Olmo3Model(Olmo3Config(**sizes, num_key_value_heads=4, rope_parameters=yarn,
-                                        layer_types=["full_attention"] * 4, rms_norm_eps=1e-6))
+        plain = {"rope_type": "default", "rope_theta": 1e4}
+        theirs = Olmo3Model(Olmo3Config(
+            **sizes, num_key_value_heads=4, rope_parameters={"full_attention": yarn, "sliding_attention": plain},
+            layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=512, rms_norm_eps=1e-6))
         llm = LLMConfig(512, 48, 4, 4, 4, 12, 96, 1e4, norm_after=True, norm_heads=False,
-                        yarn=Yarn(original_length=64, layers=(0, 1, 2, 3)))
+                        yarn=Yarn(original_length=64, layers=(1, 3)))
     filled(theirs)
     ours = Molmo(replace(PRESETS["tiny"], llm=llm, points_as="text")).eval()
     state = theirs.state_dict()
@@ -235,15 +237,8 @@ def test_the_decoder_is_qwen3s_and_olmo3s(style):
 
 @pytest.fixture(scope="module")
 def processors():
-    """The library's image and video processors. They import torchvision, which declares two operators that need its
-    compiled half; declared here, its Python half is enough."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    try:
-        import torchvision  # noqa: F401
-    except Exception as error:
-        pytest.skip(f"torchvision does not import here ({error}): pip install --no-deps torchvision")
+    """The library's image and video processors."""
+    pytest.importorskip("torchvision", reason="pip install --no-deps torchvision")
     from transformers.models.molmo2.image_processing_molmo2 import Molmo2ImageProcessor
     from transformers.models.molmo2.processing_molmo2 import Molmo2Processor
     from transformers.models.molmo2.video_processing_molmo2 import Molmo2VideoProcessor
@@ -301,7 +296,7 @@ def test_frames_are_cut_as_there(processors, size):
     frames = np.stack([noise(*size) // (i + 1) for i in range(3)])
     metadata = [{"fps": 2.0, "duration": 1.5, "total_num_frames": 3, "frames_indices": [0, 1, 2]}]
     theirs = processors[1]()(videos=[torch.from_numpy(frames).permute(0, 3, 1, 2)], video_metadata=metadata,
-                             do_sample_frames=False, return_tensors="pt")
+                             do_sample_frames=False, do_rescale=True, do_normalize=True, return_tensors="pt")
     ours = video_views(list(frames), [0.0, 0.5, 1.0], RELEASED)
     assert np.array_equal(uint8(theirs["pixel_values_videos"]), ours.crops)
     assert np.array_equal(theirs["video_token_pooling"].numpy(), ours.pooling)

@@ -70,7 +70,7 @@ def test_shards_other_splits_and_deeper_vit_blocks_load_too(folder):
     tensors = load_file(folder / "model.safetensors")
     table = torch.cat([tensors.pop(f"model.transformer.wte.{part}") for part in ("embedding", "new_embedding")])
     tensors["model.transformer.wte.embedding"], tensors["model.transformer.wte.new_embedding"] = table.chunk(2)
-    deep = {name.replace("resblocks.0", "resblocks.5"): t for name, t in tensors.items() if "resblocks.0" in name}
+    deep = {name.replace("resblocks.0", "resblocks.5"): t.clone() for name, t in tensors.items() if "resblocks.0" in name}
     names = sorted(tensors | deep)
     for i, part in enumerate((names[::2], names[1::2])):
         save_file({name: (tensors | deep)[name].contiguous() for name in part}, folder / f"model-{i}.safetensors")
