@@ -120,6 +120,7 @@ def test_there_and_back_again(pair, tmp_path):
     weights.save_released(tmp_path / "ours", ours, tokenizer)
     again, report = Molmo2ForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    assert again.config.tie_word_embeddings is False  # as in all released files; a tied head is there as a copy
     batch, inputs = asked(ours, tokenizer, scenes(ours.config)["padded batch"])
     with torch.no_grad():
         assert torch.equal(theirs(**inputs).logits, again.eval()(**inputs).logits)
@@ -127,6 +128,24 @@ def test_there_and_back_again(pair, tmp_path):
     assert back.config == ours.config
     for (name, a), (other, b) in zip(ours.state_dict().items(), back.state_dict().items(), strict=True):
         assert name == other and torch.equal(a, b)
+
+
+def test_the_processor_files_give_the_same_prompt(processors, pair, tmp_path):
+    """The library's processor, loaded from a folder written here, turns a prompt and an image into our tokens, crops and
+    windows; text around pictures is laid out alike."""
+    from transformers import AutoProcessor
+
+    _, ours, tokenizer, _ = pair
+    weights.save_released(tmp_path / "ours", ours, tokenizer)
+    processor = AutoProcessor.from_pretrained(tmp_path / "ours")
+    pair_of = pictures(2)
+    text = "Image 1<|image|>Image 2<|image|><|im_start|>user\nCount the cups.<|im_end|>\n<|im_start|>assistant\n"
+    theirs = processor(text=text, images=pair_of, return_tensors="pt", input_data_format="channels_last")
+    batch = collate([data.prompt(tokenizer, image_views(pair_of, ours.config.views), "Count the cups.")])
+    assert theirs["input_ids"].tolist() == batch.tokens.tolist()
+    assert np.array_equal(uint8(theirs["pixel_values"]), batch.crops.numpy())
+    assert torch.equal(theirs["image_token_pooling"].long(), batch.pooling)
+    assert theirs["mm_token_type_ids"].bool().tolist() == ours.visual(batch.tokens).tolist()
 
 
 def test_a_model_trained_here_speaks_there(tmp_path):
