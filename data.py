@@ -89,10 +89,17 @@ def answer_pieces(query: Query, points: Sequence[Point], views: Views, map_: Pat
     return pieces, rows
 
 
-def branch(tokenizer: Tokenizer, question: str, pieces: Sequence[str], rows: np.ndarray) -> Branch:
+def branch(tokenizer: Tokenizer, question: str, pieces: Sequence[str], rows: np.ndarray, category: str = "other") -> Branch:
     """A question and its answer; loss on the answer and on the end-of-turn token after it."""
     asked, answered = tokenizer.chat_prompt(question), tokenizer.encode_layout(pieces) + [tokenizer.eos_id]
-    return Branch(np.array(asked + answered), np.arange(len(asked) + len(answered)) >= len(asked), rows)
+    return Branch(np.array(asked + answered), np.arange(len(asked) + len(answered)) >= len(asked), rows, category)
+
+
+def category(scene: Scene, query: Query) -> str:
+    """What the loss weight of an answer goes by."""
+    if query.task in ("point", "count"):
+        return "pointing"
+    return "video caption" if query.task == "caption" and scene.is_video else "other"
 
 
 def trunk(tokenizer: Tokenizer, views: Views) -> np.ndarray:
@@ -144,7 +151,7 @@ class SyntheticSet(Dataset):
         map_, branches = patch_map(views), []
         for query in synthetic.queries(scene, rng, self.branches, self.absent):
             pieces, rows = answer_pieces(query, truth(scene, query), views, map_, self.config)
-            branches.append(branch(self.tokenizer, query.question, pieces, rows))
+            branches.append(branch(self.tokenizer, query.question, pieces, rows, category(scene, query)))
         return Example(trunk(self.tokenizer, views), views.crops, views.pooling, branches)
 
 

@@ -1,24 +1,49 @@
-"""Message trees: one visual input, many annotations, one sequence.
+"""Message trees, and packs of them: one visual input, many annotations; many trees, one sequence.
 
-    trunk: <bos> visual tokens        branch 1: question answer <eos>    branch 2: question answer <eos>   ...
-    position 0 1 2 ... n-1                      n n+1 ...                          n n+1 ...
+    tree:  trunk <bos> visual tokens     branch 1: question answer <eos>     branch 2: question answer <eos>    ...
+           position 0 1 2 ... n-1                  n n+1 ...                           n n+1 ...
 
 Every branch continues the trunk as if it were alone: its positions restart where the trunk ends, and the mask rule of
-model.py keeps branches apart. The pictures are seen once, however many questions are asked about them.
-A batch is B such sequences, padded on the right.
+model.py keeps branches apart. The pictures are seen once, however many questions are asked about them. A *pack* puts
+several trees behind each other in one row, blind to each other. The mask of a pack of two trees (rows look at columns),
+trunk `v v a` with branches `b b` and `c`, and trunk `w` (a visual token too) with branch `d d`:
+
+            v v a b b c w d d
+        v   # # . . . . . . .
+        v   # # . . . . . . .
+        a   # # # . . . . . .
+        b   # # # # . . . . .
+        b   # # # # # . . . .
+        c   # # # . . # . . .
+        w   . . . . . . # . .
+        d   . . . . . . # # .
+        d   . . . . . . # # #
+
+Which trees go together is an exact knapsack over a pool of them (`fullest`). A batch is B such rows, padded on the right.
 
 T tokens, N crops, S patches per crop, P patch side, M visual tokens, K slots of a pool window, G <|token_index|> tokens.
+
+    python packing.py    # how full packs are, and what trees and packing are worth here
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from model import Batch
+from model import PRESETS, Batch, Molmo
 
-IGNORED = 0  # target where there is no loss
+IGNORED = 0      # target where there is no loss
+CROP_VALUE = 30  # what a crop counts in tokens when the fullest pack is sought
+STEP = 32        # tokens are counted in steps of so many: a sixteenth of the table, hardly a worse pack
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trees
 
 
 @dataclass
@@ -28,6 +53,7 @@ class Branch:
     tokens: np.ndarray   # (t,)
     learned: np.ndarray  # (t,) bool
     points: np.ndarray   # (g, 3) visual token of the example, slot, location of each <|token_index|>; stops have token -1
+    category: str = "other"  # "video caption", "pointing" or "other": what its loss weight goes by
 
 
 @dataclass
@@ -39,35 +65,64 @@ class Example:
     pooling: np.ndarray  # (M, K) into the N*S patches, -1 = empty
     branches: list[Branch]
 
+    @property
+    def length(self) -> int:
+        """Tokens in a row: the last token of a branch is only ever a target."""
+        return len(self.trunk) + sum(len(branch.tokens) - 1 for branch in self.branches)
+
+
+# category, answer tokens n, branches of its tree -> weight of every one of the n tokens. (SPEC section 6; Molmo2, on
+# token weights: without them long captions drown short answers.)
+WEIGHTS: dict[str, Callable[[str, int, int], float]] = {
+    "paper": lambda category, n, branches: {"video caption": 0.1, "pointing": 0.2}.get(category, 4 / math.sqrt(n)),
+    "released": lambda category, n, branches: 2 / math.sqrt(n) / math.sqrt(branches),
+    "uniform": lambda category, n, branches: 1.0,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows and batches
+
 
 @dataclass
-class Sequence1D:
-    """One example laid out in a row; fields as in `Batch`, each (T,)."""
+class Row:
+    """A pack laid out in a row; fields as in `Batch`, each (T,)."""
 
     tokens: np.ndarray
     targets: np.ndarray
     loss_weights: np.ndarray
     positions: np.ndarray
+    example_ids: np.ndarray
     branch_ids: np.ndarray
 
 
-def lay_out(example: Example) -> Sequence1D:
-    """Trunk first, then one branch after the other. The last token of a branch is only ever a target, so it is cut off
-    the inputs; the first token of a branch is never a target, since the trunk's end has as many successors as branches."""
-    n = len(example.trunk)
-    parts = [(example.trunk, np.append(example.trunk[1:], IGNORED), np.zeros(n), np.arange(n), np.zeros(n, int))]
-    for number, branch in enumerate(example.branches, start=1):
-        t = len(branch.tokens) - 1
-        weights = branch.learned[1:].astype(float)
-        parts.append((branch.tokens[:-1], branch.tokens[1:], weights, n + np.arange(t), np.full(t, number)))
-    return Sequence1D(*(np.concatenate(field) for field in zip(*parts)))
+def lay_out(pack: Sequence[Example], weights: str = "uniform") -> Row:
+    """Tree after tree, each with its trunk first, then one branch after the other. The last token of a branch is only
+    ever a target, so it is cut off the inputs; the first is never a target, since the trunk's end has as many successors
+    as branches."""
+    parts = []
+    for number, example in enumerate(pack):
+        n, pad = len(example.trunk), np.append(example.trunk[1:], IGNORED)
+        parts.append((example.trunk, pad, np.zeros(n), np.arange(n), np.full(n, number), np.zeros(n, int)))
+        for b, branch in enumerate(example.branches, start=1):
+            t, learned = len(branch.tokens) - 1, branch.learned[1:]
+            weight = WEIGHTS[weights](branch.category, max(int(learned.sum()), 1), len(example.branches))
+            parts.append((branch.tokens[:-1], branch.tokens[1:], weight * learned, n + np.arange(t), np.full(t, number),
+                          np.full(t, b)))
+    return Row(*(np.concatenate(field) for field in zip(*parts)))
 
 
-def collate(examples: Sequence[Example]) -> Batch:
-    """Examples -> a batch padded on the right; pooling and points are shifted to count over the whole batch."""
-    rows = [lay_out(e) for e in examples]
+def collate(packs: Sequence[Example | Sequence[Example]], weights: str = "uniform") -> Batch:
+    """Packs (or single examples) -> a batch, a row each, padded on the right; pooling and points are shifted to count
+    over the whole batch."""
+    packs = [[pack] if isinstance(pack, Example) else pack for pack in packs]
+    rows = [lay_out(pack, weights) for pack in packs]
     length = max(len(row.tokens) for row in rows)
-    pad = lambda values, fill: np.stack([np.pad(v, (0, length - len(v)), constant_values=fill) for v in values])
+    def stack(name: str, fill: int) -> torch.Tensor:
+        values = [getattr(row, name) for row in rows]
+        return torch.from_numpy(np.stack([np.pad(v, (0, length - len(v)), constant_values=fill) for v in values]))
+
+    examples = [example for pack in packs for example in pack]
     slots = max(e.pooling.shape[1] for e in examples)
     pooling, points, patches, visual = [], [], 0, 0
     for e in examples:
@@ -77,13 +132,141 @@ def collate(examples: Sequence[Example]) -> Batch:
         points.append(np.where(own[:, :1] >= 0, own + [visual, 0, 0], own))
         patches, visual = patches + e.crops.shape[0] * e.crops.shape[1], visual + len(e.pooling)
     return Batch(
-        tokens=torch.from_numpy(pad([r.tokens for r in rows], IGNORED)),
-        targets=torch.from_numpy(pad([r.targets for r in rows], IGNORED)),
-        loss_weights=torch.from_numpy(pad([r.loss_weights for r in rows], 0)).float(),
-        positions=torch.from_numpy(pad([r.positions for r in rows], 0)),
-        example_ids=torch.from_numpy(pad([np.zeros(len(r.tokens), int) for r in rows], -1)),
-        branch_ids=torch.from_numpy(pad([r.branch_ids for r in rows], 0)),
+        tokens=stack("tokens", IGNORED),
+        targets=stack("targets", IGNORED),
+        loss_weights=stack("loss_weights", 0).float(),
+        positions=stack("positions", 0),
+        example_ids=stack("example_ids", -1),
+        branch_ids=stack("branch_ids", 0),
         crops=torch.from_numpy(np.concatenate([e.crops for e in examples])),
         pooling=torch.from_numpy(np.concatenate(pooling)),
         points=torch.from_numpy(np.concatenate(points)),
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which trees share a row
+
+
+def fullest(tokens: Sequence[int], crops: Sequence[int], max_tokens: int, max_crops: int) -> list[int]:
+    """The subset (indices, ascending) with the largest sum of tokens + 30 * crops that fits both limits: exact, but for
+    tokens being counted in steps of 32, rounded up.
+
+    best[t, c] is the largest value with t steps and c crops at most; items enter one by one, and what entered where is
+    kept to walk back. 48 items, 512 x 128 limits: three million additions.
+    """
+    room = (max_tokens // STEP, max_crops)
+    best = np.zeros((room[0] + 1, room[1] + 1), np.int32)
+    taken = np.zeros((len(tokens), *best.shape), bool)
+    for i, (t, c) in enumerate(zip(tokens, crops)):
+        steps = -(-t // STEP)
+        if steps > room[0] or c > room[1]:
+            continue
+        with_it = best[:room[0] + 1 - steps, :room[1] + 1 - c] + (t + CROP_VALUE * c)
+        without = best[steps:, c:]
+        np.greater(with_it, without, out=taken[i, steps:, c:])
+        best[steps:, c:] = np.maximum(with_it, without)
+    chosen, (t, c) = [], room
+    for i in range(len(tokens) - 1, -1, -1):
+        if taken[i, t, c]:
+            chosen.append(i)
+            t, c = t + -tokens[i] // STEP, c - crops[i]
+    return chosen[::-1]
+
+
+@dataclass
+class Packer:
+    """A pool of examples, by their numbers; `take` removes the fullest pack. What it will give is a function of the
+    numbers in the pool alone, so they are all that a checkpoint needs (`numbers`)."""
+
+    max_tokens: int
+    max_crops: int
+    size: int = 48
+    pool: dict[int, Example] = field(default_factory=dict)
+
+    def add(self, number: int, example: Example) -> None:
+        """ValueError, naming the number, if no pack could hold it."""
+        if example.length > self.max_tokens // STEP * STEP or len(example.crops) > self.max_crops:
+            raise ValueError(f"example {number} has {example.length} tokens and {len(example.crops)} crops, "
+                             f"a pack holds {self.max_tokens // STEP * STEP} and {self.max_crops}")
+        self.pool[number] = example
+
+    @property
+    def full(self) -> bool:
+        return len(self.pool) >= self.size
+
+    @property
+    def numbers(self) -> list[int]:
+        return list(self.pool)
+
+    def take(self) -> list[Example]:
+        numbers = self.numbers
+        examples = [self.pool[number] for number in numbers]
+        chosen = fullest([e.length for e in examples], [len(e.crops) for e in examples], self.max_tokens, self.max_crops)
+        return [self.pool.pop(numbers[i]) for i in chosen]
+
+
+def packs(examples: Iterable[tuple[int, Example]], packer: Packer) -> Iterator[list[Example]]:
+    """Packs from numbered examples: the pool is filled up before every pack; what is left at the end is packed too."""
+    for number, example in examples:
+        packer.add(number, example)
+        if packer.full:
+            yield packer.take()
+    while packer.pool:
+        yield packer.take()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python packing.py
+
+
+def useful_tokens_per_second(model: Molmo, batches: Sequence[Batch]) -> float:
+    """Tokens with loss, per second of forward and backward."""
+    useful, start = 0, time.perf_counter()
+    for batch in batches:
+        losses = model.losses(batch)
+        sum(losses[name] for name in ("token", "patch", "slot", "location")).backward()
+        model.zero_grad()
+        useful += int((batch.loss_weights > 0).sum())
+    return useful / (time.perf_counter() - start)
+
+
+def main(argv: list[str] | None = None) -> None:
+    import data  # here only: packing itself needs no data
+    from tokenizer import Tokenizer
+
+    with data.one_line("packing.py"):
+        parser = data.Parser(prog="packing.py", description="How full packs are, and what trees and packing are worth here.")
+        parser.add_argument("--examples", type=data.number(int, 48, 10**6), default=400)
+        parser.add_argument("--branches", type=data.number(int, 1, 100), default=10)
+        parser.add_argument("--max-tokens", type=data.number(int, 64, 10**6), default=2048)
+        parser.add_argument("--max-crops", type=data.number(int, 1, 10**6), default=32)
+        args = parser.parse_args(argv)
+        tokenizer = Tokenizer.load(Path(__file__).resolve().parent / "assets/tokenizer.json")
+        examples = data.SyntheticSet(0, tokenizer, PRESETS["tiny"], args.branches, videos=0.5)
+        model = Molmo(PRESETS["tiny"]).initialize(0)
+
+        trees = [examples[i] for i in range(args.examples)]
+        start = time.perf_counter()
+        made = list(packs(enumerate(trees), Packer(args.max_tokens, args.max_crops)))
+        seconds = time.perf_counter() - start
+        steady = made[:len(made) - 48 // max(len(made[0]), 1)]  # the last packs are what is left, not what is best
+        mean = lambda values: sum(values) / len(steady)
+        print(f"{args.examples} examples -> {len(made)} packs, {1000 * seconds / len(made):.1f} ms each")
+        print(f"examples a pack    {mean(len(p) for p in steady):.2f}")
+        print(f"branches a tree    {np.mean([len(e.branches) for e in trees]):.2f}")
+        print(f"tokens filled      {mean(sum(e.length for e in p) for p in steady) / args.max_tokens:.1%}")
+        print(f"crops filled       {mean(sum(len(e.crops) for e in p) for p in steady) / args.max_crops:.1%}")
+
+        alone = [replace(e, branches=[b]) for e in trees[:24] for b in e.branches][:96]
+        rng = np.random.default_rng(0)
+        padded = [collate([alone[i] for i in rows]) for rows in rng.permutation(len(alone)).reshape(-1, 16)]
+        packed = [collate([pack]) for pack in steady[:6]]
+        useful_tokens_per_second(model, packed[:1])  # warm up
+        rates = [useful_tokens_per_second(model, batches) for batches in (padded, packed)]
+        print(f"useful tokens/s    {rates[0]:.0f} in padded batches of single annotations, {rates[1]:.0f} in packs of trees: "
+              f"{rates[1] / rates[0]:.1f} times")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,8 +9,9 @@ import torch
 import data
 import synthetic
 from connector import ConnectorConfig
-from model import PRESETS, Answer, LLMConfig, Molmo
-from packing import Branch, Example, collate, lay_out
+from model import PRESETS, Answer, Ids, LLMConfig, Molmo, may_attend
+import packing
+from packing import WEIGHTS, Branch, Example, Packer, collate, fullest, lay_out, packs
 from pointing import TOKEN_INDEX, PointConfig
 from preprocess import ViewConfig
 from tokenizer import Tokenizer
@@ -41,7 +42,7 @@ def by_hand() -> list[Example]:
 
 def test_a_tree_by_hand():
     """The trunk comes first; every branch goes on from the trunk's end, predicts its own next tokens, and learns its answer only."""
-    row = lay_out(by_hand()[0])
+    row = lay_out(by_hand()[:1])
     #                                      trunk       branch 1    branch 2
     assert row.tokens.tolist() ==         [10, 11, 12, 20, 21, 22, 30, 31]
     assert row.targets[[0, 1]].tolist() == [11, 12]
@@ -62,6 +63,110 @@ def test_a_batch_by_hand():
     assert batch.points.tolist() == [[1, 0, 8], [3, 1, 0], [-1, -1, -1], [0, 1, 4], [-1, -1, -1], [5, 1, 3]]
     assert batch.crops.shape == (3, 3, 5) and batch.crops.flatten(1).float().mean(1).tolist() == [1, 1, 2]
     assert {str(t.dtype) for t in (batch.tokens, batch.targets, batch.positions, batch.pooling, batch.points)} == {"torch.int64"}
+
+
+def test_a_pack_by_hand():
+    """Two trees in one row: positions and branches start again, examples are numbered, points and windows count on."""
+    batch = collate([by_hand()])
+    assert batch.tokens.tolist() == [[10, 11, 12, 20, 21, 22, 30, 31, 40, 50]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 0, 1]]
+    assert batch.example_ids.tolist() == [[0] * 8 + [1] * 2]
+    assert batch.branch_ids.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2, 0, 1]]
+    two_rows = collate(by_hand())
+    assert torch.equal(batch.points, two_rows.points) and torch.equal(batch.pooling, two_rows.pooling)
+
+
+def test_the_mask_is_the_one_drawn():
+    """The drawing in the docstring of packing.py, row by row, is what the mask rule gives for that pack."""
+    lines = [line.split() for line in packing.__doc__.splitlines()]
+    start = lines.index("v v a b b c w d d".split())
+    drawn = [[cell == "#" for cell in line[1:]] for line in lines[start + 1:start + 10]]
+    names = [line[0] for line in lines[start + 1:start + 10]]
+    letters = {name: i for i, name in enumerate("vabcwd")}
+    tree = lambda trunk, *branches: Example(
+        np.array([letters[t] for t in trunk]), np.zeros((0, 1, 1), np.uint8), np.zeros((0, 1), int),
+        [Branch(np.array([letters[t] for t in b + b[-1]]), np.zeros(len(b) + 1, bool), np.zeros((0, 3), int)) for b in branches])
+    row = lay_out([tree("vva", "bb", "c"), tree("w", "dd")])
+    assert [("vabcwd")[t] for t in row.tokens] == names
+    as_row = lambda values: torch.from_numpy(np.asarray(values))[None]
+    visual = torch.tensor([[name in "vw" for name in names]])
+    ids = Ids(as_row(row.example_ids), as_row(row.branch_ids), torch.arange(9)[None], visual)
+    assert may_attend(ids, ids)[0].tolist() == drawn
+
+
+@pytest.mark.parametrize("scheme, category, n, branches, weight", [
+    ("paper", "video caption", 50, 3, 0.1), ("paper", "pointing", 9, 3, 0.2), ("paper", "other", 16, 3, 1.0),
+    ("released", "pointing", 16, 4, 0.25), ("released", "other", 4, 1, 1.0), ("uniform", "other", 7, 2, 1.0)])
+def test_weights_are_the_formulas(scheme, category, n, branches, weight):
+    """By the formula, and on every learned token of the row, which therefore sums to n times it."""
+    assert WEIGHTS[scheme](category, n, branches) == pytest.approx(weight)
+    one = Branch(np.arange(n + 3), np.arange(n + 3) >= 3, np.zeros((0, 3), int), category)
+    tree = Example(np.array([1, 2]), np.zeros((0, 1, 1), np.uint8), np.zeros((0, 1), int), [one] * branches)
+    row = lay_out([tree], scheme)
+    assert row.loss_weights.sum() == pytest.approx(weight * n * branches) and set(row.loss_weights) == {0.0, weight}
+
+
+# ---- which trees go together -----------------------------------------------------------------------------------------
+
+
+def value(chosen, tokens, crops) -> int:
+    return sum(tokens[i] + packing.CROP_VALUE * crops[i] for i in chosen)
+
+
+def fits(chosen, tokens, crops, max_tokens, max_crops) -> bool:
+    return sum(-(-tokens[i] // 32) for i in chosen) <= max_tokens // 32 and sum(crops[i] for i in chosen) <= max_crops
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_fullest_pack_is_the_best_of_all_subsets(seed):
+    """Against brute force on nine items, some too large, some without crops."""
+    rng = np.random.default_rng(seed)
+    tokens, crops = rng.integers(1, 400, 9).tolist(), rng.integers(0, 9, 9).tolist()
+    limits = (int(rng.integers(32, 1000)), int(rng.integers(0, 20)))
+    chosen = fullest(tokens, crops, *limits)
+    subsets = ([i for i in range(9) if bits >> i & 1] for bits in range(512))
+    best = max(value(s, tokens, crops) for s in subsets if fits(s, tokens, crops, *limits))
+    assert fits(chosen, tokens, crops, *limits) and chosen == sorted(set(chosen)) and value(chosen, tokens, crops) == best
+
+
+def test_the_fullest_pack_beats_greedy():
+    """On 48 items at full size it is never worse than taking the largest that still fits, and the limits hold."""
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        tokens, crops = rng.integers(200, 9000, 48).tolist(), rng.integers(0, 100, 48).tolist()
+        greedy = []
+        for i in sorted(range(48), key=lambda i: -value([i], tokens, crops)):
+            if fits([*greedy, i], tokens, crops, 16_384, 128):
+                greedy.append(i)
+        chosen = fullest(tokens, crops, 16_384, 128)
+        assert fits(chosen, tokens, crops, 16_384, 128) and value(chosen, tokens, crops) >= value(greedy, tokens, crops)
+
+
+def test_every_example_is_packed_once_and_the_pool_is_all_the_state():
+    """All numbers come out, each once; a packer made again from the numbers of a pool gives the same packs from there."""
+    rng = np.random.default_rng(1)
+    trees = [Example(np.arange(int(rng.integers(1, 200))), np.full((int(rng.integers(1, 6)), 1, 1), i % 256, np.uint8),
+                     np.zeros((0, 1), int), []) for i in range(120)]
+    number = {id(tree): i for i, tree in enumerate(trees)}
+    first = list(packs(enumerate(trees), Packer(512, 16)))
+    assert sorted(number[id(e)] for pack in first for e in pack) == list(range(120))
+    stopped, resumed, given = Packer(512, 16), Packer(512, 16), 0
+    pulled = packs(((i, trees[i]) for i in range(120)), stopped)
+    for _ in range(4):
+        given += len(next(pulled))
+    for i in stopped.numbers:
+        resumed.add(i, trees[i])
+    seen = given + len(stopped.numbers)
+    rest = list(packs(((i, trees[i]) for i in range(seen, 120)), resumed))
+    assert [[number[id(e)] for e in pack] for pack in first[4:]] == [[number[id(e)] for e in pack] for pack in rest]
+
+
+def test_what_no_pack_holds_is_named():
+    """An example with too many tokens or crops is refused with its number and both figures."""
+    large = Example(np.arange(600), np.zeros((2, 1, 1), np.uint8), np.zeros((0, 1), int), [])
+    for limits in ((512, 16), (1024, 1)):
+        with pytest.raises(ValueError, match="example 7 has 600 tokens and 2 crops"):
+            Packer(*limits).add(7, large)
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -104,6 +209,51 @@ def test_a_batch_costs_what_its_rows_cost_alone(model, trees):
     short = replace(trees[0], branches=trees[0].branches[:1])
     alone = total([losses(model, [tree]) for tree in (*trees, short)])
     assert losses(model, [*trees, short]) == alone and losses(model, [short, *trees[::-1]]) == alone
+
+
+def gradients(model: Molmo, batches: list) -> dict[str, torch.Tensor]:
+    """Of the summed losses of several batches."""
+    model.zero_grad()
+    for batch in batches:
+        sum(model.losses(batch)[name] for name in ("token", "patch", "slot", "location")).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("scheme", list(WEIGHTS))
+def test_a_pack_costs_and_teaches_what_its_trees_do_alone(model, trees, scheme):
+    """Losses and gradients of a pack are the sums over its trees, each in a batch of its own."""
+    three = [*trees, replace(trees[0], branches=trees[0].branches[::2])]
+    packed = gradients(model, [collate([three], scheme)])
+    alone = gradients(model, [collate([tree], scheme) for tree in three])
+    model.zero_grad()
+    assert packed.keys() == alone.keys()
+    scale = max(gradient.abs().max() for gradient in alone.values())
+    for name, gradient in packed.items():
+        assert (gradient - alone[name]).abs().max() <= 1e-6 * scale, name
+    with torch.no_grad():
+        parts = [{k: v.item() for k, v in model.losses(collate([tree], scheme)).items()} for tree in three]
+        assert {k: v.item() for k, v in model.losses(collate([three], scheme)).items()} == total(parts)
+
+
+def test_nothing_leaks_between_trees_and_branches(model, trees):
+    """Another branch, another tree or other pixels there change not one bit of what may not see them."""
+    def states(pack):
+        with torch.no_grad():
+            batch = collate([pack])
+            return model(batch)[0][0], batch
+    base, batch = states(trees)
+    def touched(pack) -> set[tuple[int, int]]:
+        now, _ = states(pack)
+        changed = (now != base).any(-1)
+        return set(zip(batch.example_ids[0][changed].tolist(), batch.branch_ids[0][changed].tolist()))
+    first, second = trees
+    spoiled = replace(first.branches[1], tokens=first.branches[1].tokens.copy())
+    spoiled.tokens[2] = 65  # a letter of the question
+    assert touched([replace(first, branches=[first.branches[0], spoiled, *first.branches[2:]]), second]) == {(0, 2)}
+    dark = touched([replace(first, crops=255 - first.crops), second])
+    assert dark == {(0, b) for b in range(len(first.branches) + 1)}
+    dark = touched([first, replace(second, crops=255 - second.crops)])
+    assert dark == {(1, b) for b in range(len(second.branches) + 1)}
 
 
 def test_padding_changes_no_hidden_state(model, trees):
@@ -170,7 +320,7 @@ def test_learned_tokens_are_the_answer_and_its_end():
     assert text == '<|im_start|>user\nwhere <|im_end|>?<|im_end|>\n<|im_start|>assistant\nhere <|token_index|>"><|im_end|>'
     assert TOKENIZER.decode(made.tokens[made.learned]) == 'here <|token_index|>"><|im_end|>' and made.tokens[-1] == TOKENIZER.eos_id
     asked = data.prompt(TOKENIZER, data.scene_views(synthetic.still(0, 0), CONFIG), "where?")
-    row = lay_out(asked)
+    row = lay_out([asked])
     assert TOKENIZER.decode(row.tokens).endswith("<|im_start|>user\nwhere?<|im_end|>\n<|im_start|>assistant\n")
     assert row.tokens[0] == TOKENIZER.bos_id and not row.loss_weights.any()
 
