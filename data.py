@@ -42,7 +42,7 @@ NONE = "There are none."
 
 
 def spelling(tokenizer: Tokenizer) -> Spelling:
-    return Spelling(tokenizer.eos_id, tokenizer.encode(CLOSE_LIST))
+    return Spelling(tokenizer.eos_id, tokenizer.encode(CLOSE_LIST), tokenizer.stop_ids)
 
 
 def places(views: Views) -> list[str]:

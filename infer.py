@@ -66,6 +66,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", choices=["-"], help="print the result as JSON and nothing else")
     parser.add_argument("--max-frames", type=data.number(int, 1, 10_000), help="at most so many are sampled from a video")
     parser.add_argument("--fps", type=data.number(float, 0.001, 1000), help="frames sampled per second of a video")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: as in the checkpoint)")
     parser.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=data.number(int, 0, 2**32), default=0, help="of the sampling")
     parser.add_argument("--temperature", type=data.number(float, 0, 100), default=0, help="0 takes the likeliest token")
@@ -230,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args, lap, timing = arguments(argv), stopwatch(), {}
 
         # 2. The model
-        model, tokenizer = weights.load(args.checkpoint, args.device)
+        model, tokenizer = weights.load(args.checkpoint, args.device, args.dtype and getattr(torch, args.dtype))
         given = {"max_frames": args.max_frames, "fps": args.fps}
         config = replace(model.config.views, **{name: value for name, value in given.items() if value is not None})
         timing["load"] = lap()

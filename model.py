@@ -285,8 +285,16 @@ class Table(nn.Module):
         self.embedding = nn.Parameter(torch.empty(c.vocabulary, c.width))
         self.new_embedding = nn.Parameter(torch.empty(RESERVED, c.width)) if extra else None
 
-    def rows(self) -> Tensor:
-        return self.embedding if self.new_embedding is None else torch.cat([self.embedding, self.new_embedding])
+    def look_up(self, tokens: Tensor) -> Tensor:
+        """Rows of tokens (...): (..., d), without ever joining the two tables."""
+        base = len(self.embedding)
+        rows = F.embedding(tokens.clamp(max=base - 1), self.embedding)
+        return torch.where((tokens < base)[..., None], rows, F.embedding((tokens - base).clamp(min=0), self.new_embedding))
+
+    def scores(self, x: Tensor, extra: bool) -> Tensor:
+        """x (..., d) -> (..., V), or (..., V + 128) with the extra tokens."""
+        scores = x @ self.embedding.T
+        return torch.cat([scores, x @ self.new_embedding.T], dim=-1) if extra else scores
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,9 +351,9 @@ class Molmo(nn.Module):
         """Word embeddings (B, T, d); <im_low> shares <im_patch>'s. (The released inference code: <im_low> has its own,
         and what <|vit_index|> carries stands in place of its word embedding.)"""
         if self.config.point.released_inference:
-            return F.embedding(tokens, self.wte.rows()) * (tokens != self.ids[VIT_INDEX])[..., None]
+            return self.wte.look_up(tokens) * (tokens != self.ids[VIT_INDEX])[..., None]
         tokens = torch.where(tokens == self.ids["<im_low>"], self.ids["<im_patch>"], tokens)
-        return F.embedding(tokens, self.wte.rows())
+        return self.wte.look_up(tokens)
 
     def inputs(self, batch: Batch, sight: Sight) -> Tensor:
         """Word embeddings, plus what visual and grounding tokens carry: (B, T, d)."""
@@ -371,7 +379,7 @@ class Molmo(nn.Module):
     def logits(self, h: Tensor) -> Tensor:
         """h (..., d) -> (..., V) scores of the base vocabulary, and of the extra tokens if points are grounding tokens."""
         head = self.wte if self.lm_head is None else self.lm_head
-        return self.ln_f(h) @ (head.embedding if self.point_predictor is None else head.rows()).T
+        return head.scores(self.ln_f(h), extra=self.point_predictor is not None)
 
     def owners(self, batch: Batch) -> Tensor:
         """(B, T): one number per example of the batch."""
@@ -415,8 +423,9 @@ class Answer(NamedTuple):
 class Spelling(NamedTuple):
     """The token ids that steer generation, from the tokenizer."""
 
-    eos: int          # ends the answer
+    eos: int          # ends a turn
     close: list[int]  # `">`, which must follow "no more points"
+    stops: tuple[int, ...] = ()  # others that end an answer
 
 
 class FreeDecoder:
@@ -466,7 +475,7 @@ def generate_slowly(model: Molmo, batch: Batch, spelling: Spelling, max_new_toke
         h, sight = model(batch)
         decoder = decoder or start_decoder(model, h, sight, int(model.owners(batch)[0, -1]), spelling.close)
         token, _ = decoder.step(speakable(model, model.logits(h[0, -1])), h[0, -1], sample)
-        if token == spelling.eos:
+        if token in (spelling.eos, *spelling.stops):
             return Answer(tokens, decoder.rows, "stop")
         tokens.append(token)
         batch = _with_token(batch, token, given + decoder.rows)
@@ -510,7 +519,7 @@ def generate(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int
             if finished[row]:
                 continue
             token, carried = decoders[row].step(logits[row], h[row], sample)
-            if token == spelling.eos:
+            if token in (spelling.eos, *spelling.stops):
                 finished[row] = True
                 continue
             answers[row].append(token)

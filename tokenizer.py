@@ -115,6 +115,7 @@ class Tokenizer:
         self.base_size = len(base) + len(CHAT_TOKENS)
         self.special = {name: len(base) + i for i, name in enumerate(CHAT_TOKENS + EXTRA_TOKENS)}
         self.eos_id = self.special["<|im_end|>"]
+        self.stop_ids = (self.eos_id,)  # what ends an answer
         self.bos_id = self.eos_id  # Qwen has no token of its own for the beginning; Molmo2 uses the end token
         unnamed = [utf8("\N{REPLACEMENT CHARACTER}")] * (RESERVED - len(EXTRA_TOKENS))
         self.spelling = base + [utf8(name) for name in self.special] + unnamed  # id -> bytes, for all `size` rows
@@ -202,20 +203,19 @@ class Tokenizer:
 
 
 class ReleasedTokenizer(Tokenizer):
-    """The tokenizer.json of a released checkpoint, through the `tokenizers` package: same methods, same safety. Only the
-    tokens of the chat and of pictures and points are special here; any other added token is read as the file says."""
+    """The tokenizer.json of a released checkpoint, through the `tokenizers` package: same methods, same safety. No added
+    token is ever read out of a text, whether the file calls it special or not."""
 
     def __init__(self, settings: dict, base_size: int, bos: str, eos: str):
         """settings: a parsed tokenizer.json; base_size: rows before the extra tokens; bos, eos: spellings. ImportError
         without the package, ValueError if a special token is missing or has another id than its place says."""
         from tokenizers import Tokenizer as Library  # an extra: requirements-released.txt
 
-        self.settings, self.base_size, self._cache = settings, base_size, {}
-        wanted = {name: base_size + i for i, name in enumerate(EXTRA_TOKENS)}
-        for token in settings.get("added_tokens", []):
-            token["special"] = token["special"] or token["content"] in wanted or token["content"] in CHAT_TOKENS
-        self.library = Library.from_str(json.dumps(settings))
+        self.settings, self.base_size = settings, base_size
+        added = [token | {"special": True} for token in settings.get("added_tokens", [])]
+        self.library = Library.from_str(json.dumps(settings | {"added_tokens": added}))
         self.library.encode_special_tokens = True  # their spelling in a text is just characters
+        wanted = {name: base_size + i for i, name in enumerate(EXTRA_TOKENS)}
         for name, i in wanted.items():
             if (found := self.library.token_to_id(name)) not in (i, None):
                 raise ValueError(f"{name} has id {found}, the vocabulary of {base_size} rows asks for {i}")
@@ -224,6 +224,7 @@ class ReleasedTokenizer(Tokenizer):
             raise ValueError(f"the token {missing[0]} is missing")
         self.special = chat | wanted
         self.bos_id, self.eos_id = chat[bos], chat[eos]
+        self.stop_ids = (self.eos_id,)
         self._names = {i: name for name, i in self.special.items()}
 
     def encode(self, text: str) -> list[int]:

@@ -92,7 +92,12 @@ class ViT(nn.Module):
 
     def forward(self, crops: Tensor) -> Tensor:
         """(N, S, 3P²) uint8 pixels, each patch flattened (row, column, channel) -> (N, S, taps * v) features."""
-        pixels = (crops.to(self.patch_embedding.weight.dtype) / 255 - 0.5) / 0.5
-        x = self.patch_embedding(pixels) + self.positions(crops.shape[1])
-        outputs = [x := block(x) for block in self.blocks]
-        return torch.cat([outputs[i] for i in self.config.tapped], dim=-1)
+        dtype = self.patch_embedding.weight.dtype
+        pixels = (crops.to(torch.promote_types(dtype, torch.float32)) / 255 - 0.5) / 0.5  # rounded to bf16 only after that
+        x = self.patch_embedding(pixels.to(dtype)) + self.positions(crops.shape[1])
+        tapped = {}
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in self.config.tapped:
+                tapped[i] = x
+        return torch.cat([tapped[i] for i in self.config.tapped], dim=-1)

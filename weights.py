@@ -42,9 +42,7 @@ def save(folder: str | Path, model: Molmo, tokenizer: Tokenizer, dtype: torch.dt
     if isinstance(tokenizer, ReleasedTokenizer):
         return save_released(folder, model, tokenizer)
     folder = Path(folder)
-    fresh = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    fresh = _fresh(folder)
     (fresh / "config.json").write_text(model.config.to_json() + "\n")
     tokenizer.save(fresh / "tokenizer.json")
     arrays = {name: p.detach().to(dtype).cpu().numpy() for name, p in model.state_dict().items()}
@@ -52,9 +50,19 @@ def save(folder: str | Path, model: Molmo, tokenizer: Tokenizer, dtype: torch.dt
     _swap(fresh, folder)
 
 
+def _fresh(folder: Path) -> Path:
+    """A new empty folder beside `folder`, which may be replaced only if it is a checkpoint or empty."""
+    if folder.exists() and not (folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))):
+        raise CheckpointError(f"{folder}: is there already and is no checkpoint: give another name")
+    fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    return fresh
+
+
 def _swap(fresh: Path, folder: Path) -> None:
     """Gives a finished folder its name; one that had it goes only then."""
-    old = folder.with_name(folder.name + ".old")
+    old = fresh.with_suffix(".old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
@@ -158,6 +166,16 @@ class _Entries:
     def part(self, *names: str) -> "_Entries":
         return _Entries(self.path, self(*names), f"{names[0]}.")
 
+    def whole(self, name: str, default):
+        """A number or numbers, none of them below 1 where the default has none."""
+        found = self(name, default=default)
+        numbers = found if isinstance(found, list) else [found]
+        usual = default if isinstance(default, (list, tuple)) else [default]
+        kinds = (int, float) if isinstance(usual[0], float) else int
+        if not numbers or not all(isinstance(n, kinds) and not isinstance(n, bool) and n >= min(1, *usual) for n in numbers):
+            raise CheckpointError(f"{self.path}: {self.where}{name} is {found!r}")
+        return found
+
     def must(self, expected, *names: str) -> None:
         if (found := self(*names, default=expected)) != expected:
             raise CheckpointError(f"{self.path}: {self.where}{names[0]} is {found!r}, only {expected!r} is supported")
@@ -201,7 +219,7 @@ def released_config(folder: str | Path) -> MolmoConfig:
         )
         crop = vit("image_default_input_size", "image_size", default=[378, 378])[0]
         return replace(config, views=_released_views(folder, crop, config.vit.patch_size, pointing))
-    except (TypeError, AttributeError, IndexError, ValueError) as error:
+    except (TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{top.path}: {error}") from None
 
 
@@ -258,16 +276,22 @@ def _released_point(top: _Entries, text: _Entries) -> PointConfig:
 
 def _released_views(folder: Path, crop: int, patch: int, pointing: bool) -> ViewConfig:
     """From preprocessor_config.json and video_preprocessor_config.json, or processor_config.json, which holds both."""
-    both = _read_json(path) if (path := folder / "processor_config.json").is_file() else {}
-    images, videos = (
-        _read_json(path) if (path := folder / name).is_file() else both.get(part, {})
-        for name, part in (("preprocessor_config.json", "image_processor"), ("video_preprocessor_config.json", "video_processor")))
+    def settings(name: str, part: str) -> _Entries:
+        if (path := folder / name).is_file():
+            return _Entries(path, _read_json(path))
+        path = folder / "processor_config.json"
+        both = _Entries(path, _read_json(path) if path.is_file() else {})
+        return _Entries(path, both(part, default={}), f"{part}.")
+
+    images = settings("preprocessor_config.json", "image_processor")
+    videos = settings("video_preprocessor_config.json", "video_processor")
     usual = ViewConfig()
     return ViewConfig(
-        crop_size=crop, patch_size=patch, margins=tuple(images.get("overlap_margins", usual.margins)),
-        image_pool=images.get("pooling_size", [usual.image_pool])[0], video_pool=videos.get("pooling_size", [usual.video_pool])[0],
-        max_crops=images.get("max_crops", usual.max_crops), max_frames=videos.get("num_frames", usual.max_frames),
-        fps=float(videos.get("max_fps", usual.fps)), low_res_pointing=not pointing)
+        crop_size=crop, patch_size=patch, margins=tuple(images.whole("overlap_margins", usual.margins)),
+        image_pool=images.whole("pooling_size", [usual.image_pool])[0], max_crops=images.whole("max_crops", usual.max_crops),
+        video_pool=videos.whole("pooling_size", [usual.video_pool])[0],
+        max_frames=videos.whole("num_frames", usual.max_frames), fps=float(videos.whole("max_fps", usual.fps)),
+        low_res_pointing=not pointing)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,20 +315,23 @@ def load_released(folder: str | Path, device: str | torch.device = "cpu", dtype:
     config = released_config(folder)
     config = replace(config, point=replace(config.point, released_inference=released_inference))
     tokenizer = ReleasedTokenizer.load(folder, config.llm.vocabulary)
-    tokenizer.eos_id = _generation_end(folder / "generation_config.json", tokenizer)
-    with torch.device("meta"):
-        model = Molmo(config)
+    tokenizer.stop_ids = _stop_ids(folder / "generation_config.json", tokenizer)
+    try:
+        with torch.device("meta"):
+            model = Molmo(config)
+    except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: no model can have these sizes ({error})") from None
     model.load_state_dict(_released_tensors(folder, model, device, dtype), assign=True)
     return model.eval(), tokenizer
 
 
-def _generation_end(path: Path, tokenizer: Tokenizer) -> int:
-    """The token that ends an answer: the first that generation_config.json names, else the tokenizer's own."""
-    end = _read_json(path).get("eos_token_id") if path.is_file() else None
-    end = end[0] if isinstance(end, list) and end else end
-    if end is not None and not (isinstance(end, int) and 0 <= end < tokenizer.size):
-        raise CheckpointError(f"{path}: eos_token_id {end!r} is not a token")
-    return tokenizer.eos_id if end is None else end
+def _stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end an answer: those that generation_config.json names, and the tokenizer's own."""
+    named = _read_json(path).get("eos_token_id") if path.is_file() else None
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(isinstance(i, int) and 0 <= i < tokenizer.size for i in named):
+        raise CheckpointError(f"{path}: eos_token_id {named!r} is not among the {tokenizer.size} tokens")
+    return tuple({tokenizer.eos_id, *named})
 
 
 def _released_tensors(folder: Path, model: Molmo, device, dtype) -> dict[str, torch.Tensor]:
@@ -313,22 +340,31 @@ def _released_tensors(folder: Path, model: Molmo, device, dtype) -> dict[str, to
     wanted = {released_name(name, model.config): name for name in model.state_dict()}
     tied = _tied_copies(model.config)
     for name, file in shards.items():
-        block = re.search(r"resblocks\.(\d+)\.", name)
-        above = block is not None and int(block[1]) >= len(model.vit.blocks)  # of the ViT, deeper than any tap
+        block = re.match(re.escape(released_name("vit.blocks.", model.config)) + r"(\d+)\.", name)
+        above = block is not None and len(model.vit.blocks) <= int(block[1]) < model.config.vit.layers  # deeper than any tap
         if name not in wanted and name not in tied and not above:
             raise CheckpointError(f"{file.path}: {name} is not part of this model")
     if missing := sorted(set(wanted) - set(shards)):
         raise CheckpointError(f"{folder}: {missing[0]} is missing" + f", and {len(missing) - 1} more" * (len(missing) > 1))
 
-    read = lambda name: shards[name].get(name).to(device, dtype)
-    table = torch.cat([read(released_name(name, model.config)) for name in TABLE])  # a copy may be split at another row
-    rows, tensors = model.config.llm.vocabulary, {}
-    for theirs, ours in wanted.items():
-        tensor = (table[:rows] if ours == TABLE[0] else table[rows:]) if ours in TABLE else read(theirs)
-        if tensor.shape != (shape := model.get_parameter(ours).shape):
-            raise CheckpointError(f"{shards[theirs].path}: {theirs} has shape {tuple(tensor.shape)}, "
-                                  f"the config asks for {tuple(shape)}")
-        tensors[ours] = tensor
+    def read(name: str) -> torch.Tensor:
+        tensor, shape = shards[name].get(name), tuple(model.get_parameter(wanted[name]).shape) if name in wanted else None
+        fits = shape is None or tensor.shape == shape or (wanted[name] in TABLE and tensor.shape[1:] == shape[1:])
+        if not fits or not tensor.is_floating_point():
+            raise CheckpointError(f"{shards[name].path}: {name} is {str(tensor.dtype).removeprefix('torch.')} of shape "
+                                  f"{tuple(tensor.shape)}, the config asks for floats of shape {shape}")
+        return tensor.to(device, dtype)
+
+    tensors = {ours: read(theirs) for theirs, ours in wanted.items()}
+    base, extra = (tensors[name] for name in TABLE)
+    if len(base) != model.config.llm.vocabulary:  # a copy made by the library may split the table at another row
+        table = torch.cat([base, extra])
+        if len(table) != model.config.llm.vocabulary + RESERVED:
+            raise CheckpointError(f"{folder}: the word embeddings have {len(table)} rows in all, "
+                                  f"the config asks for {model.config.llm.vocabulary} + {RESERVED}")
+        tensors |= {TABLE[0]: table[:model.config.llm.vocabulary], TABLE[1]: table[model.config.llm.vocabulary:]}
+    elif len(extra) != RESERVED:
+        raise CheckpointError(f"{folder}: the extra word embeddings have {len(extra)} rows instead of {RESERVED}")
     for theirs, ours in tied.items():
         if theirs in shards and not torch.equal(read(theirs), tensors[ours]):
             raise CheckpointError(f"{shards[theirs].path}: {theirs} differs from the word embeddings, the config ties them")
@@ -369,8 +405,9 @@ def _shards(folder: Path) -> dict[str, _Shard]:
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json"
                               + (f"; {pickles[0]} is a pickle, which is never loaded: convert it" if pickles else ""))
-    places = _Entries(index, _read_json(index))("weight_map")
-    files = {}
+    places, files = _Entries(index, _read_json(index))("weight_map"), {}
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{index}: weight_map does not name a file for every tensor")
     for name in sorted(set(places.values())):
         if not (folder / name).is_file() or Path(name).name != name:
             raise CheckpointError(f"{folder / name}: a file of the checkpoint is missing, {index.name} lists it")
@@ -387,18 +424,30 @@ def _shards(folder: Path) -> dict[str, _Shard]:
 def save_released(folder: str | Path, model: Molmo, tokenizer: Tokenizer) -> None:
     """Writes the released layout, which the `transformers` library loads too (Molmo2, that is: points as text): the
     tensors in one file, config.json, tokenizer and processor files. The folder appears under its name when complete."""
-    folder = Path(folder)
-    save_file = _extra("safetensors.torch").save_file
-    fresh = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    folder, save_file = Path(folder), _extra("safetensors.torch").save_file
+    fresh = _fresh(folder)
     tensors = {released_name(name, model.config): p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
     tensors |= {theirs: model.get_parameter(ours).detach().cpu().clone() for theirs, ours in _tied_copies(model.config).items()}
     save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(fresh / "tokenizer.json")
     for name, values in _released_files(model.config, tokenizer).items():
         (fresh / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    (fresh / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     _swap(fresh, folder)
+
+
+# `Tokenizer.chat_prompt` and `preprocess.image_views` for the library's processor: pictures first, then the turns.
+CHAT_TEMPLATE = (
+    "{%- set seen = namespace(images=0, videos=0) %}{%- for turn in messages if turn.content is not string %}"
+    "{%- for piece in turn.content %}{%- if piece.type == 'image' %}{%- set seen.images = seen.images + 1 %}"
+    "{%- elif piece.type == 'video' %}{%- set seen.videos = seen.videos + 1 %}{%- endif %}{%- endfor %}{%- endfor %}"
+    "{%- for number in range(seen.images) %}{{ 'Image ' ~ (number + 1) if seen.images > 1 else '' }}{{ '<|image|>' }}"
+    "{%- endfor %}{{ '<|video|>' * seen.videos }}"
+    "{%- for turn in messages %}{{ '<|im_start|>' ~ turn.role ~ '\n' }}"
+    "{%- if turn.content is string %}{{ turn.content }}{%- else %}{%- for piece in turn.content if piece.type == 'text' %}"
+    "{{ piece.text }}{%- endfor %}{%- endif %}{{ '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
+)
 
 
 def _released_files(config: MolmoConfig, tokenizer: Tokenizer) -> dict[str, dict]:
@@ -418,6 +467,7 @@ def _released_files(config: MolmoConfig, tokenizer: Tokenizer) -> dict[str, dict
         "hidden_size": t.width, "num_hidden_layers": t.layers, "num_attention_heads": t.heads,
         "num_key_value_heads": t.kv_heads, "head_dim": t.head_width, "intermediate_size": t.mlp_hidden, "hidden_act": "silu",
         "rope_theta": t.rope_theta, "layer_norm_eps": t.norm_eps, "norm_after": t.norm_after, "qkv_bias": False,
+        "max_position_embeddings": 36_864,  # the longest sequence of training
         "use_qk_norm": True, "qk_norm_type": "qwen3" if t.norm_heads else "olmo", "tie_word_embeddings": t.tied}
     if t.yarn:
         text |= {"rope_scaling_layers": list(t.yarn.layers), "rope_scaling": {
@@ -459,7 +509,8 @@ def _released_files(config: MolmoConfig, tokenizer: Tokenizer) -> dict[str, dict
             "pooling_size": [views.video_pool] * 2, "num_frames": views.max_frames, "max_fps": views.fps},
         "processor_config.json": {
             "processor_class": "Molmo2Processor", "image_use_col_tokens": True, "use_single_crop_col_tokens": False,
-            "use_single_crop_start_token": True, "video_use_col_tokens": False, "use_frame_special_tokens": True},
+            "use_single_crop_start_token": True, "video_use_col_tokens": False, "use_frame_special_tokens": True}
+            | ({"use_low_res_token_for_global_crops": True} if pointing else {}),
     }
 
 

@@ -139,7 +139,9 @@ def test_the_processor_files_give_the_same_prompt(processors, pair, tmp_path):
     weights.save_released(tmp_path / "ours", ours, tokenizer)
     processor = AutoProcessor.from_pretrained(tmp_path / "ours")
     pair_of = pictures(2)
-    text = "Image 1<|image|>Image 2<|image|><|im_start|>user\nCount the cups.<|im_end|>\n<|im_start|>assistant\n"
+    said = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Count the cups."}]}]
+    text = processor.apply_chat_template(said, add_generation_prompt=True)
+    assert text == "Image 1<|image|>Image 2<|image|><|im_start|>user\nCount the cups.<|im_end|>\n<|im_start|>assistant\n"
     theirs = processor(text=text, images=pair_of, return_tensors="pt", input_data_format="channels_last")
     batch = collate([data.prompt(tokenizer, image_views(pair_of, ours.config.views), "Count the cups.")])
     assert theirs["input_ids"].tolist() == batch.tokens.tolist()

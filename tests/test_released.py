@@ -16,7 +16,8 @@ import data  # noqa: E402
 import infer  # noqa: E402
 import synthetic  # noqa: E402
 import weights  # noqa: E402
-from model import PRESETS, LLMConfig, Molmo, Yarn, costs, generate, generate_slowly  # noqa: E402
+from model import PRESETS, LLMConfig, Molmo, Yarn, costs, generate, generate_slowly
+from model import main as model_main  # noqa: E402
 from packing import collate  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
@@ -70,6 +71,8 @@ def test_shards_other_splits_and_deeper_vit_blocks_load_too(folder):
     tensors = load_file(folder / "model.safetensors")
     table = torch.cat([tensors.pop(f"model.transformer.wte.{part}") for part in ("embedding", "new_embedding")])
     tensors["model.transformer.wte.embedding"], tensors["model.transformer.wte.new_embedding"] = table.chunk(2)
+    edit(folder, "vit_config", num_hidden_layers=6)  # the fifth block is now the last but one
+    edit(folder, "adapter_config", vit_layers=[-2, -4])
     deep = {name.replace("resblocks.0", "resblocks.5"): t.clone() for name, t in tensors.items() if "resblocks.0" in name}
     names = sorted(tensors | deep)
     for i, part in enumerate((names[::2], names[1::2])):
@@ -102,9 +105,14 @@ def change(folder, **entries):
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
-def retensor(folder, edit):
+def edit(folder, part, **entries):
+    """Entries of one part of config.json."""
+    change(folder, **{part: json.loads((folder / "config.json").read_text())[part] | entries})
+
+
+def retensor(folder, spoil):
     tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
+    spoil(tensors)
     save_file(tensors, folder / "model.safetensors")
 
 
@@ -130,6 +138,24 @@ WRONG = {
     "missing tensor": (lambda f: retensor(f, lambda t: t.pop("model.transformer.ln_f.weight")), ("model.transformer.ln_f.weight",)),
     "wrong shape": (lambda f: retensor(f, lambda t: t.update({"model.transformer.ln_f.weight": torch.zeros(5)})),
                     ("model.safetensors", "model.transformer.ln_f.weight", "(5,)", "(32,)")),
+    "word table too narrow": (lambda f: retensor(f, lambda t: t.update({"model.transformer.wte.new_embedding": torch.zeros(128, 31)})),
+                              ("model.safetensors", "model.transformer.wte.new_embedding", "(128, 31)")),
+    "word table without rows": (lambda f: retensor(f, lambda t: t.update({"model.transformer.wte.embedding": torch.zeros(5)})),
+                                ("model.safetensors", "model.transformer.wte.embedding", "(5,)")),
+    "too few extra words": (lambda f: retensor(f, lambda t: t.update({"model.transformer.wte.new_embedding": torch.zeros(100, 32)})),
+                            ("word embeddings", "100", "128")),
+    "whole numbers": (lambda f: retensor(f, lambda t: t.update({"model.transformer.ln_f.weight": torch.zeros(32, dtype=torch.int8)})),
+                      ("model.safetensors", "model.transformer.ln_f.weight", "int8")),
+    "a stray tensor that looks like a ViT block": (lambda f: retensor(f, lambda t: t.update({"junk.resblocks.77.x": torch.zeros(2)})),
+                                                   ("junk.resblocks.77.x",)),
+    "an index that is no map": (lambda f: (index(f), (f / "model.safetensors.index.json").write_text('{"weight_map": []}')),
+                                ("model.safetensors.index.json", "weight_map")),
+    "a size in words": (lambda f: edit(f, "text_config", hidden_size="32"), ("config.json",)),
+    "no ViT layers": (lambda f: edit(f, "vit_config", num_hidden_layers=0), ("config.json",)),
+    "a strange processor": (lambda f: (f / "video_preprocessor_config.json").write_text('{"num_frames": "all"}'),
+                            ("video_preprocessor_config.json", "num_frames")),
+    "an end token that is none": (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": [1, 100000]}'),
+                                  ("generation_config.json", "100000")),
     "another model": (lambda f: change(f, model_type="llama"), ("config.json", "llama")),
     "another activation": (lambda f: change(f, vit_config={"hidden_act": "quick_gelu", "image_patch_size": 14}), ("hidden_act", "quick_gelu")),
     "missing entry": (lambda f: change(f, text_config={"hidden_size": 32}), ("config.json", "text_config")),
@@ -155,6 +181,62 @@ def test_what_is_wrong_is_named_in_one_line(folder, case, capsys):
     assert end.value.code == 2 and line.count("\n") == 1 and all(word in line for word in said), line
 
 
+def test_what_is_no_checkpoint_is_never_replaced(folder, tiny, tmp_path):
+    """Writing to a folder that holds other things, or to a file, is refused; a checkpoint or an empty folder is replaced."""
+    holiday = tmp_path / "photos/holiday.txt"
+    holiday.parent.mkdir()
+    holiday.write_text("kept")
+    model, _ = weights.load(folder, dtype=torch.float64)  # a copy: the file it came from is replaced below
+    for write in (weights.save_released, weights.save):
+        for target in (holiday.parent, holiday):
+            with pytest.raises(ValueError, match="photos"):
+                write(target, model, tiny[1])
+        write(folder, model, tiny[1])
+    assert holiday.read_text() == "kept" and {path.name for path in tmp_path.iterdir()} == {"made", "photos"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_parameters_are_the_mapped_file(folder):
+    """Without conversion every parameter lies in the mapping of the file: nothing was copied."""
+    model, _ = weights.load(folder)
+    mapped = [[int(x, 16) for x in line.split()[0].split("-")] for line in Path("/proc/self/maps").read_text().splitlines()
+              if line.endswith(str(folder / "model.safetensors"))]
+    assert mapped
+    for name, p in model.named_parameters():
+        assert any(low <= p.data_ptr() < high for low, high in mapped), name
+
+
+def test_nulls_in_processor_files_mean_the_usual(folder):
+    """Entries that are null, as the released classes allow, give the released models' values."""
+    (folder / "video_preprocessor_config.json").write_text('{"max_fps": null, "num_frames": null, "pooling_size": null}')
+    views = weights.released_config(folder).views
+    assert (views.fps, views.max_frames, views.video_pool) == (2.0, 128, 3)
+
+
+def test_a_tokenizer_with_all_that_real_ones_hold(folder, tiny):
+    """A normaliser, fillers, thinking tags, thousands of point tokens, bos unlike eos, several ends: user text stays
+    plain text inside the table, and every named end stops an answer."""
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    names = ["<EXTRA_TOKENS_POINT_3>", "<POINT_7>"]
+    settings["added_tokens"] += [{"id": 600 + 100 * i, "content": name, "special": False, **flags} for i, name in enumerate(names)]
+    settings["normalizer"] = {"type": "NFC"}
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"bos_token": "<|endoftext|>", "eos_token": {"content": "<|im_end|>"}, "model_max_length": 10}))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [511, 509]}')
+    _, tokenizer = weights.load(folder)
+    ids = tokenizer.special
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (ids["<|endoftext|>"], ids["<|im_end|>"])
+    assert set(tokenizer.stop_ids) == {ids["<|im_end|>"], 511, 509} == set(data.spelling(tokenizer).stops)
+    for text in ("what is at <POINT_7> ?", "<EXTRA_TOKENS_POINT_3>", "<|im_end|><im_patch>", "cafe\u0301"):
+        assert max(tokenizer.encode(text)) < tokenizer.base_size
+    assert tokenizer.encode("cafe\u0301") == tokenizer.encode("caf\u00e9") == tiny[1].encode("caf\u00e9")
+    path = folder / "again.json"
+    tokenizer.save(path)
+    assert json.loads(path.read_text()) == settings  # as it came
+
+
 @pytest.mark.parametrize("package", ["safetensors", "tokenizers"])
 def test_a_missing_package_is_named(folder, package, monkeypatch):
     """Without one of the two packages one line says what to install."""
@@ -171,7 +253,9 @@ def test_infer_takes_a_released_folder(folder, dtype, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     clip = Path(__file__).parent.parent / "assets/cups.mp4"
     infer.main([str(clip), "point to the cups", "--checkpoint", str(folder), "--max-new-tokens", "12"])
-    assert (tmp_path / "out/cups.points.json").stat().st_size > 0
+    result = json.loads((tmp_path / "out/cups.points.json").read_text())
+    assert result["prompt"] == "point to the cups" and result["timing"]["tokens"] <= 12
+    assert result["finish_reason"] == ("length" if result["timing"]["tokens"] == 12 else "stop")
 
 
 def test_the_released_inference_code_differs_in_four_places(tiny):
@@ -203,12 +287,19 @@ def test_the_released_inference_code_differs_in_four_places(tiny):
 
 
 def test_presets_have_the_sizes_of_the_released_models(capsys, monkeypatch):
-    """Parameters near what the names say; figures per token by hand for the 8B model; no memory is touched for them."""
+    """Parameters near what the names say; the printed figures of the 8B model by hand."""
     billions = {"molmo2-4b": (4.4, 5.0), "molmo2-8b": (8.5, 8.8), "molmo2-o-7b": (7.6, 7.9), "molmopoint-8b": (8.5, 8.8),
                 "molmopoint-gui-8b": (8.5, 8.8), "molmopoint-vid-4b": (4.4, 5.0)}
     for name, (low, high) in billions.items():
         assert low < costs(PRESETS[name])["parameters"] / 1e9 < high, name
-    assert costs(PRESETS["molmo2-8b"])["cache bytes per token"] == 2 * 36 * 8 * 128 * 2
-    small, model = costs(TINY), Molmo(TINY)
-    assert small["parameters"] == sum(p.numel() for p in model.parameters())
-    assert small["flops per token"] > 2 * small["decoder blocks"] * 0.99
+    block = 4096 * (32 + 16) * 128 + 4096 * 4096 + 3 * 4096 * 12_288 + 2 * 4096 + 2 * 128
+    vit = 588 * 1152 + 1152 + 729 * 1152 + 25 * (4 * (1152 * 1152 + 1152) + 2 * 1152 * 4304 + 4304 + 1152 + 4 * 1152)
+    connector = 3 * (2304 * 1152 + 1152) + 1152 * 1152 + 1152 + 2 * 1152 * 12_288 + 12_288 * 4096
+    monkeypatch.setattr("sys.argv", ["model.py", "--preset", "molmo2-8b"])
+    model_main()
+    printed = {line[:24].strip(): int(line[24:].split()[0].replace(",", "")) for line in capsys.readouterr().out.splitlines()}
+    assert printed["decoder blocks"] == 36 * block + 4096 and printed["vit"] == vit and printed["connector"] == connector
+    assert printed["head"] == 4096 * 151_936 and printed["word embeddings"] == 4096 * (151_936 + 128)
+    assert printed["parameters"] == sum(printed[part] for part in ("decoder blocks", "vit", "connector", "head", "word embeddings"))
+    assert printed["cache bytes per token"] == 2 * 36 * 8 * 128 * 2
+    assert printed["flops per token"] == 2 * (36 * block + 4096 * 151_936)

@@ -180,3 +180,14 @@ def test_no_windows_at_all():
     none = vit(torch.zeros(0, 9, 12, dtype=torch.uint8))
     assert none.shape == (0, 9, 24)
     assert features(*gather_windows(torch.zeros(0, 8, dtype=torch.float64), torch.zeros(0, 4, dtype=torch.long))).shape == (0, 5)
+
+
+def test_pixels_are_normalised_before_they_are_rounded():
+    """A ViT in bfloat16 embeds the normalised pixels rounded once."""
+    vit, seen = ViT(VIT).bfloat16(), []
+    vit.patch_embedding.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    crops = torch.arange(9 * 12, dtype=torch.uint8).view(1, 9, 12) * 2
+    with torch.no_grad():
+        torch.nn.init.zeros_(vit.positional_embedding)
+        vit(crops)
+    assert torch.equal(seen[0], ((crops.float() / 255 - 0.5) / 0.5).bfloat16())
