@@ -1,18 +1,23 @@
 """Training, top to bottom.
 
-    python train.py --stage 1                       # stills, from nothing
-    python train.py --stage 2 --init runs/stage1    # adds clips
+    python train.py --stage 1                                  # stills, from nothing
+    python train.py --stage 2 --init runs/stage1/checkpoint    # adds clips
+    python train.py --stage 2 --resume                         # goes on where a run of stage 2 was stopped or killed
 
 Writes a run folder: metrics.jsonl (a line per step and per evaluation), curves.png, and a checkpoint for
-`infer.py --checkpoint`.
+`infer.py --checkpoint` that also holds all that --resume needs. On the CPU a resumed run repeats the uninterrupted one bit
+for bit. SIGTERM and Ctrl-C finish the step, save and end with status 0.
 """
 
 import json
 import math
+import signal
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -67,10 +72,13 @@ def parse(argv: list[str] | None):
     parser.add_argument("--preset", default="tiny", choices=sorted({name for name, _ in STAGES}))
     parser.add_argument("--points-as", default="tokens", choices=("tokens", "text"), help="how a new model writes points")
     parser.add_argument("--init", help="checkpoint of the stage before")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the run folder, if there is one")
+    parser.add_argument("--freeze", choices=PARTS, action="append", default=[], help="a part that stays as it is")
     parser.add_argument("--out", help="run folder (default: runs/stage<N>)")
     parser.add_argument("--steps", type=data.number(int, 1, 10**9), help="instead of the stage's own number")
     parser.add_argument("--seed", type=data.number(int, 0, 10_000), default=0, help="of the weights and of the scenes")
     parser.add_argument("--eval-every", type=data.number(int, 1, 10**9), default=400, help="steps between small evaluations")
+    parser.add_argument("--save-every", type=data.number(int, 1, 10**9), default=200, help="steps between checkpoints")
     parser.add_argument("--workers", type=data.number(int, 0, 256), default=1, help="processes that draw scenes")
     parser.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
@@ -115,7 +123,8 @@ def optimizers(module: nn.Module, kind: str) -> list[torch.optim.Optimizer]:
 def backward(loss: torch.Tensor, parts: dict[str, dict[str, nn.Parameter]], step: int) -> dict[str, float]:
     """Gradients, clipped to norm 1 in every part; -> the norms before. ValueError if anything is not finite."""
     loss.backward()
-    norms = {part: nn.utils.clip_grad_norm_(params.values(), 1.0).item() for part, params in parts.items() if params}
+    learned = {part: [p for p in params.values() if p.requires_grad] for part, params in parts.items()}
+    norms = {part: nn.utils.clip_grad_norm_(params, 1.0).item() for part, params in learned.items() if params}
     if not all(map(math.isfinite, [loss.item(), *norms.values()])):
         raise ValueError(f"step {step}: loss {loss.item()}, gradient norms {norms}: stopped before the step")
     return norms
@@ -144,10 +153,17 @@ def learning_rates(stage: Stage, step: int) -> dict[str, float]:
 
 
 class Log:
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, step: int | None = None):
+        """A new metrics.jsonl, or the old one up to `step`, where a resumed run goes on."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.lines, self.start = folder, [], time.time()
-        self.file = open(folder / "metrics.jsonl", "w")
+        path, self.folder, self.lines = folder / "metrics.jsonl", folder, []
+        if step is not None and path.exists():
+            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last
+            self.lines = [line for line in map(json.loads, whole) if line["step"] < step]
+        self.start = time.time() - (self.lines[-1]["seconds"] if self.lines else 0)
+        self.file = open(path, "w")
+        self.file.writelines(json.dumps(line) + "\n" for line in self.lines)
+        self.file.flush()
 
     def write(self, **values):
         line = {"seconds": round(time.time() - self.start, 1)} | values
@@ -194,10 +210,50 @@ def small_evaluation(model: Molmo, tokenizer: Tokenizer, videos: bool) -> dict[s
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. A ViT that starts from nothing learns to see
+# 4. Stopping and going on
 
 
-def look(model: Molmo, stage: Stage, workers: int, log: Log):
+@contextmanager
+def stoppable():
+    """Inside, SIGTERM and Ctrl-C do not end the program but are collected in the list."""
+    asked: list[int] = []
+    before = {number: signal.signal(number, lambda got, frame: asked.append(got)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def as_usual(worker: int):
+    """Worker processes leave Ctrl-C to the program and end on SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def state_of(model: Molmo, optimisers: list[torch.optim.Optimizer], step: int) -> dict[str, np.ndarray]:
+    """All that a run is besides its parameters: the scenes of a step are a function of its number."""
+    names = {p: name for name, p in model.named_parameters()}
+    state = {f"{i}/{names[p]}/{key}": value.cpu().numpy() for i, optimiser in enumerate(optimisers)
+             for p, values in optimiser.state.items() for key, value in values.items()}
+    return state | {"step": np.array(step), "rng": torch.get_rng_state().numpy()}
+
+
+def restore(model: Molmo, optimisers: list[torch.optim.Optimizer], state: dict[str, np.ndarray]):
+    parameters = dict(model.named_parameters())
+    for name, array in state.items():
+        if "/" in name:
+            i, parameter, key = name.split("/")
+            value = torch.from_numpy(array)
+            optimisers[int(i)].state[parameters[parameter]][key] = value if key == "step" else value.to(parameters[parameter].device)
+    torch.set_rng_state(torch.from_numpy(state["rng"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. A ViT that starts from nothing learns to see
+
+
+def look(model: Molmo, stage: Stage, workers: int, log: Log, asked: list[int]):
     """Where the papers load SigLIP 2, `tiny` trains its ViT alone for a while: a linear layer on the features, thrown
     away afterwards, names for each patch the kind and colour of the thing at its middle and of which kind of thing it
     holds the point. Steps count up to 0, where the model takes over."""
@@ -207,7 +263,7 @@ def look(model: Molmo, stage: Stage, workers: int, log: Log):
     seeing = nn.ModuleDict({"vit": model.vit, "names": names})
     parts, optimisers = parts_of(seeing), optimizers(seeing, model.config.optimizer)
     scenes = DataLoader(data.PatchSet(stage.seed, model.config), LOOK_BATCH, sampler=range(stage.look * LOOK_BATCH),
-                        collate_fn=data.collate_patches, num_workers=workers)
+                        collate_fn=data.collate_patches, num_workers=workers, worker_init_fn=as_usual)
     bar = tqdm(scenes, total=stage.look, desc="the ViT alone", dynamic_ncols=True)
     for step, (crops, labels) in enumerate(bar):
         scores = names(model.vit(crops.to(device))).flatten(0, 1)
@@ -220,10 +276,12 @@ def look(model: Molmo, stage: Stage, workers: int, log: Log):
         line = {"naming": loss.item(), "named": (kind.argmax(-1) == truth[:, 0])[shown].float().mean().item()}
         log.write(step=step - stage.look, **line)
         bar.set_postfix(line)
+        if asked:
+            break
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. The run
+# 6. The run
 
 
 def main(argv: list[str] | None = None):
@@ -235,24 +293,40 @@ def run(args):
     stage = STAGES[args.preset, args.stage]
     steps = args.steps or stage.steps
     stage = replace(stage, steps=steps, look=min(stage.look, args.steps or stage.look), seed=stage.seed + 100 * args.seed)
-    if args.init:
-        model, tokenizer = weights.load(args.init, args.device)
+    folder = Path(args.out or f"runs/stage{args.stage}")
+    state = weights.load_training(folder / "checkpoint") if args.resume else None
+    if args.init or state:
+        model, tokenizer = weights.load(folder / "checkpoint" if state else args.init, args.device)
     else:
         tokenizer = Tokenizer.load(HOME / "assets/tokenizer.json")
         config = replace(PRESETS[args.preset], points_as=args.points_as)
         model = Molmo(config).initialize(args.seed).to(args.device)
     model.train()
-    log = Log(Path(args.out or f"runs/stage{args.stage}"))  # not before bad input is out: it begins a new metrics.jsonl
-    if not args.init:
-        look(model, stage, args.workers, log)
+    first = int(state["step"]) if state else 0
+    log = Log(folder, first if state else None)  # not before bad input is out: it begins a new metrics.jsonl
+    with stoppable() as asked:
+        if not args.init and not state:
+            look(model, stage, args.workers, log, asked)
+        for part, params in parts_of(model).items():
+            for p in params.values():
+                p.requires_grad_(part not in args.freeze)
+        optimisers = optimizers(model, model.config.optimizer)
+        if state:
+            restore(model, optimisers, state)
+        if asked:
+            print("stopped before the first step: there is nothing to save yet")
+        else:
+            train(model, tokenizer, optimisers, stage, first, log, args, asked)
 
-    parts, optimisers = parts_of(model), optimizers(model, model.config.optimizer)
+
+def train(model: Molmo, tokenizer: Tokenizer, optimisers, stage: Stage, first: int, log: Log, args, asked: list[int]):
+    parts = parts_of(model)
     examples = data.SyntheticSet(stage.seed, tokenizer, model.config, stage.branches, stage.videos, stage.absent)
-    loader = DataLoader(examples, stage.batch, sampler=range(stage.steps * stage.batch), collate_fn=collate,
-                        num_workers=args.workers)
-    bar = tqdm(loader, total=stage.steps, desc=f"stage {args.stage}", dynamic_ncols=True)
+    loader = DataLoader(examples, stage.batch, sampler=range(first * stage.batch, stage.steps * stage.batch),
+                        collate_fn=collate, num_workers=args.workers, worker_init_fn=as_usual)
+    bar = tqdm(loader, initial=first, total=stage.steps, desc=f"stage {args.stage}", dynamic_ncols=True)
     started, tokens = time.time(), 0
-    for step, batch in enumerate(bar):
+    for step, batch in enumerate(bar, start=first):
         # forward: sums over all loss tokens, divided once by their summed weights
         batch = batch.to(args.device)
         losses = model.losses(batch)
@@ -270,8 +344,15 @@ def run(args):
             shown["right"] = (losses["right"] / losses["choices"].clamp(min=1)).item()
         log.write(step=step, loss=loss.item(), **shown, norms=norms)
         bar.set_postfix({"loss": loss.item(), **shown, "tokens/s": int(tokens / (time.time() - started))})
-        if (step + 1) % args.eval_every == 0 or step + 1 == stage.steps:
-            weights.save(log.folder / "checkpoint", model, tokenizer)  # before evaluating
+
+        # save, evaluate, stop
+        last, due = step + 1 == stage.steps, lambda every: (step + 1) % every == 0
+        if last or due(args.save_every) or due(args.eval_every) or asked:  # before evaluating
+            weights.save(log.folder / "checkpoint", model, tokenizer, training=state_of(model, optimisers, step + 1))
+        if asked:
+            bar.write(f"stopped after step {step + 1}: --resume goes on from there")
+            return
+        if last or due(args.eval_every):
             figures = small_evaluation(model, tokenizer, bool(stage.videos))
             log.write(step=step, **figures)
             log.draw()

@@ -36,18 +36,32 @@ class CheckpointError(ValueError):
     """One line: the file, what is wrong with it, the tensor."""
 
 
-def save(folder: str | Path, model: Molmo, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> None:
-    """Writes the folder under another name and renames it, so that a reader never meets half a checkpoint. A model that
+def save(folder: str | Path, model: Molmo, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32,
+         training: dict[str, np.ndarray] | None = None) -> None:
+    """`training`: what else a run needs to go on, kept in training.npz. Writes the folder under another name and renames it, so that a reader never meets half a checkpoint. A model that
     came with a released tokenizer is written in the released layout."""
     if isinstance(tokenizer, ReleasedTokenizer):
-        return save_released(folder, model, tokenizer)
+        return save_released(folder, model, tokenizer, training)
     folder = Path(folder)
     fresh = _fresh(folder)
     (fresh / "config.json").write_text(model.config.to_json() + "\n")
     tokenizer.save(fresh / "tokenizer.json")
     arrays = {name: p.detach().to(dtype).cpu().numpy() for name, p in model.state_dict().items()}
     np.savez(fresh / "model.npz", **arrays)
+    if training is not None:
+        np.savez(fresh / "training.npz", **training)
     _swap(fresh, folder)
+
+
+def load_training(folder: Path) -> dict[str, np.ndarray] | None:
+    """What `save` was given as `training`; None if there is no such checkpoint."""
+    if not folder.exists():
+        return None
+    try:
+        with np.load(folder / "training.npz", allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{folder / 'training.npz'}: not readable ({error}): nothing to resume") from None
 
 
 def _fresh(folder: Path) -> Path:
@@ -421,7 +435,8 @@ def _shards(folder: Path) -> dict[str, _Shard]:
     return {tensor: files[name] for tensor, name in places.items()}
 
 
-def save_released(folder: str | Path, model: Molmo, tokenizer: Tokenizer) -> None:
+def save_released(folder: str | Path, model: Molmo, tokenizer: Tokenizer,
+                  training: dict[str, np.ndarray] | None = None) -> None:
     """Writes the released layout, which the `transformers` library loads too (Molmo2, that is: points as text): the
     tensors in one file, config.json, tokenizer and processor files. The folder appears under its name when complete."""
     folder, save_file = Path(folder), _extra("safetensors.torch").save_file
@@ -433,6 +448,8 @@ def save_released(folder: str | Path, model: Molmo, tokenizer: Tokenizer) -> Non
     for name, values in _released_files(model.config, tokenizer).items():
         (fresh / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     (fresh / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    if training is not None:
+        np.savez(fresh / "training.npz", **training)
     _swap(fresh, folder)
 
 

@@ -1,6 +1,7 @@
 """The training command: what it writes, what it refuses, and that every part learns at its own rate."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -110,3 +111,92 @@ def test_learning_rates_warm_up_and_end_at_a_tenth():
     first, later, last = (learning_rates(stage, step) for step in (0, 99, 1000))
     assert first["vit"] == pytest.approx(stage.lr["vit"] / 100, rel=1e-3) and first["point"] == pytest.approx(stage.lr["point"])
     assert later["vit"] > 0.97 * stage.lr["vit"] and last["llm"] == pytest.approx(0.1 * stage.lr["llm"])
+
+
+# ---- stopping and going on ------------------------------------------------------------------------------------------
+
+
+def losses_of(folder) -> list[float]:
+    """Of the ViT alone and of the steps, in their order."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line.get("loss", line.get("naming")) for line in lines if line.keys() & {"loss", "naming"}]
+
+
+LINE = ["--stage", "1", "--steps", "6", "--eval-every", "6", "--workers", "0", "--save-every"]
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_stopped_run_goes_on_bit_for_bit(quick, stop, tmp_path, monkeypatch):
+    """SIGTERM during a step: that step is finished and saved, the run returns; resumed, the losses and the parameters
+    at the end are those of a run that was never stopped, to the last bit."""
+    train.main([*LINE, "6", "--out", str(tmp_path / "whole")])
+    update, steps = train.update, []
+
+    def interrupted(optimisers, rates):
+        update(optimisers, rates)
+        steps.append(1)
+        if len(steps) == 6 + stop:  # six steps of the ViT alone come first
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train, "update", interrupted)
+    train.main([*LINE, "6", "--out", str(tmp_path / "stopped")])
+    assert len(losses_of(tmp_path / "stopped")) == 6 + stop
+    monkeypatch.setattr(train, "update", update)
+    train.main([*LINE, "6", "--out", str(tmp_path / "stopped"), "--resume"])
+    assert losses_of(tmp_path / "stopped") == losses_of(tmp_path / "whole")
+    whole, stopped = (weights.load(tmp_path / name / "checkpoint")[0].state_dict() for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(quick, tmp_path, monkeypatch):
+    """Killed between two saves, and in the middle of one: the steps after the last whole checkpoint are run again and
+    give the same losses; a cut line of the metrics is no obstacle."""
+    train.main([*LINE, "2", "--out", str(tmp_path / "whole")])
+    for kill in ("between", "during a save"):
+        folder, update, swap, steps = tmp_path / kill.replace(" ", "-"), train.update, weights._swap, []
+
+        class Killed(BaseException):
+            pass
+
+        def counted(optimisers, rates):
+            if len(steps) == 6 + 3 and kill == "between":
+                raise Killed
+            update(optimisers, rates)
+            steps.append(1)
+
+        def cut(fresh, target):
+            if len(steps) == 6 + 4 and kill != "between":
+                raise Killed
+            swap(fresh, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "update", counted)
+            patch.setattr(weights, "_swap", cut)
+            with pytest.raises(Killed):
+                train.main([*LINE, "2", "--out", str(folder)])
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write('{"seconds": 1.0, "st')
+        train.main([*LINE, "2", "--out", str(folder), "--resume"])
+        assert losses_of(folder) == losses_of(tmp_path / "whole")
+
+
+def test_resume_without_a_run_starts_one_and_with_a_bare_checkpoint_says_so(quick, tmp_path, capsys):
+    """--resume in an empty place is a new run; in a folder whose checkpoint holds no training state it is one line."""
+    train.main(["--stage", "1", "--out", str(tmp_path / "new"), "--resume", *quick])
+    (tmp_path / "new/checkpoint/training.npz").unlink()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        train.main(["--stage", "1", "--out", str(tmp_path / "new"), "--resume", *quick])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "training.npz" in said and said.count("\n") == 1
+
+
+def test_frozen_parts_stay_as_they_are(quick, tmp_path):
+    """--freeze vit --freeze llm: these keep every bit, the others move."""
+    train.main(["--stage", "1", "--out", str(tmp_path / "a"), *quick])
+    before, _ = weights.load(tmp_path / "a/checkpoint")
+    train.main(["--stage", "2", "--init", str(tmp_path / "a/checkpoint"), "--out", str(tmp_path / "b"), "--freeze", "vit",
+                "--freeze", "llm", *quick])
+    after, _ = weights.load(tmp_path / "b/checkpoint")
+    moved = {part_of(name) for (name, a), b in zip(before.named_parameters(), after.parameters()) if not torch.equal(a, b)}
+    assert moved == {"connector", "point"}
