@@ -1,5 +1,6 @@
 """Pictures -> crops -> tokens -> places in the picture, and files -> frames with their real times."""
 
+import math
 import struct
 import warnings
 import zlib
@@ -94,34 +95,21 @@ def test_boxes_tile_the_picture_at_any_size(config, height, width):
 
 
 def test_tiling_agrees_with_its_definition():
-    """The chosen tiling is the one that exhaustive comparison with exact fractions chooses."""
+    """The chosen tiling is the one that exhaustive comparison with exact fractions chooses: among those that enlarge the
+    least enlarging, else the least shrinking; a side of the margins' length asks for nothing, a shorter one for less."""
     def by_definition(height, width, config):
         window, margin = config.window * config.patch_size, sum(config.margins) * config.patch_size
-        best, best_scale = None, None
-        for count in range(1, config.max_crops + 1):
-            for rows in range(1, count + 1):
-                if count % rows:
-                    continue
-                tiling, scale = (rows, count // rows), None  # None: infinite
-                for n, side in zip(tiling, (height - margin, width - margin)):
-                    if side > 0 and (scale is None or Fraction(n * window, side) < scale):
-                        scale = Fraction(n * window, side)
-                fits, fitted = (s is None or s >= 1 for s in (scale, best_scale))
-                if best is None or (fits and not fitted):
-                    better = True
-                elif fits != fitted or best_scale == scale:
-                    better = False
-                elif fits:
-                    better = best_scale is None or (scale is not None and scale < best_scale)
-                else:
-                    better = scale > best_scale
-                if better:
-                    best, best_scale = tiling, scale
-        return best
+        tilings = [(rows, count // rows) for count in range(1, config.max_crops + 1)
+                   for rows in range(1, count + 1) if count % rows == 0]
+        def scale(tiling):
+            return min(Fraction(n * window, side - margin) if side != margin else math.inf
+                       for n, side in zip(tiling, (height, width)))
+        enlarging = [tiling for tiling in tilings if scale(tiling) >= 1]
+        return min(enlarging, key=scale) if enlarging else max(tilings, key=scale)
 
     random = np.random.default_rng(1)
     sizes = (2 ** random.uniform(0, 12, (150, 2))).astype(int).tolist()
-    sizes += [[112, 112], [1, 9999], [378, 378], [379, 378]]
+    sizes += [[112, 112], [112, 900], [1, 9999], [1, 1], [378, 378], [379, 378]]
     for config in (TINY, RELEASED, LOPSIDED, ViewConfig(max_crops=8)):
         for height, width in sizes:
             assert preprocess.select_tiling(height, width, config) == by_definition(height, width, config)
