@@ -115,7 +115,7 @@ def lay_out(pack: Sequence[Example], weights: str = "uniform") -> Row:
 def collate(packs: Sequence[Example | Sequence[Example]], weights: str = "uniform") -> Batch:
     """Packs (or single examples) -> a batch, a row each, padded on the right; pooling and points are shifted to count
     over the whole batch."""
-    packs = [[pack] if isinstance(pack, Example) else pack for pack in packs]
+    packs = [pack if isinstance(pack, Sequence) else [pack] for pack in packs]
     rows = [lay_out(pack, weights) for pack in packs]
     length = max(len(row.tokens) for row in rows)
     def stack(name: str, fill: int) -> torch.Tensor:

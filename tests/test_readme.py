@@ -9,6 +9,7 @@ import differ
 import evaluate
 import infer
 import model
+import packing
 import synthetic
 import tokenizer
 import train
@@ -19,9 +20,11 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
             for line in block.splitlines() if line.strip()]
 PROGRAMS = {"train.py": train.main, "evaluate.py": evaluate.main, "infer.py": infer.main, "synthetic.py": synthetic.main,
-            "tokenizer.py": tokenizer.main, "weights.py": weights.main, "model.py": model.main, "tests/differ.py": differ.main}
+            "tokenizer.py": tokenizer.main, "packing.py": packing.main, "weights.py": weights.main, "model.py": model.main,
+            "tests/differ.py": differ.main}
 EXTRA = {"weights.py": "safetensors", "runs/released": "safetensors", "tests/differ.py": "transformers"}  # word: package
-LESS = {"train.py": ["--steps", "1", "--workers", "0"], "evaluate.py": ["--scenes", "1"]}
+LESS = {"train.py": ["--steps", "1", "--workers", "0"], "evaluate.py": ["--scenes", "1"],
+        "packing.py": ["--examples", "48", "--branches", "2"]}
 
 
 def test_the_readme_names_files_that_exist():
