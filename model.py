@@ -557,7 +557,8 @@ def costs(config: MolmoConfig) -> dict[str, float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="What a preset costs: parameters, memory, arithmetic.")
+    parser = argparse.ArgumentParser(description="What a preset costs: parameters, memory, arithmetic.",
+                                     usage=argparse.SUPPRESS)  # an error is one line
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
     figures = costs(PRESETS[parser.parse_args().preset])
     for name, value in figures.items():

@@ -303,3 +303,12 @@ def test_presets_have_the_sizes_of_the_released_models(capsys, monkeypatch):
     assert printed["parameters"] == sum(printed[part] for part in ("decoder blocks", "vit", "connector", "head", "word embeddings"))
     assert printed["cache bytes per token"] == 2 * 36 * 8 * 128 * 2
     assert printed["flops per token"] == 2 * (36 * block + 4096 * 151_936)
+
+
+def test_an_unknown_preset_is_one_line(capsys, monkeypatch):
+    """model.py --preset huge: exit status 2 and one line that names it."""
+    monkeypatch.setattr("sys.argv", ["model.py", "--preset", "huge"])
+    with pytest.raises(SystemExit) as end:
+        model_main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "huge" in said and said.count("\n") == 1
