@@ -5,8 +5,8 @@
     python train.py --stage 2 --resume                         # goes on where a run of stage 2 was stopped or killed
 
 Writes a run folder: metrics.jsonl (a line per step and per evaluation), curves.png, and a checkpoint for
-`infer.py --checkpoint` that also holds all that --resume needs. On the CPU a resumed run repeats the uninterrupted one bit
-for bit. SIGTERM and Ctrl-C finish the step, save and end with status 0.
+`infer.py --checkpoint` that also holds all that --resume needs. On the CPU with one thread a resumed run repeats the
+uninterrupted one bit for bit (more threads add sums in varying order, resumed or not). SIGTERM and Ctrl-C finish the step, save and end with status 0.
 """
 
 import json
@@ -244,7 +244,7 @@ def restore(model: Molmo, optimisers: list[torch.optim.Optimizer], state: dict[s
     for name, array in state.items():
         if "/" in name:
             i, parameter, key = name.split("/")
-            value = torch.from_numpy(array)
+            value = torch.from_numpy(array).clone()  # in torch's own memory: its alignment decides how sums are grouped
             optimisers[int(i)].state[parameters[parameter]][key] = value if key == "step" else value.to(parameters[parameter].device)
     torch.set_rng_state(torch.from_numpy(state["rng"]))
 

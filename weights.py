@@ -118,7 +118,7 @@ def _arrays(path: Path, model: Molmo) -> dict[str, torch.Tensor]:
         with np.load(path, allow_pickle=False) as file:
             if odd := sorted(set(file.files) ^ set(wanted)):
                 raise CheckpointError(f"{path}: {odd[0]} is {'missing' if odd[0] in wanted else 'not part of this model'}")
-            arrays = {name: torch.from_numpy(file[name]).float() for name in wanted}
+            arrays = {name: torch.from_numpy(file[name]).float().clone() for name in wanted}  # torch's alignment: same sums
     except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{path}: not readable ({error})") from None
     for name, shape in wanted.items():
