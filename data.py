@@ -1,28 +1,41 @@
-"""From a scene and its questions to what the model eats, and from what it writes back to points.
+"""From records to what the model eats, and from what it writes back to points.
 
-    scene --queries--> question, targets --answer_pieces--> text and grounding tokens --branch--> tokens, loss mask
-      |                                                                                              |
-      +--image_views / video_views--> crops, pooling, layout ----------- trunk ----------------- Example (a message tree)
+    line of a JSONL file --+              +-- views ------------> crops, pooling, layout --> trunk ----+
+                           +--> Record ---+                                                            +--> Example
+    scene drawn by code ---+              +-- prompt, answer ---> text and grounding tokens -> branches -+ (a message tree)
 
-Synthetic sets are endless: example number i is a pure function of (seed, i), so a set is never stored and any range of
+    python data.py check FILE.jsonl            # names every bad line, prints statistics
+    python data.py show FILE.jsonl --out DIR   # draws examples: pictures, points, crops, tokens, mask
+    python data.py draw SET DIR                # writes a synthetic set as such a file
+    python data.py corpus                      # prints texts to learn a vocabulary from
+
+Synthetic sets are endless: record number i is a pure function of (seed, i), so a set is never stored and any range of
 numbers can be held out for evaluation.
 """
 
 import argparse
 import os
+import re
+import signal
 import sys
+import textwrap
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, count, islice
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader, Dataset
 
+import screens
 import synthetic
-from model import Answer, MolmoConfig, Spelling
-from packing import Branch, Example
+from model import PRESETS, VISUAL_TOKENS, Answer, Batch, Ids, MolmoConfig, Spelling, may_attend
+from packing import Branch, Example, Packer, collate, lay_out
 from pointing import (
     CLOSE_LIST,
     VIT_LOC,
@@ -34,83 +47,160 @@ from pointing import (
     read_text,
     write_text,
 )
-from preprocess import Views, image_views, video_views
+from preprocess import ViewConfig, Views, image_views, no_views, video_views, write_video
+from records import DEFAULT_FPS, TASKS, TRACKS, Annotation, Lines, Object, Record, Runs, dump
 from synthetic import Query, Scene
 from tokenizer import Tokenizer
 
+HOME = Path(__file__).resolve().parent
 NONE = "There are none."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. A record -> questions and answers
+
+
+def options(choices: Sequence[str]) -> str:
+    return "\n".join(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices))
+
+
+def question(annotation: Annotation, record: Record, rng: np.random.Generator) -> str:
+    """The user's words: the annotation's own, or one of its task's wordings, after the style if that is not for chat."""
+    task, words = TASKS[annotation.task], annotation.question
+    if not words or "{question}" in task.wordings[0]:
+        fps = f"{annotation.fps:g}"
+        wordings = [w for w in task.wordings if annotation.task not in TRACKS or annotation.fps == DEFAULT_FPS or "{fps}" in w]
+        given = write_text(pointed(record, annotation)[:1], places(record.times, len(record.pictures)), sizes(record),
+                           annotation.label) if annotation.task == "track_from" else ""
+        words = wordings[rng.integers(len(wordings))].format(
+            label=annotation.label, medium=record.medium, fps=fps, question=annotation.question,
+            options=options(annotation.choices), given=given, **{"is": "are"})
+    return f"{task.style}: {words}" if task.style else words
+
+
+def pointed(record: Record, annotation: Annotation) -> list[Point]:
+    """What an annotation marks. In images all points of its objects, in a video one point each, where it is shown;
+    in tracks a point per object and frame (at `fps`), or of these the first and last, or those from a given one on."""
+    points, frames = [], range(len(record.pictures))
+    if annotation.fps != DEFAULT_FPS and record.times:
+        frames = {record.picture(n / annotation.fps) for n in range(int(record.times[-1] * annotation.fps + 1e-6) + 1)}
+    for identity in annotation.objects:
+        thing = record.objects[identity]
+        at = record.seen(thing.points)
+        if record.times is not None and annotation.task not in TRACKS:
+            at = dict([_nearest(record, thing, thing.shown)])
+        elif annotation.task == "track_from":
+            first, place = _nearest(record, thing, annotation.start)
+            at = {first: place} | {frame: at[frame] for frame in at if frame > first and frame in frames}
+        elif record.times is not None:
+            at = {frame: at[frame] for frame in at if frame in frames}
+            if annotation.task == "track_ends" and at:
+                at = {frame: at[frame] for frame in (min(at), max(at))}
+        points += [Point(identity, picture, x, y) for picture, (x, y) in at.items()]
+    return points
+
+
+def _nearest(record: Record, thing: Object, moment: float | None) -> tuple[int, tuple[float, float]]:
+    """The frame that shows a thing nearest to a moment (None: its first), and where it is there."""
+    moment = min(thing.points) if moment is None else moment
+    if at := record.seen(thing.points):
+        return min(at.items(), key=lambda item: abs(record.times[item[0]] - moment))
+    return record.picture(moment), thing.points[min(thing.points, key=lambda m: abs(m - moment))]
+
+
+def in_words(annotation: Annotation) -> str:
+    """The answer of a task whose answers are words."""
+    return chr(ord("A") + annotation.choices.index(annotation.answer)) if annotation.task == "choice" else annotation.answer
+
+
+def answer(annotation: Annotation, record: Record, views: Views, config: MolmoConfig) -> tuple[str | list[str], np.ndarray]:
+    """-> the answer as a text, or as pieces for `Tokenizer.encode_layout` if it points; and the rows (G, 3) of its
+    grounding tokens. Where there is nothing: `There are none.`"""
+    none = np.zeros((0, 3), int)
+    if not TASKS[annotation.task].answer:
+        return in_words(annotation), none
+    points, tracks = pointed(record, annotation), annotation.task in TRACKS
+    if annotation.task == "count":
+        n = len(annotation.objects) if annotation.count is None else annotation.count
+        return str(n) if n else NONE, none
+    if not points:
+        return NONE, none
+    if config.points_as == "text":
+        pieces, rows = [write_text(points, places(views.times, len(views.sizes)), views.sizes, annotation.label, tracks)], none
+        ids = [point.id for point in points]
+    else:
+        rows, ids = grounding_targets(points, patch_map(views), tracks)
+        pieces, rows = grounded_pieces(ids, annotation.label, tracks), np.append(rows, [[-1, -1, -1]], axis=0)
+    n = len(set(ids)) if tracks else len(ids)
+    before, after = (part.format(n=n) for part in TASKS[annotation.task].answer.split("{}"))
+    return [before + pieces[0], *pieces[1:-1], pieces[-1] + after] if len(pieces) > 1 else [before + pieces[0] + after], rows
+
+
+def category(annotation: Annotation, record: Record) -> str:
+    """What the loss weight of an answer goes by."""
+    if TASKS[annotation.task].answer and annotation.task != "count":
+        return "pointing"
+    return "video caption" if annotation.task in ("caption", "transcript") and record.medium == "video" else "other"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. A record -> a message tree; an answer -> points
 
 
 def spelling(tokenizer: Tokenizer) -> Spelling:
     return Spelling(tokenizer.eos_id, tokenizer.encode(CLOSE_LIST), tokenizer.stop_ids)
 
 
-def places(views: Views) -> list[str]:
+def places(times: Sequence[float] | None, pictures: int) -> list[str]:
     """What the text form calls each picture: image numbers from 1, or seconds."""
-    return [f"{t:.1f}" for t in views.times] if views.times is not None else [str(i + 1) for i in range(len(views.sizes))]
+    return [f"{t:.1f}" for t in times] if times is not None else [str(i + 1) for i in range(pictures)]
+
+
+def sizes(record: Record) -> list[tuple[int, int]]:
+    return [(picture.shape[1], picture.shape[0]) for picture in record.pictures]
 
 
 def patch_map(views: Views) -> PatchMap:
     return PatchMap(views.patches, views.pooling, views.indexable)
 
 
-def scene_views(scene: Scene, config: MolmoConfig) -> Views:
-    if scene.is_video:
-        return video_views(list(scene.frames), scene.times, config.views)
-    return image_views(list(scene.frames), config.views)
+def views_of(record: Record, config: ViewConfig) -> Views:
+    if record.times is not None:
+        return video_views(record.pictures, record.times, config)
+    return image_views(record.pictures, config) if record.pictures else no_views(config)
 
 
-def truth(scene: Scene, query: Query) -> list[Point]:
-    """One point per target, in a video where the target is first clearly seen."""
-    frames = [synthetic.first_seen(scene, thing) if scene.is_video else 0 for thing in query.targets]
-    return [Point(thing, frame, *map(float, scene.points[frame, thing]))
-            for thing, frame in zip(query.targets, frames)]
+def trunk(tokenizer: Tokenizer, views: Views, subtitles: str = "") -> np.ndarray:
+    return np.array([tokenizer.bos_id] + tokenizer.encode_layout(views.layout) + tokenizer.encode(subtitles))
 
 
-def answer_pieces(query: Query, points: Sequence[Point], views: Views, map_: PatchMap, config: MolmoConfig):
-    """-> the answer as pieces for `Tokenizer.encode_layout`, and the rows (G, 3) of its grounding tokens.
-
-    point: the list alone; count: `Counting the {list} shows a total of {n}.`; nothing there: `There are none.`
-    """
-    if query.task not in ("point", "count"):
-        return [query.answer], np.zeros((0, 3), int)
-    if not points:
-        return [NONE], np.zeros((0, 3), int)
-    if config.points_as == "text":
-        pieces, count = [write_text(points, places(views), views.sizes, query.label)], len(points)
-        rows = np.zeros((0, 3), int)
-    else:
-        rows, ids = grounding_targets(points, map_)
-        pieces, count = grounded_pieces(ids, query.label), len(ids)
-        rows = np.append(rows, [[-1, -1, -1]], axis=0)
-    if query.task == "count":
-        pieces = ["Counting the " + pieces[0], *pieces[1:]]
-        pieces[-1] += f" shows a total of {count}."
-    return pieces, rows
+def branch(tokenizer: Tokenizer, turns: Sequence[tuple[str, str | list[str]]], rows: np.ndarray, category: str = "other") -> Branch:
+    """Turns of question and answer; loss on the answers and on the end-of-turn tokens after them. An answer in one
+    text is plain text, whatever it spells."""
+    tokens, learned = [], []
+    for number, (asked, answered) in enumerate(turns):
+        prompt = (tokenizer.encode("\n") if number else []) + tokenizer.chat_prompt(asked)
+        ids = tokenizer.encode(answered) if isinstance(answered, str) else tokenizer.encode_layout(answered)
+        tokens += prompt + ids + [tokenizer.eos_id]
+        learned += [False] * len(prompt) + [True] * (len(ids) + 1)
+    return Branch(np.array(tokens), np.array(learned), rows, category)
 
 
-def branch(tokenizer: Tokenizer, question: str, pieces: Sequence[str], rows: np.ndarray, category: str = "other") -> Branch:
-    """A question and its answer; loss on the answer and on the end-of-turn token after it."""
-    asked, answered = tokenizer.chat_prompt(question), tokenizer.encode_layout(pieces) + [tokenizer.eos_id]
-    return Branch(np.array(asked + answered), np.arange(len(asked) + len(answered)) >= len(asked), rows, category)
+def example(record: Record, tokenizer: Tokenizer, config: MolmoConfig, rng: np.random.Generator) -> Example:
+    """The message tree of a record: a branch per annotation, worded by `rng`."""
+    views, branches = views_of(record, config.views), []
+    for annotation in record.annotations:
+        answered, rows = answer(annotation, record, views, config)
+        turns = annotation.messages or [(question(annotation, record, rng), answered)]
+        branches.append(branch(tokenizer, turns, rows, category(annotation, record)))
+    return Example(trunk(tokenizer, views, record.subtitles), views.crops, views.pooling, branches, record.name)
 
 
-def category(scene: Scene, query: Query) -> str:
-    """What the loss weight of an answer goes by."""
-    if query.task in ("point", "count"):
-        return "pointing"
-    return "video caption" if query.task == "caption" and scene.is_video else "other"
-
-
-def trunk(tokenizer: Tokenizer, views: Views) -> np.ndarray:
-    return np.array([tokenizer.bos_id] + tokenizer.encode_layout(views.layout))
-
-
-def prompt(tokenizer: Tokenizer, views: Views, question: str) -> Example:
+def prompt(tokenizer: Tokenizer, views: Views, question: str, subtitles: str = "") -> Example:
     """A question that waits for its answer. (The last token of a branch is never an input, hence the end token.)"""
     asked = tokenizer.chat_prompt(question) + [tokenizer.eos_id]
     waiting = Branch(np.array(asked), np.zeros(len(asked), bool), np.zeros((0, 3), int))
-    return Example(trunk(tokenizer, views), views.crops, views.pooling, [waiting])
+    return Example(trunk(tokenizer, views, subtitles), views.crops, views.pooling, [waiting])
 
 
 def read_answer(answer: Answer, tokenizer: Tokenizer, views: Views) -> tuple[str, list[Point]]:
@@ -121,38 +211,272 @@ def read_answer(answer: Answer, tokenizer: Tokenizer, views: Views) -> tuple[str
         after = (i + 1 for i, token in enumerate(answer.tokens) if token == tokenizer.special[VIT_LOC])
         written = [tokenizer.decode(answer.tokens[i:i + 9]) for i in after]
         return text, grounded_points(answer.rows, written, patch_map(views))
-    return text, read_text(text, places(views), views.sizes)
+    return text, read_text(text, places(views.times, len(views.sizes)), views.sizes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Scenes drawn by code, as records and as examples
+
+
+def annotated(query: Query) -> Annotation:
+    return Annotation(query.task, query.label, query.targets, question=query.question, answer=query.answer,
+                      choices=query.choices, about=query.about)
+
+
+def scene_record(scene: Scene, asked: Sequence[Query], masks: bool = False, name: str = "") -> Record:
+    """A scene and its questions; a thing's id is its number in the scene."""
+    moments = scene.times.tolist() if scene.is_video else [0]
+    objects = {}
+    for i in range(len(scene.things)):
+        points = {moment: (float(x), float(y)) for moment, (x, y) in zip(moments, scene.points[:, i]) if np.isfinite(x)}
+        covered = {moment: Runs.of(mask) for moment, mask in zip(moments, scene.masks[:, i]) if mask.any()} if masks else {}
+        if points:  # what is hidden throughout is not there to be asked for
+            objects[i] = Object(points, covered, moments[synthetic.first_seen(scene, i)] if scene.is_video else None)
+    annotations = [annotated(query) for query in asked]
+    return Record(name, list(scene.frames), moments if scene.is_video else None, objects, annotations)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Sets, their mixture, and the loader
+
+
+def album(seed: int, index: int, rng: np.random.Generator, branches: int, masks: bool) -> Record:
+    """Two or three stills; what is asked for may be in any of them."""
+    scenes = [synthetic.still(seed, 4 * index + i) for i in range(rng.integers(2, 4))]
+    together = replace(scenes[0], things=[thing for scene in scenes for thing in scene.things])
+    shares = {key: share for key, share in synthetic.POINTING.items() if key[1] not in ("size", "position")}
+    asked = synthetic.queries(together, rng, branches, mixture=shares)
+    parts, objects = [scene_record(scene, [], masks) for scene in scenes], {}
+    for number, part in enumerate(parts):
+        for thing in part.objects.values():
+            objects[len(objects)] = Object({number: thing.points[0]}, {number: runs for runs in thing.masks.values()})
+    pictures = [part.pictures[0] for part in parts]
+    plural = lambda query: replace(query, question=query.question.replace("this image", "these images"))
+    return Record(f"multi-image points-{index}", pictures, None, objects, [annotated(plural(query)) for query in asked])
+
+
+def dialogue(record: Record, rng: np.random.Generator) -> None:
+    """Now and then two questions with answers in words become two turns of one chat."""
+    spoken = [said for said in record.annotations if said.task == "qa"]
+    if len(spoken) > 1 and rng.random() < 0.3:
+        record.annotations = [said for said in record.annotations if said not in spoken[:2]]
+        record.annotations.append(Annotation("chat", messages=[(said.question, said.answer) for said in spoken[:2]], about="turns"))
+
+
+# Set -> how its scenes are made and what is asked about them; "stills" and "clips" are a bit of everything.
+SCENES = {
+    "stills": (synthetic.still, synthetic.MIXTURE), "clips": (synthetic.clip, synthetic.MIXTURE),
+    "image captions": (synthetic.still, synthetic.CAPTIONS), "video captions": (synthetic.clip, synthetic.CAPTIONS),
+    "image qa": (synthetic.still, synthetic.ANSWERS), "video qa": (synthetic.clip, synthetic.ANSWERS),
+    "image points": (synthetic.still, synthetic.POINTING), "video points": (synthetic.clip, synthetic.POINTING),
+    "tracks": (synthetic.tracks, synthetic.TRACKING), "long points": (synthetic.long_clip, synthetic.POINTING),
+    "long tracks": (synthetic.long_tracks, synthetic.TRACKING),
+}
+SETS = (*SCENES, "multi-image points", "screens", "text")
+
+# Category -> its synthetic sets. (SPEC section 6, the table of stage 2.)
+CATEGORIES = {"captions": ("image captions", "video captions"), "image qa": ("image qa",), "video qa": ("video qa",),
+              "image pointing": ("image points", "multi-image points", "screens"), "video pointing": ("video points",),
+              "video tracking": ("tracks",), "text": ("text",)}
+
+
+def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, absent: float = 1.0) -> Record:
+    """Record `index` of a synthetic set, a pure function of the arguments; `absent` as in `synthetic.queries`."""
+    rng, title = np.random.default_rng([seed, index, 6]), f"{name}-{index}"
+    if name == "multi-image points":
+        return album(seed, index, rng, branches, masks)
+    if name == "text":
+        asked = {query.question: query for query in (synthetic.words(rng) for _ in range(branches))}
+        return Record(title, [], None, {}, [annotated(query) for query in asked.values()])
+    if name == "screens":
+        scene = screens.screen(seed, index)
+        return scene_record(scene, screens.queries(scene, rng, branches), masks, title)
+    make, shares = SCENES[name]
+    scene, text, heard = make(seed, index), "", []
+    if name == "video qa" and rng.random() < 0.3:
+        text, heard = synthetic.subtitles(scene, rng)
+    asked = synthetic.queries(scene, rng, branches, absent, shares)
+    record = scene_record(scene, (heard + asked)[:max(branches, len(heard))], masks, title)
+    record.subtitles = text
+    for said in record.annotations:
+        if said.task in ("track", "track_from") and rng.random() < 0.4:
+            said.fps = 1.0
+        if said.task == "track_from":
+            said.start = min(record.objects[said.objects[0]].points)
+    if name.endswith("qa"):
+        dialogue(record, rng)
+    return record
+
+
+NOMINAL = 100_000  # what an endless set counts for beside a finite one of its category
 
 
 @dataclass
-class SyntheticSet(Dataset):
-    """Scenes drawn on demand: item i -> a message tree of `branches` questions. A share `videos` of them are clips;
-    `absent` as in `synthetic.queries`."""
+class Drawn:
+    """A synthetic set."""
 
+    name: str
+    seed: int
+    branches: int
+    absent: float = 1.0
+    size: int | None = None  # endless
+
+    def record(self, index: int, config: ViewConfig) -> Record:
+        return draw(self.name, self.seed, index, self.branches, absent=self.absent).limited(config)
+
+
+def synthetic_sets(names: Iterable[str], seed: int, branches: int, absent: float = 1.0) -> dict[str, list[Drawn]]:
+    """Category (or the name of one set) -> sets."""
+    return {name: [Drawn(one, seed, branches, absent) for one in CATEGORIES.get(name, (name,))] for name in names}
+
+
+@dataclass
+class Mixture(Dataset):
+    """Examples from sets by rates: item n is a pure function of n, and so is how often each set was drawn before it.
+
+    Numbers come in blocks of 1000 in which each set has its exact share, in shuffled order. A category's rate is divided
+    among its sets by the square root of their sizes. A finite set is gone through epoch by epoch, each in an order of its
+    own. What cannot be read, or does not fit `max_tokens`, comes as a text that says why.
+    """
+
+    sets: dict[str, list[Drawn | Lines]]   # by category
+    rates: dict[str, float]
     seed: int
     tokenizer: Tokenizer
     config: MolmoConfig
-    branches: int = 6
-    videos: float = 0.0
-    absent: float = 1.0
+    max_tokens: int
+
+    BLOCK = 1000
+
+    def __post_init__(self):
+        if missing := sorted(name for name in self.rates if not self.sets.get(name)):
+            raise ValueError(f"there is no set for {missing[0]!r}")
+        self.all = [one for name in self.rates for one in self.sets[name]]
+        shares = np.concatenate([rate / sum(self.rates.values()) * self._parts(self.sets[name]) for name, rate in self.rates.items()])
+        counts = np.maximum(np.floor(shares * self.BLOCK).astype(int), 1)
+        for i in np.argsort(counts - shares * self.BLOCK)[:max(self.BLOCK - counts.sum(), 0)]:
+            counts[i] += 1
+        counts[counts.argmax()] += self.BLOCK - counts.sum()
+        self.counts, self._orders = counts.tolist(), {}
+
+    @staticmethod
+    def _parts(sets: Sequence[Drawn | Lines]) -> np.ndarray:
+        roots = np.sqrt([one.size or NOMINAL for one in sets])
+        return roots / roots.sum()
+
+    def _order(self, *key: int) -> np.ndarray:
+        """A permutation: of the sets over block key = (b,), or of set s in epoch e, key = (s, e)."""
+        if key not in self._orders:
+            if len(self._orders) > 64:
+                self._orders.clear()
+            rng = np.random.default_rng([self.seed, *key, len(key)])
+            self._orders[key] = rng.permutation(np.repeat(np.arange(len(self.all)), self.counts) if len(key) == 1 else self.all[key[0]].size)
+        return self._orders[key]
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Which set item `number` comes from, and its index there."""
+        block, at = divmod(number, self.BLOCK)
+        order = self._order(block)
+        chosen = int(order[at])
+        drawn = block * self.counts[chosen] + int((order[:at] == chosen).sum())
+        if (size := self.all[chosen].size) is None:
+            return chosen, drawn
+        epoch, at = divmod(drawn, size)
+        return chosen, int(self._order(chosen, epoch)[at])
 
     def __len__(self) -> int:
         return 1 << 40  # endless
 
-    def scene(self, index: int) -> tuple[Scene, np.random.Generator]:
-        """The scene, and a random stream for its questions."""
-        rng = np.random.default_rng([self.seed, index, 1])
-        make = synthetic.clip if rng.random() < self.videos else synthetic.still
-        return make(self.seed, index), rng
+    def __getitem__(self, number: int) -> tuple[int, Example | str]:
+        chosen, index = self.place(number)
+        try:
+            record = self.all[chosen].record(index, self.config.views)
+            rng = np.random.default_rng([self.seed, number])
+            record.annotations = [record.annotations[i] for i in rng.permutation(len(record.annotations))]
+            return number, fitting(example(record, self.tokenizer, self.config, rng), self.max_tokens)
+        except ValueError as error:
+            return number, str(error)
 
-    def __getitem__(self, index: int) -> Example:
-        scene, rng = self.scene(index)
-        views = scene_views(scene, self.config)
-        map_, branches = patch_map(views), []
-        for query in synthetic.queries(scene, rng, self.branches, self.absent):
-            pieces, rows = answer_pieces(query, truth(scene, query), views, map_, self.config)
-            branches.append(branch(self.tokenizer, query.question, pieces, rows, category(scene, query)))
-        return Example(trunk(self.tokenizer, views), views.crops, views.pooling, branches)
+
+def fitting(tree: Example, max_tokens: int) -> Example:
+    """The tree with as many of its branches as fit. ValueError if none does."""
+    room, kept = max_tokens - len(tree.trunk), []
+    for one in tree.branches:
+        if len(one.tokens) - 1 <= room:
+            room -= len(one.tokens) - 1
+            kept.append(one)
+    if not kept:
+        raise ValueError(f"{tree.name}: {tree.length} tokens, there is room for {max_tokens}")
+    return replace(tree, branches=kept)
+
+
+@dataclass
+class Loader:
+    """Batches without end: items in the order of their numbers, packed, `rows` packs a batch.
+
+    `state` (the next number, and the numbers that wait in the packer) is all that decides what comes next: a loader made
+    with it goes on where that state was. Of `world` loaders number `rank` takes every world-th item. A bad item is
+    named in a warning; ValueError after more than MOST_SKIPPED of them.
+    """
+
+    examples: Mixture
+    packer: Packer
+    rows: int
+    weights: str
+    workers: int = 0
+    state: dict[str, list[int]] | None = None
+    rank: int = 0
+    world: int = 1
+    names: Sequence[str] = ()  # of the examples in the last batch
+
+    MOST_SKIPPED = 100
+
+    def __iter__(self) -> Iterator[Batch]:
+        state = self.state or {"next": [self.rank], "pool": []}
+        self.packer.pool, numbers = {}, Numbers(state["pool"], state["next"][0], self.world)
+        items = DataLoader(self.examples, batch_size=None, sampler=numbers, num_workers=self.workers, worker_init_fn=as_usual)
+        after, skipped, packs = state["next"][0], 0, []
+        for number, item in items:
+            after = max(after, number + self.world)
+            try:
+                if isinstance(item, str):
+                    raise ValueError(item)
+                self.packer.add(number, item)
+            except ValueError as error:
+                skipped += 1
+                if skipped > self.MOST_SKIPPED:
+                    raise ValueError(f"more than {self.MOST_SKIPPED} examples cannot be used; the last: {error}") from None
+                warnings.warn(f"left out: {error}")
+                continue
+            if self.packer.full:
+                packs.append(self.packer.take())
+            if len(packs) == self.rows:
+                self.state = {"next": [after], "pool": self.packer.numbers}
+                self.names = [tree.name for pack in packs for tree in pack]
+                yield collate(packs, self.weights)
+                packs = []
+
+
+@dataclass
+class Numbers:
+    """Some numbers, then start, start + step, ... without end."""
+
+    first: Sequence[int]
+    start: int
+    step: int
+
+    def __iter__(self) -> Iterator[int]:
+        return chain(self.first, count(self.start, self.step))
+
+
+def as_usual(worker: int):
+    """Worker processes leave Ctrl-C to the program and end on SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Labels for every patch
 
 
 PATCH_CLASSES = (1 + len(synthetic.KINDS), 1 + len(synthetic.COLORS), 1 + len(synthetic.KINDS))
@@ -162,21 +486,22 @@ PATCH_CLASSES = (1 + len(synthetic.KINDS), 1 + len(synthetic.COLORS), 1 + len(sy
 class PatchSet(Dataset):
     """Crops with a label for every patch, to teach a ViT to see before it has anyone to tell. Item i -> crops
     (N, S, 3P²) and labels (N, S, 3) in PATCH_CLASSES: kind and colour of the thing at the middle of the patch, and the
-    kind of the thing whose point lies in it; 0 = none. A third of the items is a frame of a clip."""
+    kind of the thing whose point lies in it; 0 = none. Every `clips`-th item is a frame of a clip."""
 
     seed: int
     config: MolmoConfig
+    clips: int = 3
 
     def __len__(self) -> int:
         return 1 << 40
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if index % 3 == 2:
+        if index % self.clips == self.clips - 1:
             world = synthetic.world(self.seed, index)
             scene = world.film(np.random.default_rng([self.seed, index, 1]).uniform(0, world.seconds, 1))
         else:
             scene = synthetic.still(self.seed, index)
-        views = scene_views(scene, self.config)
+        views = views_of(scene_record(scene, []), self.config.views)
         labels = patch_labels(scene, views.patches).reshape(*views.crops.shape[:2], 3)
         skipped = 0 if scene.is_video else 1  # the global crop of a still: the others show the same, larger
         return torch.from_numpy(views.crops[skipped:]), torch.from_numpy(labels[skipped:])
@@ -201,7 +526,7 @@ def patch_labels(scene: Scene, patches: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The manners of every command: bad input ends in one line
+# 6. The manners of every command: bad input ends in one line
 
 
 class Parser(argparse.ArgumentParser):
@@ -249,3 +574,182 @@ def one_line(program: str):
                 raise
             say(error if str(error) else type(error).__name__)
             raise SystemExit(2) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. python data.py check, show, draw
+
+COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#e377c2", "#8c564b")
+
+
+def check(path: str, tokenizer: Tokenizer, config: MolmoConfig) -> int:
+    """Reads every line with its pictures and makes an example of it; prints what is wrong with the bad ones, and a
+    table. -> how many are bad."""
+    lines, tasks, totals, lengths, bad = Lines(path), Counter(), Counter(), [], 0
+    for i in range(lines.size):
+        try:
+            record = lines.record(i, config.views)
+            tree = example(record, tokenizer, config, np.random.default_rng(0))
+        except ValueError as error:
+            print(error)
+            bad += 1
+            continue
+        tasks.update(said.task for said in record.annotations)
+        totals.update({record.medium if record.pictures else "text alone": 1, "objects": len(record.objects),
+                       "points": sum(len(thing.points) for thing in record.objects.values()),
+                       "masks": sum(len(thing.masks) for thing in record.objects.values())})
+        lengths.append((tree.length, len(tree.crops)))
+    print(f"{lines.size} lines, {bad} bad")
+    for table in (totals, tasks):
+        print("  " + ", ".join(f"{name} {n}" for name, n in table.most_common()))
+    if lengths:
+        tokens, crops = np.array(lengths).T
+        print(f"  tokens {tokens.mean():.0f} on average, {tokens.max()} at most; crops {crops.mean():.1f} and {crops.max()}")
+    return bad
+
+
+def sheet(record: Record, tokenizer: Tokenizer, config: MolmoConfig) -> Image.Image:
+    """One example as a picture: its pictures with the points of every annotation in a colour, what the ViT gets, the mask
+    of the tree (a colour per branch), and all tokens as text."""
+    tree = example(record, tokenizer, config, np.random.default_rng(0))
+    shown = []
+    for number, picture in enumerate(record.pictures):
+        image = Image.fromarray(picture)
+        pen = ImageDraw.Draw(image)
+        for color, said in zip(COLORS, record.annotations):
+            for point in pointed(record, said) if TASKS[said.task].answer else []:
+                if point.picture == number:
+                    pen.circle((point.x, point.y), 4 + 2 * COLORS.index(color), outline=color, width=2)
+        shown.append(image)
+    side, P = config.views.grid, config.views.patch_size
+    crops = tree.crops.reshape(-1, side, side, P, P, 3).swapaxes(2, 3).reshape(-1, side * P, side * P, 3)
+    shown += [Image.fromarray(crop) for crop in crops]
+
+    row = lay_out([tree])
+    visual = np.isin(row.tokens, [tokenizer.special[name] for name in VISUAL_TOKENS])
+    ids = Ids(*(torch.from_numpy(np.ascontiguousarray(a))[None] for a in
+                (row.example_ids, row.branch_ids, np.arange(len(visual)), visual)))
+    seen = may_attend(ids, ids)[0].numpy()
+    paint = np.array([(120, 120, 120), *(tuple(bytes.fromhex(c[1:])) for c in COLORS)], np.uint8)
+    mask = np.where(seen[..., None], paint[np.where(row.branch_ids, 1 + (row.branch_ids - 1) % len(COLORS), 0)][:, None], 255)
+    shown.append(Image.fromarray(mask.astype(np.uint8)).resize((360, 360), Image.Resampling.NEAREST))
+
+    texts = [(tokenizer.decode(tree.trunk), "black")] + [
+        (tokenizer.decode(made.tokens), COLORS[b % len(COLORS)]) for b, made in enumerate(tree.branches)]
+    lines = [(line, color) for text, color in texts for line in textwrap.wrap(squeeze(text), 150)]
+    top = shelves(shown)
+    page = Image.new("RGB", (max(960, top.width), top.height + 14 * len(lines) + 4), "white")
+    page.paste(top)
+    pen = ImageDraw.Draw(page)
+    for number, (line, color) in enumerate(lines):
+        pen.text((4, top.height + 14 * number), line, fill=color)
+    return page
+
+
+def shelves(images: Sequence[Image.Image], width: int = 960, gap: int = 6) -> Image.Image:
+    """Images side by side, in as many rows as they need."""
+    rows: list[list[Image.Image]] = [[]]
+    for image in images:
+        if rows[-1] and sum(other.width + gap for other in rows[-1]) + image.width > width:
+            rows.append([])
+        rows[-1].append(image)
+    sides = [(sum(image.width + gap for image in row), max(image.height for image in row) + gap) for row in rows]
+    page, top = Image.new("RGB", (max(w for w, _ in sides), sum(h for _, h in sides)), "white"), 0
+    for row, (_, height) in zip(rows, sides):
+        left = 0
+        for image in row:
+            page.paste(image, (left, top))
+            left += image.width + gap
+        top += height
+    return page
+
+
+def squeeze(text: str) -> str:
+    """Runs of the same special token as one with a number."""
+    return re.sub(r"(<\|?\w+\|?>)\1+", lambda run: f"{run[1]}x{len(run[0]) // len(run[1])} ", text.replace("\n", " "))
+
+
+def write_set(name: str, folder: Path, n: int, seed: int, branches: int) -> Path:
+    """Records 0 to n - 1 of a synthetic set as pictures and a JSONL file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines, stem = [], name.replace(" ", "-")
+    for index in range(n):
+        record = draw(name, seed, index, branches, masks=True)
+        images, video = [], None
+        if record.times is not None:
+            video = f"{stem}-{index}.mp4"
+            grown = [(0, side % 2) for side in record.pictures[0].shape[:2]]  # as write_video grows odd sides
+            for thing in record.objects.values():
+                thing.masks = {moment: Runs.of(np.pad(runs.mask(), grown)) for moment, runs in thing.masks.items()}
+            write_video(folder / video, iter(record.pictures), 1 / (record.times[1] - record.times[0]))
+        else:
+            for number, picture in enumerate(record.pictures):
+                images.append(f"{stem}-{index}-{number + 1}.png")
+                Image.fromarray(picture).save(folder / images[-1])
+        lines.append(dump(record, images, video))
+    part = folder / f"{stem}.jsonl.part"
+    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return part.replace(folder / f"{stem}.jsonl")
+
+
+def corpus(n: int, seed: int) -> Iterator[str]:
+    """n texts without line breaks to learn a vocabulary from: what is asked and answered about records of all sets in
+    turn, and what stands around it."""
+    rng, digits = np.random.default_rng([seed, 9]), [f"{half / 2:.1f} " for half in range(61)]
+    pieces = ["user", "assistant", "Image 1", "Image 2", "Image 3", '<points coords="', '<tracks coords="', CLOSE_LIST, NONE, *digits]
+    records = (draw(name, seed, index, 8) for index in count() for name in SETS)
+    def texts(record: Record) -> Iterator[str]:
+        for said in record.annotations:
+            for asked, answered in said.messages or [(question(said, record, rng), in_words(said) if not TASKS[said.task].answer else "")]:
+                yield from ("user", asked, "assistant", answered)
+            if said.label and said.task != "count":
+                tag = "tracks" if said.task in TRACKS else "points"
+                before, after = (part.format(n=len(said.objects)) for part in TASKS[said.task].answer.split("{}"))
+                yield from (f'{before}<{tag} coords="', *map(str, range(1, len(said.objects) + 1)), f'">{said.label}</{tag}>{after}')
+        yield record.subtitles
+    lines = (line for text in chain(pieces, (text for record in records for text in texts(record))) for line in text.split("\n"))
+    return islice(filter(None, lines), n)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    with one_line("data.py"):
+        parser = Parser(prog="data.py", description="Looks at training data.")
+        commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+        for name, text in (("check", "names every bad line of a JSONL file, prints statistics"),
+                           ("show", "draws the examples of a JSONL file"), ("draw", "writes a synthetic set as a JSONL file")):
+            commands.add_parser(name, help=text, description=text)
+        for name in ("check", "show"):
+            commands.choices[name].add_argument("file", metavar="FILE.jsonl")
+        commands.choices["show"].add_argument("--n", type=number(int, 1, 10**6), default=8, help="so many of the first lines")
+        commands.choices["show"].add_argument("--out", type=Path, default=Path("out"), help="folder (default: %(default)s)")
+        making = commands.choices["draw"]
+        making.add_argument("set", choices=SETS, metavar="SET", help=", ".join(SETS))
+        making.add_argument("out", type=Path, metavar="DIR")
+        making.add_argument("--n", type=number(int, 1, 10**6), default=8)
+        making.add_argument("--seed", type=number(int, 0, 2**32), default=0)
+        making.add_argument("--branches", type=number(int, 1, 100), default=6, help="annotations a record, at most")
+        texts = commands.add_parser("corpus", help="prints texts to learn a vocabulary from, one a line")
+        texts.add_argument("--n", type=number(int, 1, 10**9), default=20_000)
+        texts.add_argument("--seed", type=number(int, 0, 2**32), default=0)
+        args = parser.parse_args(argv)
+        if args.command == "corpus":
+            print("\n".join(corpus(args.n, args.seed)))
+            return 0
+        tokenizer, config = Tokenizer.load(HOME / "assets/tokenizer.json"), PRESETS["tiny"]
+        if args.command == "check":
+            return 2 if check(args.file, tokenizer, config) else 0
+        if args.command == "draw":
+            print(f"wrote {write_set(args.set, args.out, args.n, args.seed, args.branches)}")
+            return 0
+        lines = Lines(args.file)
+        args.out.mkdir(parents=True, exist_ok=True)
+        for i in range(min(args.n, lines.size)):
+            record = lines.record(i, config.views)
+            path = args.out / f"{Path(args.file).stem}-{i + 1}.show.png"
+            sheet(record, tokenizer, config).save(path)
+            print(f"wrote {path}")
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,14 +1,25 @@
 """Measures, and the command that prints them.
 
-    python evaluate.py --checkpoint assets/tiny            # fresh scenes, stills and clips
+    python evaluate.py --checkpoint assets/tiny                            # fresh stills and clips
+    python evaluate.py --checkpoint CKPT --set screens "video tracking"    # other synthetic sets
+    python evaluate.py --checkpoint CKPT --data FILE.jsonl                 # your own
 
-A predicted point is a hit if it lies inside the visible mask of the object it was matched to; predictions and objects are
-matched one to one by least total distance (Hungarian). Per question P = hits / predicted, R = hits / true, and F1; the
-figures are means over questions. Scenes come from seeds that training never uses.
+Points: a predicted point is a hit if it lies inside the visible mask of the object it was matched to (where no mask is
+known: within 5% of the picture's longer side of its point); predictions and objects are matched one to one by least
+total distance (Hungarian). P = hits / predicted, R = hits / true, and F1. Counting: the number of distinct ids (of a
+question for a number alone: the number), exact, or close: off by 1 + a twentieth at most. Tracks: P, R, F1 over the
+frames at whole seconds, and HOTA over all frames asked for. Words: exact match, and F1 of the words.
+
+The figures are means over questions (SPEC section 7). Synthetic records come from seeds that training never uses.
 """
 
+import json
+import re
 import textwrap
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +27,23 @@ import torch
 from tqdm import tqdm
 
 import data
-import synthetic
 import weights
 from model import Molmo, generate
 from packing import collate
 from pointing import Point
-from preprocess import Views
-from synthetic import Query, Scene
+from preprocess import ViewConfig, Views
+from records import TASKS, TRACKS, Annotation, Lines, Record
 from tokenizer import Tokenizer
 
 HOME = Path(__file__).resolve().parent
 EVALUATION_SEED = 2_000_000  # training seeds lie below
 FAR = 1e6                    # pixels: the distance to an object that is not in that picture
+NEAR = 0.05                  # of the longer side: a hit where no mask is known
+LONGEST = {False: 128, True: 512}  # tokens of an answer; of one with tracks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Matching
 
 
 def hungarian(cost: np.ndarray) -> list[tuple[int, int]]:
@@ -61,16 +77,29 @@ def hungarian(cost: np.ndarray) -> list[tuple[int, int]]:
     return sorted((int(row), column) for column, row in enumerate(owner[:-1]) if row >= 0)
 
 
-def hits(points: list[Point], scene: Scene, targets: list[int]) -> int:
-    """How many predicted points lie in the visible mask of the target they are matched to, in the picture they name."""
-    if not points or not targets:
-        return 0
-    truth = scene.points[[p.picture for p in points]][:, targets]       # (points, targets, 2), NaN = not visible there
-    distance = np.linalg.norm(truth - np.array([[p.x, p.y] for p in points])[:, None], axis=-1)
-    pairs = hungarian(np.nan_to_num(distance, nan=FAR))
-    _, _, height, width = scene.masks.shape
-    inside = lambda p, thing: scene.masks[p.picture, thing, min(int(p.y), height - 1), min(int(p.x), width - 1)]
-    return sum(bool(inside(points[row], targets[column])) for row, column in pairs)
+def inside(point: Point, record: Record, identity: int) -> bool:
+    """Is the point on the object, in the picture that it names?"""
+    thing, (height, width, _) = record.objects[identity], record.pictures[point.picture].shape
+    runs = record.seen(thing.masks).get(point.picture)
+    if runs is not None:
+        return bool(runs.mask()[min(int(point.y), height - 1), min(int(point.x), width - 1)])
+    place = record.seen(thing.points).get(point.picture)
+    return not thing.masks and place is not None and np.hypot(point.x - place[0], point.y - place[1]) <= NEAR * max(height, width)
+
+
+def matched(points: Sequence[Point], record: Record, objects: Sequence[int]) -> list[tuple[Point, int]]:
+    """The points that hit the object they are matched to, each with its object."""
+    if not points or not objects:
+        return []
+    distance = np.full((len(points), len(objects)), FAR)
+    for column, identity in enumerate(objects):
+        places = record.seen(record.objects[identity].points)
+        for row, point in enumerate(points):
+            if point.picture in places:
+                x, y = places[point.picture]
+                distance[row, column] = np.hypot(point.x - x, point.y - y)
+    pairs = [(points[row], objects[column]) for row, column in hungarian(distance)]
+    return [(point, identity) for point, identity in pairs if inside(point, record, identity)]
 
 
 def precision_recall_f1(hit: int, predicted: int, true: int) -> tuple[float, float, float]:
@@ -80,90 +109,187 @@ def precision_recall_f1(hit: int, predicted: int, true: int) -> tuple[float, flo
     return hit / max(predicted, 1), hit / true, 2 * hit / (predicted + true)
 
 
+def hota(predicted: Sequence[Point], record: Record, true: Sequence[Point]) -> float:
+    """Higher-order tracking accuracy: sqrt(detection * association), where a point is as good as its mask says: 1 or 0,
+    so that one threshold is all there is. (Luiten et al., arXiv 2009.07736; matched as its reference code does: in each
+    frame by similarity, of equals those whose ids go together most often in the whole clip.)"""
+    if not true or not predicted:
+        return float(not true and not predicted)
+    frames = sorted({p.picture for p in (*true, *predicted)})
+    here = lambda points, frame: {p.id: p for p in points if p.picture == frame}
+    similar = {frame: {(t, p): inside(point, record, t) for p, point in here(predicted, frame).items() for t in here(true, frame)}
+               for frame in frames}
+    together = Counter(pair for pairs in similar.values() for pair, same in pairs.items() if same)
+    times_true, times_predicted = Counter(p.id for p in true), Counter(p.id for p in predicted)
+    likely = lambda t, p: together[t, p] / (times_true[t] + times_predicted[p] - together[t, p])
+    paired: Counter[tuple[int, int]] = Counter()
+    for frame in frames:
+        rows, columns = sorted(here(true, frame)), sorted(here(predicted, frame))
+        score = np.array([[similar[frame][t, p] * (1e-9 + likely(t, p)) for p in columns] for t in rows]).reshape(len(rows), len(columns))
+        paired.update((rows[r], columns[c]) for r, c in hungarian(-score) if similar[frame][rows[r], columns[c]])
+    if not paired:
+        return 0.0
+    hits = sum(paired.values())
+    detection = hits / (len(true) + len(predicted) - hits)
+    association = sum(n * n / (times_true[t] + times_predicted[p] - n) for (t, p), n in paired.items()) / hits
+    return float(np.sqrt(detection * association))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Asking
+
+
 @dataclass
 class Asked:
     """A question put to the model, and what came back."""
 
-    scene: Scene
-    query: Query
+    record: Record
+    annotation: Annotation
     views: Views
+    question: str
     text: str = ""
-    points: list[Point] = None
+    points: list[Point] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
 
 
-def ask(model: Molmo, tokenizer: Tokenizer, asked: list[Asked], max_new_tokens: int = 96) -> None:
+def questions(records: Iterator[Record], model: Molmo, seed: int) -> Iterator[Asked]:
+    """All that is said about the records, as questions. (Of a chat: its last turn is not asked for.)"""
+    for number, record in enumerate(records):
+        rng, views = np.random.default_rng([seed, number, 8]), data.views_of(record, model.config.views)
+        for said in record.annotations:
+            yield Asked(record, said, views, said.messages[0][0] if said.messages else data.question(said, record, rng))
+
+
+def ask(model: Molmo, tokenizer: Tokenizer, asked: list[Asked]) -> None:
     """Answers a batch of questions in place."""
     device = next(model.parameters()).device
-    batch = collate([data.prompt(tokenizer, a.views, a.query.question) for a in asked]).to(device)
-    for a, answer in zip(asked, generate(model, batch, data.spelling(tokenizer), max_new_tokens)):
+    batch = collate([data.prompt(tokenizer, a.views, a.question, a.record.subtitles) for a in asked]).to(device)
+    longest = LONGEST[any(a.annotation.task in TRACKS for a in asked)]
+    for a, answer in zip(asked, generate(model, batch, data.spelling(tokenizer), longest)):
         a.text, a.points = data.read_answer(answer, tokenizer, a.views)
 
 
-def questions(model: Molmo, seed: int, scenes: int, videos: bool, per_scene: int = 3):
-    """Fresh scenes, a few questions each."""
-    for index in range(scenes):
-        scene = (synthetic.clip if videos else synthetic.still)(seed, index)
-        views = data.scene_views(scene, model.config)
-        for query in synthetic.queries(scene, np.random.default_rng([seed, index, 2]), per_scene):
-            yield Asked(scene, query, views)
-
-
-def summarize(asked: list[Asked]) -> dict[str, float]:
-    """The table: pointing P/R/F1 where there is something to point at; share of `none` questions answered without points;
-    counting questions whose number of distinct ids is exact; exact match of captions and answers."""
-    rows = {name: [] for name in ("precision", "recall", "f1", "none recognised", "count exact", "text exact")}
-    for a in asked:
-        if a.query.task not in ("point", "count"):
-            rows["text exact"].append(a.text == a.query.answer)
-        elif not a.query.targets:
-            rows["none recognised"].append(not a.points)
-        else:
-            scores = precision_recall_f1(hits(a.points, a.scene, a.query.targets), len(a.points), len(a.query.targets))
-            for name, score in zip(("precision", "recall", "f1"), scores):
-                rows[name].append(score)
-            if a.query.task == "count":
-                rows["count exact"].append(len({p.id for p in a.points}) == len(a.query.targets))
-    return {name: float(np.mean(values)) for name, values in rows.items() if values} | {"questions": len(asked)}
-
-
-def evaluate(model: Molmo, tokenizer: Tokenizer, videos: bool, scenes: int, seed: int = EVALUATION_SEED, batch: int = 24,
-             quiet: bool = False) -> tuple[dict[str, float], list[Asked]]:
-    """Asks about `scenes` fresh scenes; -> the figures and every answer."""
-    asked = list(questions(model, seed, scenes, videos))
+def evaluate(model: Molmo, tokenizer: Tokenizer, records: Iterator[Record], seed: int = EVALUATION_SEED,
+             batch: int = 24) -> tuple[dict[str, float], list[Asked]]:
+    """Asks about all records, read as they are needed; -> the figures and every answer (without its pictures)."""
+    waiting, asked = questions(records, model, seed), []
     training = model.training
     model.eval()
-    for start in tqdm(range(0, len(asked), batch), desc="clips" if videos else "stills", disable=quiet, leave=False):
-        ask(model, tokenizer, asked[start:start + batch])
+    while some := list(islice(waiting, batch)):
+        ask(model, tokenizer, some)
+        for a in some:
+            a.figures, a.record, a.views = scores(a), None, None
+        asked += some
     model.train(training)
     return summarize(asked), asked
 
 
-def by_kind_of_question(asked: list[Asked]) -> dict[str, float]:
-    """Mean F1 (exact match for text) per way of asking: where does the model fail?"""
-    kinds = sorted({(a.query.task, a.query.about) for a in asked})
-    table = {}
-    for kind in kinds:
-        figures = summarize([a for a in asked if (a.query.task, a.query.about) == kind])
-        table["/".join(kind)] = next(iter(figures.values()))
-    return table
+def fresh(name: str, count: int, config: ViewConfig, seed: int = EVALUATION_SEED, per_record: int = 3) -> Iterator[Record]:
+    """Records 0 to count - 1 of a synthetic set, with masks."""
+    return (data.draw(name, seed, index, per_record, masks=True).limited(config) for index in range(count))
 
 
-def main():
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Figures
+
+
+def scores(a: Asked) -> dict[str, float]:
+    """The figures of one question."""
+    task = a.annotation.task
+    if not TASKS[task].answer:
+        wanted = a.annotation.messages[0][1] if a.annotation.messages else data.in_words(a.annotation)
+        return {"words f1": words_f1(a.text, wanted)} | ({} if task == "transcript" else {"text exact": a.text == wanted})
+    number = a.annotation.count if a.annotation.count is not None else len(a.annotation.objects)
+    if not number:
+        return {"none recognised": not a.points and (task != "count" or not re.search("[1-9]", a.text))}
+    found = {}
+    if task in TRACKS:
+        true = data.pointed(a.record, a.annotation)
+        seconds = {a.record.picture(n) for n in range(int(a.record.times[-1] + 1e-6) + 1)}
+        at = lambda points: [p for p in points if p.picture in seconds]
+        hits = sum(len(matched([p for p in a.points if p.picture == f], a.record, sorted({p.id for p in true if p.picture == f})))
+                   for f in seconds)
+        found["hota"] = hota(a.points, a.record, true)
+        counted = precision_recall_f1(hits, len(at(a.points)), len(at(true)))
+        return found | dict(zip(("track precision", "track recall", "track f1"), counted))
+    if task != "count":
+        hits = len(matched(a.points, a.record, a.annotation.objects))
+        found |= dict(zip(("precision", "recall", "f1"), precision_recall_f1(hits, len(a.points), len(a.annotation.objects))))
+    if task != "point":
+        written = re.findall(r"\d+", re.sub(r"<(points|tracks) .*?</(points|tracks)>", "", a.text))
+        said = int(written[-1]) if written else 0
+        counted = said if task == "count" else len({p.id for p in a.points})
+        off = abs(counted - number)
+        found |= {"count exact": off == 0, "count close": off <= 1 + number // 20, "count error": off}
+        if task != "count":
+            found["number differs"] = bool(a.points) and said != counted
+    return found
+
+
+def words_f1(text: str, wanted: str) -> float:
+    """F1 of the words in common, each as often as it is in both."""
+    one, two = (Counter(re.findall(r"\w+", t.lower())) for t in (text, wanted))
+    return precision_recall_f1((one & two).total(), one.total(), two.total())[2]
+
+
+def summarize(asked: Sequence[Asked]) -> dict[str, float]:
+    """Mean of every figure over the questions that have it."""
+    rows = defaultdict(list)
+    for a in asked:
+        for name, value in a.figures.items():
+            rows[name].append(float(value))
+    return {name: float(np.mean(values)) for name, values in rows.items()} | {"questions": len(asked)}
+
+
+def by_kind_of_question(asked: Sequence[Asked]) -> dict[str, float]:
+    """F1, or what comes nearest to it, per way of asking: where does the model fail?"""
+    groups = defaultdict(list)
+    for a in asked:
+        groups["/".join(filter(None, (a.annotation.task, a.annotation.about)))].append(a)
+    first = ("f1", "hota", "count exact", "text exact", "words f1", "none recognised")
+    figures = {name: summarize(group) for name, group in sorted(groups.items())}
+    return {name: next(table[key] for key in first if key in table) for name, table in figures.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     with data.one_line("evaluate.py"):
         parser = data.Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
         parser.add_argument("--checkpoint", default=HOME / "assets/tiny", help="a folder written by train.py")
-        parser.add_argument("--scenes", type=data.number(int, 1, 10**6), default=300,
-                            help="fresh scenes of each sort, three questions each")
+        parser.add_argument("--set", nargs="+", choices=data.SETS, default=["stills", "clips"], metavar="SET",
+                            help=f"synthetic sets: {', '.join(data.SETS)} (default: stills clips)")
+        parser.add_argument("--data", help="a JSONL file instead")
+        parser.add_argument("--records", type=data.number(int, 1, 10**6), default=300, help="of each set, three questions each")
         parser.add_argument("--seed", type=data.number(int, 0, 2**32), default=EVALUATION_SEED)
+        parser.add_argument("--batch", type=data.number(int, 1, 10**4), default=24, help="questions at a time")
+        parser.add_argument("--json", help="also write figures and settings to this file")
         parser.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
-        args = parser.parse_args()
+        args = parser.parse_args(argv)
+        lines = args.data and Lines(args.data)
         model, tokenizer = weights.load(args.checkpoint, args.device)
-        for name, videos in (("stills", False), ("clips", True)):
-            figures, asked = evaluate(model, tokenizer, videos, args.scenes, args.seed)
+        views, result = model.config.views, {}
+        settings = {"checkpoint": str(args.checkpoint), "seed": args.seed, "prompts": "each task's own wordings, no system prompt",
+                    "points as": model.config.points_as, "crops": views.max_crops, "frames": views.max_frames, "fps": views.fps,
+                    "batch": args.batch, "longest answer": LONGEST[False], "with tracks": LONGEST[True],
+                    "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "device": args.device}
+        print(", ".join(f"{name} {value}" for name, value in settings.items()))
+        for name in [args.data] if lines else args.set:
+            records = (lines.record(i, views) for i in range(lines.size)) if lines else fresh(name, args.records, views, args.seed)
+            bar = tqdm(islice(records, args.records), total=min(lines.size, args.records) if lines else args.records,
+                       desc=name, leave=False, dynamic_ncols=True)
+            figures, asked = evaluate(model, tokenizer, bar, args.seed, args.batch)
+            result[name] = {"all": dict(figures), "by question": by_kind_of_question(asked)}
             print(f"{name}, {figures.pop('questions')} questions")
-            for title, table in (("all", figures), ("by question", by_kind_of_question(asked))):
+            for title, table in (("all", figures), ("by question", result[name]["by question"])):
                 line = f"{title}: " + ", ".join(f"{key} {value:.3f}" for key, value in table.items())
                 print(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="    "))
+        if args.json:
+            part = Path(f"{args.json}.part")
+            part.write_text(json.dumps({"settings": settings, "figures": result}, indent=1) + "\n")
+            part.replace(args.json)
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ GROUNDING_RUN = re.compile("(?:%s(?:%s(?:%s[0-9]*)?)?)+" % tuple(map(re.escape, 
 def readable(text: str, points: Sequence[Point], views: Views) -> str:
     """An answer with its grounding tokens, of which `points` were read, replaced by coordinates as Molmo2 writes them:
     `place id x y id x y;place ...` on a 0-1000 scale. Order and ids stay the model's. Other text is left alone."""
-    places, unread = data.places(views), iter(points)
+    places, unread = data.places(views.times, len(views.sizes)), iter(points)
 
     def written(point: Point) -> str:
         x, y = (round(1000 * value / side) for value, side in zip(point[2:], views.sizes[point.picture]))

@@ -74,6 +74,7 @@ class LLMConfig:
     norm_after: bool = False   # OLMo 3 normalises what attention and MLP give; Qwen 3 what they take
     norm_heads: bool = True    # one RMSNorm for each head's query and key (Qwen 3) or over all heads at once (OLMo 3)
     yarn: Yarn | None = None
+    dropout: float = 0.1       # of what attention and MLP add, in training
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ PRESETS = {
         vit=ViTConfig(width=128, layers=5, heads=4, mlp_hidden=512, taps=(-1, -3), grid=9),
         connector=ConnectorConfig(width=128, heads=4, mlp_hidden=256, output_layer=False),
         llm=LLMConfig(vocabulary=512, width=160, layers=4, heads=4, kv_heads=2, head_width=40, mlp_hidden=320,
-                      rope_theta=1e4),
+                      rope_theta=1e4, dropout=0.0),
         point=PointConfig(width=256),
         optimizer="muon",
     ),
@@ -268,13 +269,14 @@ class Block(nn.Module):
         self.norm_after = c.norm_after
         self.attn_norm, self.ff_norm = (RMSNorm(c.width, c.norm_eps) for _ in range(2))
         self.self_attn, self.mlp = SelfAttention(c, layer), MLP(c)
+        self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
         if self.norm_after:
-            x = x + self.attn_norm(self.self_attn(x, positions, mask, cache))
-            return x + self.ff_norm(self.mlp(x))
-        x = x + self.self_attn(self.attn_norm(x), positions, mask, cache)
-        return x + self.mlp(self.ff_norm(x))
+            x = x + self.dropout(self.attn_norm(self.self_attn(x, positions, mask, cache)))
+            return x + self.dropout(self.ff_norm(self.mlp(x)))
+        x = x + self.dropout(self.self_attn(self.attn_norm(x), positions, mask, cache))
+        return x + self.dropout(self.mlp(self.ff_norm(x)))
 
 
 class Table(nn.Module):
@@ -397,13 +399,15 @@ class Molmo(nn.Module):
         return self.decode(self.inputs(batch, sight), batch.positions, may_attend(ids, ids)), sight
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Weighted sums: `token`, `patch`, `slot`, `location`; and counts `right` of `choices`. The caller divides by
-        the summed loss weights (of all devices)."""
+        """Weighted sums: `token`, `z` (the squared log-normaliser of the head), `patch`, `slot`, `location`; and counts
+        `right` of `choices`. The caller divides by the summed loss weights (of all devices)."""
         h, sight = self(batch)
         h, targets, weights = h.flatten(0, 1), batch.targets.flatten(), batch.loss_weights.flatten()
         rows = weights.nonzero()[:, 0]
-        cross_entropy = F.cross_entropy(self.logits(h[rows]).float(), targets[rows], reduction="none")
-        losses = {"token": (cross_entropy * weights[rows]).sum()}
+        logits = self.logits(h[rows]).float()
+        normaliser = logits.logsumexp(-1)
+        cross_entropy = normaliser - logits.gather(-1, targets[rows, None])[:, 0]
+        losses = {"token": (cross_entropy * weights[rows]).sum(), "z": (normaliser**2 * weights[rows]).sum()}
         if self.point_predictor is not None:
             owners, branches = self.owners(batch).flatten(), batch.branch_ids.flatten()
             losses |= self.point_predictor.losses(h, targets, weights, owners, branches, batch.points, sight, self.ids)

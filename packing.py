@@ -30,6 +30,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from model import PRESETS, Batch, Molmo
 
 IGNORED = 0      # target where there is no loss
 CROP_VALUE = 30  # what a crop counts in tokens when the fullest pack is sought
-STEP = 32        # tokens are counted in steps of so many: a sixteenth of the table, hardly a worse pack
+STEPS = 512      # a pack's tokens are counted in about so many steps, of 32 tokens at most: a smaller table, hardly a worse pack
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,6 +65,7 @@ class Example:
     crops: np.ndarray    # (N, S, 3P²) uint8
     pooling: np.ndarray  # (M, K) into the N*S patches, -1 = empty
     branches: list[Branch]
+    name: str = ""
 
     @property
     def length(self) -> int:
@@ -148,18 +150,24 @@ def collate(packs: Sequence[Example | Sequence[Example]], weights: str = "unifor
 # Which trees share a row
 
 
+def step_of(max_tokens: int) -> int:
+    """Tokens a step: 32 for packs of 16,384."""
+    return min(max(max_tokens // STEPS, 1), 32)
+
+
 def fullest(tokens: Sequence[int], crops: Sequence[int], max_tokens: int, max_crops: int) -> list[int]:
     """The subset (indices, ascending) with the largest sum of tokens + 30 * crops that fits both limits: exact, but for
-    tokens being counted in steps of 32, rounded up.
+    tokens being counted in steps (`step_of`), rounded up.
 
     best[t, c] is the largest value with t steps and c crops at most; items enter one by one, and what entered where is
     kept to walk back. 48 items, 512 x 128 limits: three million additions.
     """
-    room = (max_tokens // STEP, max_crops)
+    step = step_of(max_tokens)
+    room = (max_tokens // step, max_crops)
     best = np.zeros((room[0] + 1, room[1] + 1), np.int32)
     taken = np.zeros((len(tokens), *best.shape), bool)
     for i, (t, c) in enumerate(zip(tokens, crops)):
-        steps = -(-t // STEP)
+        steps = -(-t // step)
         if steps > room[0] or c > room[1]:
             continue
         with_it = best[:room[0] + 1 - steps, :room[1] + 1 - c] + (t + CROP_VALUE * c)
@@ -170,7 +178,7 @@ def fullest(tokens: Sequence[int], crops: Sequence[int], max_tokens: int, max_cr
     for i in range(len(tokens) - 1, -1, -1):
         if taken[i, t, c]:
             chosen.append(i)
-            t, c = t + -tokens[i] // STEP, c - crops[i]
+            t, c = t + -tokens[i] // step, c - crops[i]
     return chosen[::-1]
 
 
@@ -186,9 +194,10 @@ class Packer:
 
     def add(self, number: int, example: Example) -> None:
         """ValueError, naming the number, if no pack could hold it."""
-        if example.length > self.max_tokens // STEP * STEP or len(example.crops) > self.max_crops:
-            raise ValueError(f"example {number} has {example.length} tokens and {len(example.crops)} crops, "
-                             f"a pack holds {self.max_tokens // STEP * STEP} and {self.max_crops}")
+        room = self.max_tokens // step_of(self.max_tokens) * step_of(self.max_tokens)
+        if example.length > room or len(example.crops) > self.max_crops:
+            raise ValueError(f"example {number} {example.name} has {example.length} tokens and {len(example.crops)} crops, "
+                             f"a pack holds {room} and {self.max_crops}")
         self.pool[number] = example
 
     @property
@@ -243,20 +252,26 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument("--max-crops", type=data.number(int, 1, 10**6), default=32)
         args = parser.parse_args(argv)
         tokenizer = Tokenizer.load(Path(__file__).resolve().parent / "assets/tokenizer.json")
-        examples = data.SyntheticSet(0, tokenizer, PRESETS["tiny"], args.branches, videos=0.5)
+        rates = {"captions": 13.6, "image qa": 22.7, "video qa": 18.2, "image pointing": 9.1, "video pointing": 13.6,
+                 "video tracking": 13.6, "text": 9.1}  # SPEC section 6, stage 2
+        examples = data.Mixture(data.synthetic_sets(rates, 0, args.branches), rates, 0, tokenizer, PRESETS["tiny"], args.max_tokens)
         model = Molmo(PRESETS["tiny"]).initialize(0)
 
-        trees = [examples[i] for i in range(args.examples)]
+        trees = [examples[i][1] for i in range(args.examples)]
+        packer = Packer(args.max_tokens, args.max_crops)
         start = time.perf_counter()
-        made = list(packs(enumerate(trees), Packer(args.max_tokens, args.max_crops)))
+        made = list(packs(enumerate(trees), packer))
         seconds = time.perf_counter() - start
-        steady = made[:len(made) - 48 // max(len(made[0]), 1)]  # the last packs are what is left, not what is best
-        mean = lambda values: sum(values) / len(steady)
+        full = args.examples - packer.size  # until then the pool was full at every choice; the last packs are what is left
+        steady = [pack for pack, seen in zip(made, accumulate(map(len, made))) if seen <= full]
+        filled = [(sum(e.length for e in p) / args.max_tokens, sum(len(e.crops) for e in p) / args.max_crops) for p in steady]
+        tokens, crops = np.array(filled).T
         print(f"{args.examples} examples -> {len(made)} packs, {1000 * seconds / len(made):.1f} ms each")
-        print(f"examples a pack    {mean(len(p) for p in steady):.2f}")
+        print(f"examples a pack    {np.mean([len(p) for p in steady]):.2f}")
         print(f"branches a tree    {np.mean([len(e.branches) for e in trees]):.2f}")
-        print(f"tokens filled      {mean(sum(e.length for e in p) for p in steady) / args.max_tokens:.1%}")
-        print(f"crops filled       {mean(sum(len(e.crops) for e in p) for p in steady) / args.max_crops:.1%}")
+        print(f"tokens filled      {tokens.mean():.1%}")
+        print(f"crops filled       {crops.mean():.1%}")
+        print(f"the fuller of both {np.maximum(tokens, crops).mean():.1%}")
 
         alone = [replace(e, branches=[b]) for e in trees[:24] for b in e.branches][:96]
         rng = np.random.default_rng(0)

@@ -117,6 +117,13 @@ def video_views(frames: list[np.ndarray], times: Sequence[float], config: ViewCo
     return views.finish([float(seconds) for seconds in times])
 
 
+def no_views(config: ViewConfig) -> Views:
+    """Views of nothing, for text alone."""
+    return Views(crops=np.zeros((0, config.grid ** 2, 3 * config.patch_size ** 2), np.uint8), patches=np.zeros((0, 5)),
+                 pooling=np.zeros((0, config.image_pool ** 2), np.int64), indexable=np.zeros(0, bool), layout=[], sizes=[],
+                 times=None)
+
+
 class _Collector:
     """The arrays of a Views, growing tiling by tiling; patch ids go on where the last tiling ended."""
 

@@ -20,8 +20,7 @@ import argparse
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -436,6 +435,64 @@ def clip(seed: int, index: int, fps: float = 2.0, seconds: float | None = None) 
     return made.film(frame_times(fps, made.seconds))
 
 
+def _journey(rng: np.random.Generator, size: float, shape: tuple[int, int], seconds: float, others: list[Motion]) -> Motion:
+    """Always on its way: bounces off the frame or turns outside of it; mostly sent across the path of another."""
+    sides = np.array(shape[::-1], float)
+    margin = np.full(2, size * (-0.7 if rng.random() < 0.25 else 0.5))
+    angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.15, 0.4) * min(shape)
+    velocity, start = speed * np.array([np.cos(angle), np.sin(angle)]), rng.uniform(size / 2, sides - size / 2)
+    if others and rng.random() < 0.7:
+        moment = rng.uniform(0.2, 0.8) * seconds
+        start = others[rng.integers(len(others))](moment) - velocity * moment
+    return Motion(start, velocity, margin, sides - margin, np.zeros(2), np.ones(2))
+
+
+def crowd(seed: int, index: int, seconds: float | None = None) -> World:
+    """A clip for tracking, 3 to 6 seconds unless given: three to six things that look much alike (two or three types),
+    all on their way and across each other's, and one or two large ones that stand in front of them for long. A pure
+    function of its arguments."""
+    rng = _generator(seed, index, 4)
+    drawn = float(rng.integers(6, 13) / 2)
+    seconds = drawn if seconds is None else seconds
+    height, width = (2 * int(rng.integers(75, 130)) for _ in range(2))
+    side, style = min(width, height), str(rng.choice(BACKGROUNDS))
+    made = World(_background(rng, style, width, height), style, seconds, [], [], [])
+    while len(made.things) < 3:
+        types = _cast(rng, int(rng.integers(2, 4)), 0.22 * side, 0.32 * side)
+        movers = [replace(types[rng.integers(len(types))], size=float(rng.uniform(0.22, 0.32) * side))
+                  for _ in range(rng.integers(3, 7))]
+        paths: list[Motion] = []
+        for mover in movers:
+            paths.append(_journey(rng, mover.size, (height, width), seconds, paths))
+        standing = [Thing(str(rng.choice(["house", "box", "tree"])), str(rng.choice(list(COLORS))), float(rng.uniform(0.4, 0.5) * side))
+                    for _ in range(rng.integers(1, 3))]
+        still_at = [rng.uniform(0.25, 0.75, 2) * (width, height) for _ in standing]
+        paths += [Motion(place, np.zeros(2), np.zeros(2), np.array([width, height], float), np.zeros(2), np.ones(2)) for place in still_at]
+        things = movers + standing
+        made = replace(made, things=things, sprites=[_sprite(rng, thing) for thing in things], motions=paths).without_hidden()
+    return made
+
+
+def tracks(seed: int, index: int, fps: float = 2.0, seconds: float | None = None) -> Scene:
+    """Films crowd (seed, index) at `fps`."""
+    made = crowd(seed, index, seconds)
+    return made.film(frame_times(fps, made.seconds))
+
+
+def _long(seed: int, index: int) -> float:
+    return float(_generator(seed, index, 7).integers(12, 31) / 2)
+
+
+def long_clip(seed: int, index: int) -> Scene:
+    """A clip of 6 to 15 seconds."""
+    return clip(seed, index, seconds=_long(seed, index))
+
+
+def long_tracks(seed: int, index: int) -> Scene:
+    """As `tracks`, of 6 to 15 seconds."""
+    return tracks(seed, index, seconds=_long(seed, index))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. Questions
 # ---------------------------------------------------------------------------------------------------------------------
@@ -449,18 +506,18 @@ CAPTION = ("Describe this {medium}.", "What is in this {medium}?", "Write a capt
 LARGEST, SMALLEST = ("largest", "biggest"), ("smallest",)
 SIDES = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "bottommost": (1, -1)}  # axis, sign: least first
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-NONE = "There are none."
-
 
 @dataclass
 class Query:
-    task: str           # "point", "count", "caption" or "qa"
-    question: str       # what the user says
-    label: str          # point and count: the noun phrase asked for, "red cups"; else ""
-    targets: list[int]  # indices of the things meant; [] if there is none (point and count: "There are none.")
-    answer: str         # caption and qa: the whole answer; point and count: "", the points are the answer
-    about: str          # how the targets were picked: "kind", "color", "color+kind", "all", "size", "position", "none";
-    #                     for caption and qa: "caption", "color-of", "kind-of", "exists"
+    task: str           # "point", "point_count", "count", "count_point", "track", "track_ends", "track_from": the points are
+    #                     the answer; "caption", "transcript", "qa", "choice": words are
+    question: str       # what the user says; "" leaves the wording to whoever asks
+    label: str          # where points are asked for: the noun phrase, "red cups"; else ""
+    targets: list[int]  # indices of the things meant; [] if there is none ("There are none.")
+    answer: str         # in words; "" where points are the answer
+    about: str          # how the targets were picked: "kind", "color", "color+kind", "all", "size", "position", "motion",
+    #                     "none"; for words: "caption", "color-of", "kind-of", "exists", "colors", "subtitle", "words"
+    choices: list[str] = field(default_factory=list)  # "choice": what to choose from
 
 
 def _article(name: str) -> str:
@@ -478,6 +535,16 @@ def describe(scene: Scene) -> str:
              for (color, kind), n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
     listed = " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)
     return f"{listed[0].upper()}{listed[1:]} on {_article(scene.background)} background."
+
+
+def talk(scene: Scene, rng: np.random.Generator) -> str:
+    """What somebody might say who looks at the scene: the caption's facts, spoken."""
+    said = [str(rng.choice(["So", "Okay, so", "Well,"])) + f" this {_medium(scene)} has {_article(scene.background)} background."]
+    counts = Counter((thing.color, thing.kind) for thing in scene.things)
+    for (color, kind), n in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        name = _article(f"{color} {kind}") if n == 1 else f"{NUMBERS[n]} {color} {PLURALS[kind]}"
+        said.append(str(rng.choice(["I see", "There is, uh,", "And then", "Um, I can see"])) + f" {name}.")
+    return " ".join([*said, str(rng.choice(["And that's it.", "That is all I see."]))])
 
 
 def _match(scene: Scene, kind: str = "", color: str = "") -> list[int]:
@@ -514,6 +581,8 @@ def _pick(scene: Scene, rng: np.random.Generator, about: str) -> tuple[str, list
 
 
 def _ask(scene: Scene, rng: np.random.Generator, task: str, about: str, label: str, targets: list[int]) -> Query:
+    if task not in ("point", "point_count"):
+        return Query(task, "", label, targets, "", about)
     template = str(rng.choice(POINT if task == "point" else COUNT))
     verb = "is" if about in ("size", "position") else "are"
     question = template.format(label=label, medium=_medium(scene), **{"is": verb})
@@ -570,35 +639,120 @@ def _ask_qa(scene: Scene, rng: np.random.Generator) -> Query | None:
     return chosen and Query("qa", chosen[0], "", [chosen[1]], chosen[2], about)
 
 
+def _ask_colors(scene: Scene) -> Query:
+    """A longer answer: how many things there are of each colour."""
+    counts = sorted(Counter(thing.color for thing in scene.things).items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{NUMBERS[n]} {'thing is' if n == 1 else 'things are'} {color}" for color, n in counts]
+    listed = " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)
+    return Query("qa", "Which colors are the things?", "", _match(scene), f"{listed[0].upper()}{listed[1:]}.", "colors")
+
+
+def _ask_choice(scene: Scene, rng: np.random.Generator) -> Query | None:
+    """A question about a colour or a kind, with three wrong answers that are words of the same sort."""
+    asked = _ask_qa(scene, rng)
+    if asked is None or asked.about == "exists":
+        return None
+    if asked.about == "color-of":
+        wrong = [color for color in COLORS if color != asked.answer]
+    else:
+        color = asked.answer.split()[0]
+        wrong = [f"{color} {kind}" for kind in KINDS if f"{color} {kind}" != asked.answer]
+    choices = [asked.answer, *map(str, rng.choice(wrong, 3, replace=False))]
+    return replace(asked, task="choice", choices=[choices[i] for i in rng.permutation(4)])
+
+
+def motions(scene: Scene) -> list[str]:
+    """What each thing of a clip does from its first to its last moment in view: "moves left", "moves right", "moves up",
+    "moves down", "rests", or "" if that cannot be said clearly."""
+    words, side = [], min(scene.frames.shape[1:3])
+    for track in scene.points.transpose(1, 0, 2):
+        track = track[np.isfinite(track[:, 0])]
+        (dx, dy), way = track[-1] - track[0], np.abs(track - track[0]).max()
+        along = "moves " + (("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up"))
+        clear = max(abs(dx), abs(dy)) > max(0.25 * side, 1.5 * min(abs(dx), abs(dy)))
+        words.append("rests" if way < 0.05 * side and len(track) > 0.6 * len(scene.times) else along if clear else "")
+    return words
+
+
+def _ask_motion(scene: Scene, rng: np.random.Generator, task: str) -> Query | None:
+    """Which of several alike is meant is said by how it moves: "cup that moves left"."""
+    does, found = motions(scene), []
+    for kind in ("", *sorted({thing.kind for thing in scene.things})):
+        group = _match(scene, kind)
+        for word in {does[i] for i in group} - {""}:
+            meant = [i for i in group if does[i] == word]
+            if len(group) > 1 and len(meant) == 1 and "" not in [does[i] for i in group]:
+                found.append((f"{kind or 'thing'} that {word}", meant))
+    chosen = _choose(rng, sorted(found))
+    return chosen and Query(task, "", *chosen, "", "motion")
+
+
+def subtitles(scene: Scene, rng: np.random.Generator) -> tuple[str, list[Query]]:
+    """Somebody names a thing now and then: a text of lines "seconds words", and questions that only it answers."""
+    moments = rng.choice(len(scene.times), min(3, len(scene.times)), replace=False)
+    said = {f"{scene.times[frame]:.1f}": f"I like the {scene.things[rng.integers(len(scene.things))].name}."
+            for frame in sorted(moments)}
+    asked = [Query("qa", f"What is said at {time}?", "", [], words, "subtitle") for time, words in said.items()]
+    return "".join(f"\n{time} {words}" for time, words in said.items()), asked
+
+
+def words(rng: np.random.Generator) -> Query:
+    """A question that needs no picture."""
+    n, kind, color = int(rng.integers(1, 10)), str(rng.choice(KINDS)), str(rng.choice(list(COLORS)))
+    question, answer = [
+        (f"What comes after {NUMBERS[n]}?", f"{NUMBERS[n + 1].capitalize()}."),
+        (f"What comes before {NUMBERS[n]}?", f"{NUMBERS[n - 1].capitalize()}."),
+        (f"What is the plural of {kind}?", f"{PLURALS[kind].capitalize()}."),
+        (f"Is {color} a color?", "Yes."), (f"Is {kind} a color?", "No."),
+    ][rng.integers(5)]
+    return Query("qa", question, "", [], answer, "words")
+
+
 # What is asked, and how often. Size and position are asked of stills only: in a clip they change.
 MIXTURE = {("point", "kind"): 20, ("point", "color+kind"): 20, ("point", "color"): 8, ("point", "all"): 3,
            ("point", "size"): 4, ("point", "position"): 6, ("point", "none"): 16,
-           ("count", "kind"): 5, ("count", "color+kind"): 5, ("count", "color"): 4, ("count", "none"): 6,
+           ("point_count", "kind"): 5, ("point_count", "color+kind"): 5, ("point_count", "color"): 4, ("point_count", "none"): 6,
            ("caption", ""): 3, ("qa", ""): 8}
+CAPTIONS = {("caption", ""): 3, ("transcript", ""): 2, ("qa", "colors"): 2}
+ANSWERS = {("qa", ""): 6, ("choice", ""): 4, ("count", "kind"): 1, ("count", "color+kind"): 1}
+POINTING = {key: share for key, share in MIXTURE.items() if key[0].startswith("point")} | {
+    ("count_point", "kind"): 3, ("count_point", "color+kind"): 3, ("count_point", "none"): 1}
+TRACKING = {("track", "kind"): 6, ("track", "color+kind"): 6, ("track", "all"): 1, ("track", "motion"): 5, ("track", "none"): 2,
+            ("track_ends", "kind"): 2, ("track_ends", "color+kind"): 2, ("track_ends", "motion"): 1, ("track_from", "all"): 3}
 
 
-def _query(scene: Scene, rng: np.random.Generator, absent: float) -> Query | None:
-    """One query drawn from MIXTURE; None if this scene has no clear answer to it."""
-    choices = [key for key in MIXTURE if not (scene.is_video and key[1] in ("size", "position"))]
-    weights = np.array([MIXTURE[key] * (absent if key[1] == "none" else 1) for key in choices])
+def _query(scene: Scene, rng: np.random.Generator, absent: float, mixture: dict[tuple[str, str], float]) -> Query | None:
+    """One query drawn from a mixture; None if this scene has no clear answer to it."""
+    choices = [key for key in mixture if not (scene.is_video and key[1] in ("size", "position"))]
+    weights = np.array([mixture[key] * (absent if key[1] == "none" else 1) for key in choices])
     task, about = choices[rng.choice(len(choices), p=weights / weights.sum())]
     if task == "caption":
         question = str(rng.choice(CAPTION)).format(medium=_medium(scene))
         return Query("caption", question, "", _match(scene), describe(scene), "caption")
+    if task == "transcript":
+        return Query("transcript", "", "", _match(scene), talk(scene, rng), "caption")
     if task == "qa":
-        return _ask_qa(scene, rng)
+        return _ask_colors(scene) if about == "colors" else _ask_qa(scene, rng)
+    if task == "choice":
+        return _ask_choice(scene, rng)
+    if task == "track_from":
+        thing = int(rng.integers(len(scene.things)))
+        return Query(task, "", scene.things[thing].name, [thing], "", "all")
+    if about == "motion":
+        return _ask_motion(scene, rng, task)
     if about in ("size", "position"):
         return _ask_one(scene, rng, about)
     return _ask(scene, rng, task, about, *_pick(scene, rng, about))
 
 
-def queries(scene: Scene, rng: np.random.Generator, n: int, absent: float = 1.0) -> list[Query]:
+def queries(scene: Scene, rng: np.random.Generator, n: int, absent: float = 1.0,
+            mixture: dict[tuple[str, str], float] = MIXTURE) -> list[Query]:
     """n queries about one scene, nothing asked twice (fewer if the scene has no more: a hundred draws find none new).
     `absent` multiplies the share of those about things that are not there."""
     found: dict[tuple[str, str], Query] = {}
     misses = 0
     while len(found) < n and misses < 100:
-        query = _query(scene, rng, absent)
+        query = _query(scene, rng, absent, mixture)
         key = query and (query.task, query.label or query.question)
         if query is None or key in found:
             misses += 1
@@ -608,51 +762,7 @@ def queries(scene: Scene, rng: np.random.Generator, n: int, absent: float = 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Texts for a tokenizer
-# ---------------------------------------------------------------------------------------------------------------------
-
-def _vocabulary() -> Iterator[str]:
-    """Every template with every word that can stand in it, each at least once, and the fixed words of the formats."""
-    yield from ("user", "assistant", "Image 1", "Image 2", '<points coords="', '<tracks coords="', '">', "</points>",
-                "</tracks>", NONE, "Yes.", "No.",
-                *NUMBERS, *map(str.capitalize, NUMBERS), *map(str, range(21)))
-    yield from (f"{half / 2:.1f} " for half in range(21))
-    nouns = [_plural(kind) for kind in ("", *KINDS)] + [_plural("", color) for color in COLORS]
-    ones = [f"{word} {kind}" for word in (*LARGEST, *SMALLEST, *SIDES) for kind in (*KINDS, "thing")]
-    for medium in ("image", "video"):
-        yield from (template.format(medium=medium) for template in CAPTION)
-        yield from (template.format(label=noun, medium=medium) for template in COUNT for noun in nouns)
-    yield from (template.format(label=noun, **{"is": "are"}) for template in POINT for noun in nouns)
-    yield from (template.format(label=one, **{"is": "is"}) for template in POINT for one in ones)
-    yield from (f"What is the {word} thing?" for word in (*SIDES, *COLORS))
-    yield from (f"What color is the {kind}?" for kind in KINDS)
-    yield from (f"Is there {_article(name)}?" for name in (*KINDS, *(f"{color} cup" for color in COLORS)))
-    yield from (f"{_article(color).capitalize()} ball and {_article(kind)} on {_article(background)} background."
-                for background in BACKGROUNDS for color, kind in zip(COLORS, KINDS))
-
-
-def corpus(n: int, seed: int) -> Iterator[str]:
-    """Texts of a tokenizer's training set, without line breaks: first every word that `queries` can produce, then what
-    is asked and answered about scenes (every fourth a clip) until there are n. Never fewer than the first part."""
-    written = 0
-    for written, text in enumerate(_vocabulary(), start=1):
-        yield text
-    index = 0
-    while written < n:
-        scene = clip(seed, index) if index % 4 == 3 else still(seed, index)
-        for query in queries(scene, _generator(seed, index, 2), 8):
-            texts = [query.question, query.answer]
-            if query.label:
-                shown = f"Counting the {query.label} shows a total of {len(query.targets)}."
-                texts = [query.question, shown if query.targets else NONE, f'<points coords="">{query.label}</points>']
-            for text in ["user", *texts, "assistant"][:n - written]:  # every question comes with its chat turns
-                yield text
-                written += 1
-        index += 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. The command line: look at scenes, write the corpus, film the sample clip
+# 7. The command line: look at scenes, film the sample clip
 # ---------------------------------------------------------------------------------------------------------------------
 
 MARKS = ("magenta", "cyan", "lime", "gold", "tomato")
@@ -688,11 +798,6 @@ def _show(args: argparse.Namespace) -> None:
         sheet.paste(strip, (0, top))
         top += strip.height
     sheet.save(args.out)
-
-
-def _corpus(args: argparse.Namespace) -> None:
-    for text in corpus(args.n, args.seed):
-        print(text)
 
 
 def cups_world() -> World:
@@ -747,10 +852,6 @@ def main() -> None:
     show.add_argument("--index", type=int, default=0, help="of the first scene")
     show.add_argument("--video", action="store_true", help="clips instead of stills")
     show.set_defaults(run=_show)
-    texts = commands.add_parser("corpus", help="print texts to train a tokenizer on, one a line")
-    texts.add_argument("--n", type=int, default=4000)
-    texts.add_argument("--seed", type=int, default=0)
-    texts.set_defaults(run=_corpus)
     cups = commands.add_parser("cups", help="write the sample clip cups.mp4 and its truth cups.json")
     cups.add_argument("out", help="the folder to write to")
     cups.set_defaults(run=_cups)

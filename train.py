@@ -1,8 +1,10 @@
 """Training, top to bottom.
 
-    python train.py --stage 1                                  # stills, from nothing
-    python train.py --stage 2 --init runs/stage1/checkpoint    # adds clips
+    python train.py --stage 1                                  # images, from nothing
+    python train.py --stage 2 --init runs/stage1/checkpoint    # adds video, tracking, screens, words
+    python train.py --stage 3 --init runs/stage2/checkpoint    # longer videos
     python train.py --stage 2 --resume                         # goes on where a run of stage 2 was stopped or killed
+    python train.py --stage 2 --init assets/tiny --data mine.jsonl --steps 600    # your own points (data.py has the format)
 
 Writes a run folder: metrics.jsonl (a line per step and per evaluation), curves.png, and a checkpoint for
 `infer.py --checkpoint` that also holds all that --resume needs. On the CPU with one thread a resumed run repeats the
@@ -13,8 +15,11 @@ import json
 import math
 import signal
 import time
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,55 +32,80 @@ from tqdm import tqdm
 
 import data
 import weights
-from evaluate import evaluate
-from model import PRESETS, Molmo
-from packing import collate
+from evaluate import evaluate, fresh
+from model import PRESETS, Molmo, MolmoConfig
+from packing import Packer
+from records import Lines
 from tokenizer import Tokenizer
 
 HOME = Path(__file__).resolve().parent
 PARTS = ("vit", "connector", "llm", "point")
 LOSSES = ("token", "patch", "slot", "location")
-SMALL_EVALUATION = 40  # scenes of each sort
+SMALL_EVALUATION = 40  # records of each set
+Z_LOSS = 1e-4          # weight of the squared log-normaliser of the head, which keeps it from drifting
 LOOK_BATCH, LOOK_LR, LOOK_WARMUP = 10, 3e-3, 20  # of the ViT alone: scenes a step, peak rate, steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. The stages: one row each
+# 1. The stages: one row for each preset and stage
 
 
 @dataclass(frozen=True)
 class Stage:
     steps: int
-    batch: int                   # scenes a step
-    branches: int                # questions a scene
-    videos: float                # share of clips
-    absent: float                # how many questions about things that are not there, relative to synthetic.MIXTURE
+    packs: int                   # a step, of all devices
+    tokens: int                  # of a pack, at most
+    crops: int                   # of a pack, at most
+    frames: int                  # of a video, at most
+    rates: dict[str, float]      # data.CATEGORIES, or single sets -> share of the examples
+    weights: str                 # of loss tokens: packing.WEIGHTS
     lr: dict[str, float]         # per part; new token embeddings go with the connector
     warmup: dict[str, int]       # steps, per part
-    seed: int                    # of the scenes
-    look: int = 0                # steps that teach a ViT that starts from nothing to see, before the whole model trains
+    watch: tuple[str, ...] = ()  # sets of the small evaluations
+    look: int = 0                # steps that teach the ViT alone to see, before the whole model trains
+    clips: int = 2               # one in so many pictures of these is a frame of a clip
+    branches: int = 10           # questions about a synthetic record
+    pool: int = 48               # examples that wait to be packed
+    absent: float = 1.0          # how many of them about things that are not there, relative to synthetic.MIXTURE
 
 
 def each(*values):
     return dict(zip(PARTS, values))
 
 
-STAGES = {
-    ("tiny", 1): Stage(1050, 4, 10, 0.0, 0.4, each(2e-4, 2e-3, 2e-3, 2e-3), each(20, 20, 20, 20), 1, look=1400),
-    ("tiny", 2): Stage(6000, 4, 10, 0.5, 1.0, each(4e-4, 1.5e-3, 1.5e-3, 1.5e-3), each(20, 20, 20, 20), 2),
+# SPEC section 6: learning rates of ViT, connector, LLM, pointing head.
+SHARES = {"captions": 13.6, "image qa": 22.7, "video qa": 18.2, "image pointing": 9.1, "video pointing": 13.6,
+          "video tracking": 13.6, "text": 9.1}
+RELEASED = {
+    1: Stage(32_000, 128, 2_560, 32, 1, {"image captions": 60, "image pointing": 30, "text": 10}, "paper",
+             each(6e-6, 2e-4, 2e-5, 1e-4), each(2000, 200, 2000, 200)),
+    2: Stage(30_000, 128, 16_384, 128, 128, SHARES, "paper", each(5e-6, 5e-6, 1e-5, 5e-6), each(200, 200, 200, 200)),
+    3: Stage(2_000, 128, 36_864, 384, 384, SHARES, "paper", each(5e-6, 5e-6, 1e-5, 5e-6), each(200, 200, 200, 200)),
 }
+TINY = {  # a pool of 1: every tree in a row of its own, cheaper here until attention leaves out what the mask does
+    1: Stage(1050, 4, 2048, 32, 16, {"stills": 1}, "uniform", each(2e-4, 2e-3, 2e-3, 2e-3), each(20, 20, 20, 20), ("stills",),
+             look=1400, clips=3, pool=1, absent=0.4),
+    2: Stage(6000, 4, 2048, 32, 16, {"stills": 1, "clips": 1}, "uniform", each(4e-4, 1.5e-3, 1.5e-3, 1.5e-3),
+             each(20, 20, 20, 20), ("stills", "clips"), look=3600, pool=1),
+    3: Stage(6000, 4, 2048, 32, 32, SHARES | {"image pointing": 22.7, "image qa": 9.1, "long points": 5, "long tracks": 5}, "uniform",
+             each(2e-4, 1e-3, 1e-3, 1e-3), each(20, 20, 20, 20), ("stills", "clips", "screens", "tracks"), pool=1),
+}
+STAGES = {("tiny", n): stage for n, stage in TINY.items()} | {
+    (preset, n): stage for preset in PRESETS if preset != "tiny" for n, stage in RELEASED.items()}
 
 
 def parse(argv: list[str] | None):
     parser = data.Parser(prog="train.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
     parser.add_argument("--preset", default="tiny", choices=sorted({name for name, _ in STAGES}))
     parser.add_argument("--points-as", default="tokens", choices=("tokens", "text"), help="how a new model writes points")
     parser.add_argument("--init", help="checkpoint of the stage before")
+    parser.add_argument("--data", help="a JSONL file of your own, in place of the stage's synthetic sets")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the run folder, if there is one")
     parser.add_argument("--freeze", choices=PARTS, action="append", default=[], help="a part that stays as it is")
     parser.add_argument("--out", help="run folder (default: runs/stage<N>)")
     parser.add_argument("--steps", type=data.number(int, 1, 10**9), help="instead of the stage's own number")
+    parser.add_argument("--accumulate", type=data.number(int, 1, 10**6), default=1, help="parts of a step, for less memory")
     parser.add_argument("--seed", type=data.number(int, 0, 10_000), default=0, help="of the weights and of the scenes")
     parser.add_argument("--eval-every", type=data.number(int, 1, 10**9), default=400, help="steps between small evaluations")
     parser.add_argument("--save-every", type=data.number(int, 1, 10**9), default=200, help="steps between checkpoints")
@@ -120,13 +150,14 @@ def optimizers(module: nn.Module, kind: str) -> list[torch.optim.Optimizer]:
     return made
 
 
-def backward(loss: torch.Tensor, parts: dict[str, dict[str, nn.Parameter]], step: int) -> dict[str, float]:
-    """Gradients, clipped to norm 1 in every part; -> the norms before. ValueError if anything is not finite."""
-    loss.backward()
+def clip(parts: dict[str, dict[str, nn.Parameter]], loss: float, step: int, names: Sequence[str] = ()) -> dict[str, float]:
+    """Gradients clipped to norm 1 in every part; -> the norms before. ValueError, with the names of the batch's
+    examples, if anything is not finite."""
     learned = {part: [p for p in params.values() if p.requires_grad] for part, params in parts.items()}
     norms = {part: nn.utils.clip_grad_norm_(params, 1.0).item() for part, params in learned.items() if params}
-    if not all(map(math.isfinite, [loss.item(), *norms.values()])):
-        raise ValueError(f"step {step}: loss {loss.item()}, gradient norms {norms}: stopped before the step")
+    if not all(map(math.isfinite, [loss, *norms.values()])):
+        raise ValueError(f"step {step}: loss {loss}, gradient norms {norms}: stopped before the step"
+                         + (f"; in the batch: {', '.join(names)}" if names else ""))
     return norms
 
 
@@ -171,10 +202,10 @@ class Log:
         print(json.dumps(line), file=self.file, flush=True)
 
     def draw(self):
-        """curves.png: the losses (log scale) on the left, the evaluated shares on the right; steps below 0 are the ViT's."""
+        """curves.png: the losses (log scale) on the left, F1 and HOTA on the right; steps below 0 are the ViT's."""
         width, height = 480, 320
         sheet = Image.new("RGB", (2 * width, height), "white")
-        shares = ["named"] + sorted({k for line in self.lines for k in line if k.startswith(("stills", "clips"))})
+        shares = ["named"] + sorted({k for line in self.lines for k in line if k.endswith((" f1", " hota"))})
         for x, names, scale in ((0, ["naming", "loss", *LOSSES], lambda v: math.log10(max(v, 1e-3))), (width, shares, float)):
             title = "log10 " if scale is not float else ""
             curves = {title + n: [(line["step"], scale(line[n])) for line in self.lines if n in line] for n in names}
@@ -200,12 +231,12 @@ def plot(sheet: Image.Image, left: int, width: int, height: int, curves: dict[st
             draw.line([place(*p) for p in curve], fill=color, width=2)
 
 
-def small_evaluation(model: Molmo, tokenizer: Tokenizer, videos: bool) -> dict[str, float]:
-    """The figures to watch, on fresh scenes: a few, so they jump about by some hundredths."""
-    figures = {}
-    for name in ("stills", "clips") if videos else ("stills",):
-        result, _ = evaluate(model, tokenizer, name == "clips", SMALL_EVALUATION, quiet=True)
-        figures |= {f"{name} {k}": round(v, 3) for k, v in result.items() if k in ("f1", "count exact", "none recognised")}
+def small_evaluation(model: Molmo, tokenizer: Tokenizer, sets: Sequence[str]) -> dict[str, float]:
+    """The figures to watch, on fresh records: a few, so they jump about by some hundredths."""
+    figures, shown = {}, ("f1", "hota", "count exact", "none recognised")
+    for name in sets:
+        result, _ = evaluate(model, tokenizer, fresh(name, SMALL_EVALUATION, model.config.views))
+        figures |= {f"{name} {k}": round(v, 3) for k, v in result.items() if k in shown}
     return figures
 
 
@@ -225,21 +256,17 @@ def stoppable():
             signal.signal(number, handler)
 
 
-def as_usual(worker: int):
-    """Worker processes leave Ctrl-C to the program and end on SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def state_of(model: Molmo, optimisers: list[torch.optim.Optimizer], step: int) -> dict[str, np.ndarray]:
-    """All that a run is besides its parameters: the scenes of a step are a function of its number."""
+def state_of(model: Molmo, optimisers: list[torch.optim.Optimizer], step: int, loader: data.Loader) -> dict[str, np.ndarray]:
+    """All that a run is besides its parameters."""
     names = {p: name for name, p in model.named_parameters()}
     state = {f"{i}/{names[p]}/{key}": value.cpu().numpy() for i, optimiser in enumerate(optimisers)
              for p, values in optimiser.state.items() for key, value in values.items()}
-    return state | {"step": np.array(step), "rng": torch.get_rng_state().numpy()}
+    waiting = {f"loader {key}": np.array(numbers, np.int64) for key, numbers in loader.state.items()}
+    return state | waiting | {"step": np.array(step), "rng": torch.get_rng_state().numpy()}
 
 
-def restore(model: Molmo, optimisers: list[torch.optim.Optimizer], state: dict[str, np.ndarray]):
+def restore(model: Molmo, optimisers: list[torch.optim.Optimizer], loader: data.Loader, state: dict[str, np.ndarray]):
+    loader.state = {key: state[f"loader {key}"].tolist() for key in ("next", "pool")}
     parameters = dict(model.named_parameters())
     for name, array in state.items():
         if "/" in name:
@@ -250,27 +277,29 @@ def restore(model: Molmo, optimisers: list[torch.optim.Optimizer], state: dict[s
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. A ViT that starts from nothing learns to see
+# 5. The ViT learns to see
 
 
-def look(model: Molmo, stage: Stage, workers: int, log: Log, asked: list[int]):
-    """Where the papers load SigLIP 2, `tiny` trains its ViT alone for a while: a linear layer on the features, thrown
-    away afterwards, names for each patch the kind and colour of the thing at its middle and of which kind of thing it
-    holds the point. Steps count up to 0, where the model takes over."""
+def look(model: Molmo, stage: Stage, seed: int, workers: int, log: Log, asked: list[int]):
+    """Where the papers load SigLIP 2, `tiny` trains its ViT alone at the beginning of a stage: a linear layer on the
+    features, thrown away afterwards, names for each patch the kind and colour of the thing at its middle and of which
+    kind of thing it holds the point. Steps count up to 0, where the model takes over."""
     device = model.vit.positional_embedding.device
     names = nn.Linear(model.config.vit.feature_width, sum(data.PATCH_CLASSES), device=device)
     nn.init.zeros_(names.weight), nn.init.zeros_(names.bias)
     seeing = nn.ModuleDict({"vit": model.vit, "names": names})
     parts, optimisers = parts_of(seeing), optimizers(seeing, model.config.optimizer)
-    scenes = DataLoader(data.PatchSet(stage.seed, model.config), LOOK_BATCH, sampler=range(stage.look * LOOK_BATCH),
-                        collate_fn=data.collate_patches, num_workers=workers, worker_init_fn=as_usual)
+    scenes = DataLoader(data.PatchSet(seed, model.config, stage.clips), LOOK_BATCH,
+                        sampler=range(stage.look * LOOK_BATCH), collate_fn=data.collate_patches, num_workers=workers,
+                        worker_init_fn=data.as_usual)
     bar = tqdm(scenes, total=stage.look, desc="the ViT alone", dynamic_ncols=True)
     for step, (crops, labels) in enumerate(bar):
         scores = names(model.vit(crops.to(device))).flatten(0, 1)
         truth = labels.to(device).flatten(0, 1)
         kind, color, pointed = scores.split(data.PATCH_CLASSES, dim=-1)
         loss = sum(F.cross_entropy(s, t) for s, t in zip((kind, color, pointed), truth.T))
-        backward(loss, parts, step - stage.look)
+        loss.backward()
+        clip(parts, loss.item(), step - stage.look)
         update(optimisers, dict.fromkeys(PARTS, schedule(LOOK_LR, LOOK_WARMUP, step, stage.look)))
         shown = truth[:, 0] > 0
         line = {"naming": loss.item(), "named": (kind.argmax(-1) == truth[:, 0])[shown].float().mean().item()}
@@ -292,7 +321,10 @@ def main(argv: list[str] | None = None):
 def run(args):
     stage = STAGES[args.preset, args.stage]
     steps = args.steps or stage.steps
-    stage = replace(stage, steps=steps, look=min(stage.look, args.steps or stage.look), seed=stage.seed + 100 * args.seed)
+    stage = replace(stage, steps=steps, look=min(stage.look, args.steps or stage.look))
+    if stage.packs % args.accumulate:
+        raise ValueError(f"--accumulate {args.accumulate}: the {stage.packs} packs of a step cannot be cut into so many parts")
+    seed = args.stage + 100 * args.seed
     folder = Path(args.out or f"runs/stage{args.stage}")
     state = weights.load_training(folder / "checkpoint") if args.resume else None
     if args.init or state:
@@ -301,62 +333,83 @@ def run(args):
         tokenizer = Tokenizer.load(HOME / "assets/tokenizer.json")
         config = replace(PRESETS[args.preset], points_as=args.points_as)
         model = Molmo(config).initialize(args.seed).to(args.device)
+    views = replace(model.config.views, max_frames=stage.frames)
+    model.config = replace(model.config, views=views)
     model.train()
-    first = int(state["step"]) if state else 0
-    log = Log(folder, first if state else None)  # not before bad input is out: it begins a new metrics.jsonl
+    loader = make_loader(stage, seed, tokenizer, model.config, args)
+    log = Log(folder, int(state["step"]) if state else None)  # not before bad input is out: it begins a new metrics.jsonl
     with stoppable() as asked:
-        if not args.init and not state:
-            look(model, stage, args.workers, log, asked)
+        if stage.look and not args.data and not state and "vit" not in args.freeze:
+            look(model, stage, seed, args.workers, log, asked)
         for part, params in parts_of(model).items():
             for p in params.values():
                 p.requires_grad_(part not in args.freeze)
         optimisers = optimizers(model, model.config.optimizer)
         if state:
-            restore(model, optimisers, state)
+            restore(model, optimisers, loader, state)
         if asked:
             print("stopped before the first step: there is nothing to save yet")
         else:
-            train(model, tokenizer, optimisers, stage, first, log, args, asked)
+            train(model, tokenizer, optimisers, stage, int(state["step"]) if state else 0, loader, log, args, asked)
 
 
-def train(model: Molmo, tokenizer: Tokenizer, optimisers, stage: Stage, first: int, log: Log, args, asked: list[int]):
-    parts = parts_of(model)
-    examples = data.SyntheticSet(stage.seed, tokenizer, model.config, stage.branches, stage.videos, stage.absent)
-    loader = DataLoader(examples, stage.batch, sampler=range(first * stage.batch, stage.steps * stage.batch),
-                        collate_fn=collate, num_workers=args.workers, worker_init_fn=as_usual)
-    bar = tqdm(loader, initial=first, total=stage.steps, desc=f"stage {args.stage}", dynamic_ncols=True)
+def make_loader(stage: Stage, seed: int, tokenizer: Tokenizer, config: MolmoConfig, args) -> data.Loader:
+    if args.data:
+        sets, rates = {args.data: [Lines(args.data)]}, {args.data: 1.0}
+    else:
+        sets, rates = data.synthetic_sets(stage.rates, seed, stage.branches, stage.absent), stage.rates
+    mixture = data.Mixture(sets, rates, seed, tokenizer, config, stage.tokens)
+    return data.Loader(mixture, Packer(stage.tokens, stage.crops, stage.pool), stage.packs // args.accumulate, stage.weights, args.workers)
+
+
+def train(model: Molmo, tokenizer: Tokenizer, optimisers, stage: Stage, first: int, loader: data.Loader, log: Log, args, asked: list[int]):
+    parts, batches = parts_of(model), iter(loader)
+    bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=f"stage {args.stage}", dynamic_ncols=True)
     started, tokens = time.time(), 0
-    for step, batch in enumerate(bar, start=first):
-        # forward: sums over all loss tokens, divided once by their summed weights
-        batch = batch.to(args.device)
-        losses = model.losses(batch)
-        divisor = batch.loss_weights.sum().clamp(min=1)
-        loss = sum(losses[name] for name in LOSSES if name in losses) / divisor
+    half = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=has_bfloat16(args.device))
+    for step in bar:
+        # the batch, in as many parts as asked for; all losses are divided by the summed weights of the whole
+        micro = [(batch.to(args.device), loader.names) for batch in islice(batches, args.accumulate)]
+        divisor = sum(batch.loss_weights.sum() for batch, _ in micro).clamp(min=1)
 
-        # backward and step
-        norms = backward(loss, parts, step)
+        # forward and backward
+        totals = Counter()
+        for batch, _ in micro:
+            with half:
+                losses = model.losses(batch)
+            loss = (sum(losses[name] for name in LOSSES if name in losses) + Z_LOSS * losses["z"]) / divisor
+            loss.backward()
+            totals.update({name: value.item() for name, value in losses.items()} | {"loss": loss.item()})
+            tokens += int((batch.example_ids >= 0).sum())
+        norms = clip(parts, totals["loss"], step, [name for _, names in micro for name in names])
         update(optimisers, learning_rates(stage, step))
 
         # report
-        tokens += int((batch.example_ids >= 0).sum())
-        shown = {name: (value / divisor).item() for name, value in losses.items() if name in LOSSES}
-        if "right" in losses:  # the share of visual tokens (and of stops) chosen right
-            shown["right"] = (losses["right"] / losses["choices"].clamp(min=1)).item()
-        log.write(step=step, loss=loss.item(), **shown, norms=norms)
-        bar.set_postfix({"loss": loss.item(), **shown, "tokens/s": int(tokens / (time.time() - started))})
+        shown = {name: totals[name] / divisor.item() for name in LOSSES if name in totals}
+        if totals["choices"]:  # the share of visual tokens (and of stops) chosen right
+            shown["right"] = totals["right"] / totals["choices"]
+        log.write(step=step, loss=totals["loss"], **shown, norms=norms)
+        bar.set_postfix({"loss": totals["loss"], **shown, "tokens/s": int(tokens / (time.time() - started))})
 
         # save, evaluate, stop
         last, due = step + 1 == stage.steps, lambda every: (step + 1) % every == 0
         if last or due(args.save_every) or due(args.eval_every) or asked:  # before evaluating
-            weights.save(log.folder / "checkpoint", model, tokenizer, training=state_of(model, optimisers, step + 1))
+            training = state_of(model, optimisers, step + 1, loader)
+            weights.save(log.folder / "checkpoint", model, tokenizer, training=training)
         if asked:
             bar.write(f"stopped after step {step + 1}: --resume goes on from there")
             return
-        if last or due(args.eval_every):
-            figures = small_evaluation(model, tokenizer, bool(stage.videos))
+        if (last or due(args.eval_every)) and stage.watch and not args.data:
+            figures = small_evaluation(model, tokenizer, stage.watch)
             log.write(step=step, **figures)
             log.draw()
             bar.write(f"step {step + 1}: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()))
+    log.draw()
+
+
+def has_bfloat16(device: str) -> bool:
+    """Compute in bfloat16 where that is fast (parameters stay float32)."""
+    return torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 if __name__ == "__main__":

@@ -276,7 +276,7 @@ def _released_llm(text: _Entries, top: _Entries) -> LLMConfig:
                      head_width=text("head_dim"), mlp_hidden=text("intermediate_size"), rope_theta=rope("rope_theta"),
                      norm_eps=text("layer_norm_eps", "rms_norm_eps"), tied=tied,
                      norm_after=text("norm_after", default=False), yarn=yarn,
-                     norm_heads=text("qk_norm_type", default="qwen3") == "qwen3")
+                     norm_heads=text("qk_norm_type", default="qwen3") == "qwen3", dropout=text("residual_dropout", default=0.0))
 
 
 def _released_point(top: _Entries, text: _Entries) -> PointConfig:
@@ -483,7 +483,7 @@ def _released_files(config: MolmoConfig, tokenizer: Tokenizer) -> dict[str, dict
         "model_type": "molmo2_text", "vocab_size": t.vocabulary, "additional_vocab_size": RESERVED,
         "hidden_size": t.width, "num_hidden_layers": t.layers, "num_attention_heads": t.heads,
         "num_key_value_heads": t.kv_heads, "head_dim": t.head_width, "intermediate_size": t.mlp_hidden, "hidden_act": "silu",
-        "rope_theta": t.rope_theta, "layer_norm_eps": t.norm_eps, "norm_after": t.norm_after, "qkv_bias": False,
+        "rope_theta": t.rope_theta, "layer_norm_eps": t.norm_eps, "residual_dropout": t.dropout, "norm_after": t.norm_after, "qkv_bias": False,
         "max_position_embeddings": 36_864,  # the longest sequence of training
         "use_qk_norm": True, "qk_norm_type": "qwen3" if t.norm_heads else "olmo", "tie_word_embeddings": t.tied}
     if t.yarn:

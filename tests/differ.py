@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import model as model_file  # noqa: E402
-import synthetic  # noqa: E402
 import weights  # noqa: E402
 from model import Batch, Ids, Molmo  # noqa: E402
 from packing import collate  # noqa: E402
@@ -175,7 +174,7 @@ def main() -> None:
         ours, tokenizer = weights.load(folder)
     if args.broken:
         model_file.may_attend = causal_only
-    views = data.scene_views(synthetic.still(0, 1), ours.config)
+    views = data.views_of(data.draw("stills", 0, 1, 1), ours.config.views)
     batch = collate([data.prompt(tokenizer, views, "point to the cups")])
     found = compare(ours, theirs, batch, reference_inputs(ours, batch, grids(views, ours), False))
     for name, difference in found:

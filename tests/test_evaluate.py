@@ -1,14 +1,17 @@
-"""Measures: matching against brute force, hits on scenes made by hand, and the table."""
+"""Measures: matching against brute force, hits and HOTA on records made by hand, the table and the command."""
 
+import json
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
 import pytest
 
+import data
 import evaluate
-from evaluate import Asked, hits, hungarian, precision_recall_f1, summarize
+from evaluate import Asked, hota, hungarian, matched, precision_recall_f1, scores, summarize, words_f1
 from pointing import Point
-from synthetic import Query, Scene, Thing
+from records import Annotation, Object, Record, Runs
 
 
 def cheapest(cost: np.ndarray) -> float:
@@ -47,60 +50,163 @@ def test_precision_recall_f1(counts, expected):
 
 
 @pytest.fixture
-def scene() -> Scene:
+def record() -> Record:
     """Two frames of 20 x 10 pixels: thing 0 stands on the left, thing 1 in the middle of frame 0 only, thing 2 on the right."""
-    masks = np.zeros((2, 3, 10, 20), bool)
-    masks[:, 0, 2:8, 0:4] = masks[:1, 1, 2:8, 8:12] = masks[:, 2, 0:10, 16:20] = True
-    points = np.array([[[2, 5], [10, 5], [18, 5]]] * 2, np.float32)
-    points[1, 1] = np.nan
-    return Scene(np.zeros((2, 10, 20, 3), np.uint8), np.array([0, 0.5]), [Thing("cup", "red", 4)] * 3, masks, points, "plain", True)
+    def thing(left, right, top, bottom, moments):
+        mask = np.zeros((10, 20), bool)
+        mask[top:bottom, left:right] = True
+        return Object({t: ((left + right) / 2, 5.0) for t in moments}, {t: Runs.of(mask) for t in moments})
+    things = {0: thing(0, 4, 2, 8, (0, 0.5)), 1: thing(8, 12, 2, 8, (0,)), 2: thing(16, 20, 0, 10, (0, 0.5))}
+    return Record("by hand", [np.zeros((10, 20, 3), np.uint8)] * 2, [0.0, 0.5], things, [])
 
 
-def test_hits_by_hand(scene):
+def at(*places) -> list[Point]:
+    return [Point(i, *place) for i, place in enumerate(places, start=1)]
+
+
+def test_hits_by_hand(record):
     """A point counts if it lies in the mask of the object it is matched to, in its own frame; an object counts once."""
-    at = lambda *places: [Point(i, *place) for i, place in enumerate(places, start=1)]
-    assert hits(at((0, 2, 5), (0, 10, 5), (0, 18, 5)), scene, [0, 1, 2]) == 3
-    assert hits(at((0, 18, 5), (0, 2, 5)), scene, [0, 2]) == 2, "the order does not matter"
-    assert hits(at((0, 2, 5), (0, 3, 6)), scene, [0, 2]) == 1, "two points in one object count once"
-    assert hits(at((0, 2, 5), (0, 3, 6)), scene, [0]) == 1
-    assert hits(at((0, 10, 5)), scene, [0, 2]) == 0, "in the mask of a thing that was not asked for"
-    assert hits(at((0, 6, 5)), scene, [0]) == 0, "beside the mask"
-    assert hits(at((1, 10, 5)), scene, [1]) == 0, "in a frame that does not show the thing"
-    assert hits(at((1, 2, 5), (0, 10, 5)), scene, [0, 1]) == 2, "each in a frame of its own"
-    assert hits(at((0, 20, 10)), scene, [2]) == 1, "the far border belongs to the last pixel"
-    assert hits([], scene, [0]) == hits(at((0, 2, 5)), scene, []) == 0
+    hits = lambda points, objects: len(matched(points, record, objects))
+    assert hits(at((0, 2, 5), (0, 10, 5), (0, 18, 5)), [0, 1, 2]) == 3
+    assert hits(at((0, 18, 5), (0, 2, 5)), [0, 2]) == 2, "the order does not matter"
+    assert hits(at((0, 2, 5), (0, 3, 6)), [0, 2]) == 1, "two points in one object count once"
+    assert hits(at((0, 2, 5), (0, 3, 6)), [0]) == 1
+    assert hits(at((0, 10, 5)), [0, 2]) == 0, "in the mask of a thing that was not asked for"
+    assert hits(at((0, 6, 5)), [0]) == 0, "beside the mask"
+    assert hits(at((1, 10, 5)), [1]) == 0, "in a frame that does not show the thing"
+    assert hits(at((1, 2, 5), (0, 10, 5)), [0, 1]) == 2, "each in a frame of its own"
+    assert hits(at((0, 20, 10)), [2]) == 1, "the far border belongs to the last pixel"
+    assert hits([], [0]) == hits(at((0, 2, 5)), []) == 0
 
 
-def test_the_matching_is_by_total_distance(scene):
+def test_without_masks_near_is_a_hit(record):
+    """Where no mask is known, a twentieth of the longer side (here one pixel) around the point counts."""
+    for thing in record.objects.values():
+        thing.masks = {}
+    hits = lambda *places: len(matched(at(*places), record, [0, 1, 2]))
+    assert hits((0, 2.9, 5)) == 1 and hits((0, 3.1, 5)) == 0 and hits((1, 10, 5)) == 0
+
+
+def test_the_matching_is_by_total_distance(record):
     """A point between two objects is left to the one that has no nearer point."""
-    points = [Point(1, 0, 3.5, 5), Point(2, 0, 7, 5)]
-    assert hits(points, scene, [0, 1]) == 1
-    assert hits([Point(1, 0, 3.5, 5), Point(2, 0, 8, 5)], scene, [0, 1]) == 2
+    assert len(matched(at((0, 3.5, 5), (0, 7, 5)), record, [0, 1])) == 1
+    assert len(matched(at((0, 3.5, 5), (0, 8, 5)), record, [0, 1])) == 2
 
 
-def test_the_table(scene):
-    """Means over questions: pointing where there is something, silence where there is nothing, counts by ids, exact texts."""
-    query = lambda task, targets, answer="": Query(task, "?", "cups", targets, answer, "all")
-    asked = [
-        Asked(scene, query("point", [0, 2]), None, "", [Point(1, 0, 2, 5)]),
-        Asked(scene, query("count", [0, 2]), None, "", [Point(1, 0, 2, 5), Point(2, 1, 18, 5)]),
-        Asked(scene, query("count", [0]), None, "", []),
-        Asked(scene, query("point", []), None, "There are none.", []),
-        Asked(scene, query("count", []), None, "", [Point(1, 0, 2, 5)]),
-        Asked(scene, query("caption", [], "Two cups."), None, "Two cups.", []),
-        Asked(scene, query("qa", [], "Yes."), None, "No.", []),
+def clip(frames: int, things: int = 2) -> Record:
+    """Things stand in columns of ten pixels, in every frame."""
+    masks = [np.zeros((10, 10 * things), bool) for _ in range(things)]
+    for i, mask in enumerate(masks):
+        mask[:, 10 * i:10 * i + 10] = True
+    moments = [n / 2 for n in range(frames)]
+    objects = {i: Object({t: (10 * i + 5.0, 5.0) for t in moments}, {t: Runs.of(mask) for t in moments}) for i, mask in enumerate(masks)}
+    return Record("clip", [np.zeros((10, 10 * things, 3), np.uint8)] * frames, moments, objects, [])
+
+
+def on(thing: int, identity: int, *frames: int) -> list[Point]:
+    return [Point(identity, frame, 10 * thing + 5.0, 5.0) for frame in frames]
+
+
+@pytest.mark.parametrize("predicted, value", [
+    (on(0, 1, 0, 1, 2, 3) + on(1, 2, 0, 1, 2, 3), 1.0),                     # all right
+    (on(0, 7, 0, 1, 2, 3) + on(1, 5, 0, 1, 2, 3), 1.0),                     # ids are only names
+    (on(0, 1, 0, 1, 2, 3), (1 / 2) ** 0.5),                                 # one thing missing: DetA 4/8, AssA 1
+    (on(0, 1, 0, 1) + on(0, 2, 2, 3) + on(1, 3, 0, 1, 2, 3), (6 / 8) ** 0.5),  # one track in two: AssA (4 * 1/2 + 4 * 1) / 8
+    (on(0, 1, 0, 1) + on(1, 1, 2, 3) + on(1, 2, 0, 1) + on(0, 2, 2, 3), (1 / 3) ** 0.5),  # swapped: 2 of 4 + 4 - 2 each
+    (on(0, 1, 0, 1, 2, 3) + on(1, 2, 0, 1, 2, 3) + on(1, 3, 0), (8 / 9) ** 0.5),  # one too many
+    ([Point(1, 0, 99.0, 5.0)], 0.0),
+    ([], 0.0),
+])
+def test_hota_by_hand(predicted, value):
+    """sqrt(TP / (TP + FN + FP) * mean over TP of TPA / (TPA + FNA + FPA)), on cases worked out by hand."""
+    record = clip(4)
+    record.pictures = [np.zeros((10, 100, 3), np.uint8)] * 4
+    for thing in record.objects.values():
+        thing.masks = {t: Runs.of(np.pad(runs.mask(), ((0, 0), (0, 80)))) for t, runs in thing.masks.items()}
+    true = data.pointed(record, Annotation("track", "things", [0, 1]))
+    assert hota(predicted, record, true) == pytest.approx(value)
+
+
+def test_hota_of_nothing():
+    """Nothing there and nothing said is right; one of the two is wrong."""
+    record = clip(2)
+    assert hota([], record, []) == 1 and hota(on(0, 1, 0), record, []) == 0
+
+
+def test_hota_keeps_ids_together():
+    """Where two predictions are equally good in a frame, the one that follows the object elsewhere is its own."""
+    record, true = clip(3, 1), data.pointed(clip(3, 1), Annotation("track", "x", [0]))
+    predicted = on(0, 1, 0, 1, 2) + on(0, 2, 1)
+    assert hota(predicted, record, true) == pytest.approx((3 / 4) ** 0.5)
+
+
+@pytest.mark.parametrize("text, wanted, value", [("A red cup.", "a red cup", 1), ("a cup", "a red cup", 0.8), ("", "a", 0), ("", "", 1),
+                                                 ("a a a", "a", 0.5)])
+def test_words_f1(text, wanted, value):
+    """The F1 of the words in common, whatever their case; a word counts as often as both have it."""
+    assert words_f1(text, wanted) == pytest.approx(value)
+
+
+def asked(record: Record, said: Annotation, text: str = "", points=()) -> Asked:
+    a = Asked(record, said, None, "", text, list(points))
+    return replace(a, figures=scores(a))
+
+
+def test_the_table(record):
+    """Means over questions: pointing where there is something, silence where there is nothing, counts by ids, words."""
+    said = lambda task, objects=(), **more: Annotation(task, "cups", list(objects), **more)
+    answers = [
+        asked(record, said("point", [0, 2]), "", at((0, 2, 5))),
+        asked(record, said("point_count", [0, 2]), "shows a total of 3.", at((0, 2, 5), (1, 18, 5))),
+        asked(record, said("point_count", [0]), "There are none.", []),
+        asked(record, said("count", [0, 1, 2]), "3"),
+        asked(record, said("point"), "There are none.", []),
+        asked(record, said("point_count"), "", at((0, 2, 5))),
+        asked(record, said("caption", answer="Two cups."), "Two cups."),
+        asked(record, said("qa", answer="Yes."), "No."),
+        asked(record, said("transcript", answer="So, a cup."), "a cup."),
+        asked(record, said("choice", answer="b", choices=["a", "b"]), "B"),
     ]
-    assert summarize(asked) == pytest.approx({
-        "precision": 2 / 3, "recall": 1.5 / 3, "f1": (2 / 3 + 1) / 3, "none recognised": 0.5, "count exact": 0.5, "text exact": 0.5,
-        "questions": 7})
-    assert evaluate.by_kind_of_question(asked)["count/all"] == pytest.approx(0.5)
+    assert summarize(answers) == pytest.approx({
+        "precision": 2 / 3, "recall": 1.5 / 3, "f1": (2 / 3 + 1) / 3, "none recognised": 0.5, "count exact": 2 / 3, "count close": 1,
+        "count error": 1 / 3, "number differs": 0.5, "text exact": 2 / 3, "words f1": (1 + 0 + 0.8 + 1) / 4, "questions": 10})
+    table = evaluate.by_kind_of_question(answers)
+    assert table["point_count"] == pytest.approx(0.5) and table["choice"] == 1
 
 
-@pytest.mark.parametrize("videos", [False, True])
-def test_a_model_is_asked_end_to_end(tiny, videos):
-    """Fresh scenes go through the model in batches: every question gets an answer, the same for every size of batch."""
+def test_tracks_are_scored_at_whole_seconds(record):
+    """P, R, F1 look at the frames of whole seconds only, HOTA at all that was asked for."""
+    record = clip(5)
+    half_right = on(0, 1, 0, 2, 4) + on(1, 2, 0, 1, 3)
+    figures = scores(Asked(record, Annotation("track", "x", [0, 1]), None, "", "", half_right))
+    assert (figures["track precision"], figures["track recall"]) == (1, pytest.approx(4 / 6))
+    assert figures["hota"] == pytest.approx((6 / 10 * (3 / 5)) ** 0.5)
+
+
+@pytest.mark.parametrize("name", ["stills", "clips", "tracks", "text"])
+def test_a_model_is_asked_end_to_end(tiny, name, monkeypatch):
+    """Fresh records go through the model in batches: every question gets an answer, the same for every size of batch."""
+    monkeypatch.setattr(evaluate, "LONGEST", {False: 24, True: 24})
     model, tokenizer = tiny
-    figures, asked = evaluate.evaluate(model, tokenizer, videos, scenes=1, batch=8, quiet=True)
-    again, one_by_one = evaluate.evaluate(model, tokenizer, videos, scenes=1, batch=1, quiet=True)
-    assert figures["questions"] == len(asked) > 0 and figures == again
-    assert [(a.query, a.text, a.points) for a in asked] == [(a.query, a.text, a.points) for a in one_by_one]
+    make = lambda: evaluate.fresh(name, 1, model.config.views)
+    figures, answers = evaluate.evaluate(model, tokenizer, make(), batch=8)
+    again, one_by_one = evaluate.evaluate(model, tokenizer, make(), batch=1)
+    assert figures["questions"] == len(answers) > 0 and figures == again
+    assert [(a.annotation, a.question, a.text, a.points) for a in answers] == [
+        (a.annotation, a.question, a.text, a.points) for a in one_by_one]
+
+
+def test_the_command_writes_its_settings(tmp_path, capsys, monkeypatch):
+    """Figures of a JSONL file and every setting go to the JSON; a bad line is named and ends the command."""
+    monkeypatch.setattr(evaluate, "LONGEST", {False: 8, True: 8})
+    path = data.write_set("screens", tmp_path, 2, 0, 2)
+    evaluate.main(["--data", str(path), "--json", str(tmp_path / "figures.json")])
+    assert f"{path}, " in capsys.readouterr().out
+    made = json.loads((tmp_path / "figures.json").read_text())
+    assert {"checkpoint", "seed", "prompts", "points as", "crops", "frames", "fps", "batch", "longest answer", "dtype"} <= set(made["settings"])
+    assert set(made["figures"]) == {str(path)} and made["figures"][str(path)]["all"]["questions"] >= 3
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".part")] == []
+    path.write_text(path.read_text() + "{\n")
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--data", str(path)])
+    assert end.value.code == 2 and f"{path}:3: " in capsys.readouterr().err

@@ -174,7 +174,7 @@ def test_readable_spells_points_out_wherever_they_stand(tiny):
             f'<points coords="{triple}1<|token_index|><|vit_index|>')
     assert infer.readable(text, points, views) == (
         'a <points coords="1 1 100 500;2 2 1000 000">b</points> <points coords="2 1 500 073')
-    listed = write_text(points[:2], data.places(views), views.sizes, "b")
+    listed = write_text(points[:2], data.places(views.times, len(views.sizes)), views.sizes, "b")
     assert infer.readable(text, points, views).startswith(f"a {listed} ")
 
 

@@ -27,6 +27,7 @@ from model import (
 from packing import Example, collate
 from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, PointConfig, grounded_pieces
 from preprocess import ViewConfig, Views, image_views, video_views
+from records import Annotation, Object, Record
 from tokenizer import Tokenizer
 from vit import ViTConfig
 
@@ -36,7 +37,7 @@ CONFIG = replace(
     views=ViewConfig(crop_size=70, margins=(1, 1), max_crops=4, max_frames=6),
     vit=ViTConfig(width=32, layers=3, heads=4, mlp_hidden=48, taps=(-1, -3), grid=5),
     connector=ConnectorConfig(width=32, heads=4, mlp_hidden=40, output_layer=False),
-    llm=LLMConfig(vocabulary=TOKENIZER.base_size, width=48, layers=3, heads=4, kv_heads=2, head_width=12, mlp_hidden=64, rope_theta=1e4),
+    llm=LLMConfig(vocabulary=TOKENIZER.base_size, width=48, layers=3, heads=4, kv_heads=2, head_width=12, mlp_hidden=64, rope_theta=1e4, dropout=0.0),
     point=PointConfig(width=16),
 )
 SPELLING = data.spelling(TOKENIZER)
@@ -86,7 +87,7 @@ def tree(seed: int, branches: int = 1, lists: int = 1, **seen) -> Example:
         pieces, rows = [f"It is {rng.integers(99)}."], np.zeros((0, 3), np.int64)
         if len(views.pooling) and number % 2 == 0:
             pieces, rows = pointed(views, rng, lists)
-        made.append(data.branch(TOKENIZER, f"what is {rng.integers(99)}?", pieces, rows))
+        made.append(data.branch(TOKENIZER, [(f"what is {rng.integers(99)}?", pieces)], rows))
     return Example(data.trunk(TOKENIZER, views), views.crops, views.pooling, made)
 
 
@@ -562,10 +563,10 @@ def test_a_few_scenes_are_learned(optimizer, steps):
         for x, y in corners:
             picture[y:y + 14, x:x + 14] = 250, 220, 30
         views = image_views([picture], config.views)
-        points = [data.Point(i, 0, x + 7.0, y + 7.0) for i, (x, y) in enumerate(corners)]
-        query = data.Query("point", "Where?", "spots", [0, 1], "", "all")
-        pieces, rows = data.answer_pieces(query, points, views, data.patch_map(views), config)
-        examples.append(Example(data.trunk(TOKENIZER, views), views.crops, views.pooling, [data.branch(TOKENIZER, "Where?", pieces, rows)]))
+        things = {i: Object({0: (x + 7.0, y + 7.0)}) for i, (x, y) in enumerate(corners)}
+        said = Annotation("point", "spots", [0, 1], question="Where?")
+        pieces, rows = data.answer(said, Record("", [picture], None, things, [said]), views, config)
+        examples.append(Example(data.trunk(TOKENIZER, views), views.crops, views.pooling, [data.branch(TOKENIZER, [("Where?", pieces)], rows)]))
         answers.append(Answer(TOKENIZER.encode_layout(pieces), rows.tolist(), "stop"))
         prompts.append(data.prompt(TOKENIZER, views, "Where?"))
 

@@ -5,6 +5,7 @@ import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
+import data
 import differ
 import evaluate
 import infer
@@ -21,9 +22,9 @@ COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```
             for line in block.splitlines() if line.strip()]
 PROGRAMS = {"train.py": train.main, "evaluate.py": evaluate.main, "infer.py": infer.main, "synthetic.py": synthetic.main,
             "tokenizer.py": tokenizer.main, "packing.py": packing.main, "weights.py": weights.main, "model.py": model.main,
-            "tests/differ.py": differ.main}
+            "data.py": data.main, "tests/differ.py": differ.main}
 EXTRA = {"weights.py": "safetensors", "runs/released": "safetensors", "tests/differ.py": "transformers"}  # word: package
-LESS = {"train.py": ["--steps", "1", "--workers", "0"], "evaluate.py": ["--scenes", "1"],
+LESS = {"train.py": ["--steps", "1", "--workers", "0"], "evaluate.py": ["--records", "1"],
         "packing.py": ["--examples", "48", "--branches", "2"]}
 
 
@@ -50,8 +51,9 @@ def test_every_python_command_runs(tmp_path, monkeypatch, capfd):
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "SMALL_EVALUATION", 1)
+    monkeypatch.setattr(evaluate, "LONGEST", {False: 16, True: 16})
     for key, stage in train.STAGES.items():
-        monkeypatch.setitem(train.STAGES, key, train.replace(stage, batch=2))
+        monkeypatch.setitem(train.STAGES, key, train.replace(stage, pool=4, branches=2))
     for _, program, *words in commands:
         if any(word in EXTRA and find_spec(EXTRA[word]) is None for word in [program, *words]):
             continue  # runs where requirements-dev.txt is installed

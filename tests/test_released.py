@@ -278,7 +278,7 @@ def test_the_released_inference_code_differs_in_four_places(tiny):
     assert torch.equal(*word["<im_patch>"]) and torch.equal(*word["<|token_index|>"])
 
     tokenizer = tiny[1]
-    views = data.scene_views(synthetic.still(0, 0), SMALL)
+    views = data.views_of(data.draw("stills", 0, 0, 1), SMALL.views)
     batch, spelling = collate([data.prompt(tokenizer, views, "point to the cups")]), data.spelling(tokenizer)
     with torch.no_grad():
         theirs.lm_head.new_embedding[11] += 5 * theirs.ln_f(theirs(batch)[0][0, -1])  # it wants to point

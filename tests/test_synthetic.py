@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import synthetic
-from synthetic import COLORS, KINDS, Scene, Thing, clip, corpus, first_seen, queries, still
+from synthetic import COLORS, KINDS, Scene, Thing, clip, first_seen, queries, still
 
 ROOT = Path(synthetic.__file__).parent
 
@@ -264,7 +264,7 @@ def asked(stills: int, clips: int, n: int) -> list[tuple[Scene, synthetic.Query]
 def test_targets_are_the_things_that_the_label_names():
     """For point and count: no more and no fewer than the words say, none for "none", and the label is in the text."""
     for scene, query in asked(80, 25, 10):
-        if query.task in ("point", "count"):
+        if query.task in ("point", "point_count"):
             assert set(query.targets) == meant(scene, query.label) and len(set(query.targets)) == len(query.targets)
             assert (query.about == "none") == (query.targets == [])
             assert query.label in query.question and query.answer == ""
@@ -305,7 +305,7 @@ def test_the_mixture_and_its_variety():
     tasks, about = Counter(q.task for _, q in pairs), Counter(q.about for _, q in pairs if q.task == "point")
     share = {name: count / len(pairs) for name, count in (tasks + about).items()}
     intended = {"kind": 0.18, "color+kind": 0.19, "color": 0.08, "all": 0.03, "size": 0.04, "position": 0.08,
-                "count": 0.19, "caption": 0.04, "qa": 0.09}
+                "point_count": 0.19, "caption": 0.04, "qa": 0.09}
     assert all(abs(share[name] - part) < 0.045 for name, part in intended.items()), share
     located = [(scene, query) for scene, query in pairs if query.label]
     nowhere = [(scene, query) for scene, query in located if query.about == "none"]
@@ -320,34 +320,115 @@ def test_the_mixture_and_its_variety():
         assert len(found) == len(set(found)) == 12
 
 
-def test_corpus_covers_every_word():
-    """The fixed first part alone holds every word of many scenes' questions, labels and answers, and the format's
-    pieces; the whole has the length asked for, one text a line, and is the same each time."""
-    fixed = list(corpus(0, 0))
-    known = {word for text in fixed for word in re.findall(r"\w+", text)}
-    for _, query in asked(150, 40, 12):
-        assert set(re.findall(r"\w+", f"{query.question} {query.label} {query.answer}")) <= known
-    for piece in ("There are none.", '<points coords="', '">', "</points>", "user", "assistant", "Image 1", "0.5 ",
-                  *map(str, range(21))):
-        assert piece in fixed
-    texts = list(corpus(1500, 1))
-    assert len(texts) == 1500 and texts == list(corpus(1500, 1)) and texts[:len(fixed)] == fixed
-    assert any(re.fullmatch(r"Counting the .+ shows a total of \d+\.", text) for text in texts)
-    assert all(text and "\n" not in text for text in texts)
+# ---- words and motions -----------------------------------------------------------------------------------------------
 
 
-# ---- the command line ----
+def test_spoken_captions_say_every_thing_once():
+    """What is said aloud holds each colour and kind with its number, whatever words stand around it."""
+    for i, scene in enumerate(scenes(20, 10)):
+        said = synthetic.talk(scene, np.random.default_rng(i))
+        counts = Counter((thing.color, thing.kind) for thing in scene.things)
+        for (color, kind), n in counts.items():
+            name = f"{color} {kind}" if n == 1 else f"{synthetic.NUMBERS[n]} {color} {synthetic.PLURALS[kind]}"
+            assert len(re.findall(rf"\b{name}\.", said)) == 1
+        assert said.count(".") == 2 + len(counts) and scene.background in said
+    assert len({synthetic.talk(scene, np.random.default_rng(i)) for i in range(20)}) > 15
+
+
+def test_longer_answers_and_choices_are_true():
+    """Colours are counted right; the answer to a choice is among four different options, and is what the question asks for."""
+    seen = Counter()
+    for i, scene in enumerate(scenes(60, 20)):
+        for query in queries(scene, np.random.default_rng(i), 6, mixture=synthetic.CAPTIONS | synthetic.ANSWERS):
+            seen[query.task, query.about] += 1
+            if query.about == "colors":
+                found = {color: synthetic.NUMBERS.index(n.lower()) for n, color in re.findall(r"(\w+) things? (?:is|are) (\w+)", query.answer)}
+                assert found == Counter(thing.color for thing in scene.things)
+            if query.task == "choice":
+                assert len(set(query.choices)) == 4 and query.answer in query.choices
+                thing = scene.things[query.targets[0]]
+                assert query.answer == (thing.color if query.about == "color-of" else thing.name)
+    assert all(seen[key] > 5 for key in (("qa", "colors"), ("choice", "color-of"), ("choice", "kind-of"), ("count", "kind")))
+
+
+@pytest.mark.parametrize("start, end, word", [((10, 50), (80, 52), "moves right"), ((80, 50), (10, 40), "moves left"), ((50, 80), (51, 10), "moves up"),
+                                              ((50, 10), (45, 70), "moves down"), ((50, 50), (51, 50), "rests"), ((10, 10), (70, 75), ""), ((50, 50), (60, 50), "")])
+def test_motions_by_hand(start, end, word):
+    """Far and mostly along one axis has a direction, hardly anything is rest, all else has no word."""
+    points = np.linspace(start, end, 6).astype(np.float32)[:, None]
+    scene = Scene(np.zeros((6, 100, 100, 3), np.uint8), np.arange(6) / 2, [Thing("cup", "red", 9)], np.zeros((6, 1, 1, 1), bool), points, "plain", True)
+    assert synthetic.motions(scene) == [word]
+
+
+def test_motion_tells_lookalikes_apart():
+    """A label that names a motion means exactly one of several things of its kind."""
+    seen = 0
+    for index in range(60):
+        scene = synthetic.tracks(1, index)
+        does = synthetic.motions(scene)
+        for query in queries(scene, np.random.default_rng(index), 8, mixture=synthetic.TRACKING):
+            if query.about == "motion":
+                noun, motion = query.label.split(" that ")
+                group = meant(scene, noun)
+                assert len(group) > 1 and [i for i in group if does[i] == motion] == query.targets
+                seen += 1
+    assert seen > 10
+
+
+def test_crowds_hide_and_cross():
+    """Three to eight things of few types, most of them out of view at some moment and back later, all seen at some time."""
+    returned, alike = [], []
+    for index in range(40):
+        scene = synthetic.tracks(0, index)
+        assert 3 <= len(scene.things) <= 8 and 7 <= len(scene.times) <= 13
+        seen = np.isfinite(scene.points[..., 0])
+        assert seen.any(0).all()
+        returned += [bool((~track[track.argmax():len(track) - track[::-1].argmax()]).any()) for track in seen.T]
+        alike.append(max(Counter(thing.name for thing in scene.things).values()))
+    assert np.mean(returned) > 0.2 and np.mean(alike) > 1.8
+
+
+def test_long_clips_are_the_same_worlds_for_longer():
+    """6 to 15 seconds at 2 fps, the last moment included."""
+    for make in (synthetic.long_clip, synthetic.long_tracks):
+        lengths = [make(0, index).times[-1] for index in range(6)]
+        assert all(6 <= seconds <= 15 for seconds in lengths) and len(set(lengths)) > 3
+
+
+def test_subtitles_are_what_is_asked_for():
+    """Every answer stands in the text behind its moment."""
+    for index in range(10):
+        scene = clip(3, index)
+        text, found = synthetic.subtitles(scene, np.random.default_rng(index))
+        lines = dict(line.split(" ", 1) for line in text.strip().split("\n"))
+        assert {query.question.split(" at ")[1].rstrip("?"): query.answer for query in found} == lines
+        assert all(any(thing.name in words for thing in scene.things) for words in lines.values())
+
+
+def test_questions_without_a_picture_are_true():
+    """Numbers, plurals and colours, worked out again from the words."""
+    for i in range(200):
+        query = synthetic.words(np.random.default_rng(i))
+        word = query.question.split()[-1].rstrip("?")
+        number = lambda step: synthetic.NUMBERS[synthetic.NUMBERS.index(word) + step].capitalize() + "."
+        if "after" in query.question or "before" in query.question:
+            assert query.answer == number(1 if "after" in query.question else -1)
+        elif "plural" in query.question:
+            assert SINGULAR[query.answer.rstrip(".").lower()] == word
+        else:
+            assert query.answer == ("Yes." if query.question.split()[1] in COLORS else "No.")
+
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-B", str(ROOT / "synthetic.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True)
 
 
+
 def test_command_line(tmp_path):
-    """`show` draws a sheet, `corpus` prints, and a mistake ends in one line and status 2."""
+    """`show` draws a sheet, and a mistake ends in one line and status 2."""
     sheet = tmp_path / "sheet.png"
     assert run("show", str(sheet), "--video", "--index", "2").returncode == 0 and sheet.stat().st_size > 10_000
-    assert len(run("corpus", "--n", "1200").stdout.splitlines()) == 1200
     wrong = run("show", str(sheet), "--seed", "-1")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "0 or more" in wrong.stderr
 

@@ -1,0 +1,346 @@
+"""Records: one schema for all data. A record is pictures and all that is said about them.
+
+One line of a JSONL file is one record, paths are relative to the file:
+
+    {"images": ["desk.jpg"],                      or "video": "street.mp4", or neither for text alone
+     "subtitles": "0.0 hello",                    plain text that follows the pictures
+     "objects": [{"id": 1,
+                  "points": [{"x": 212, "y": 80.5}],                         pixels; + "image": from 1, or "time": seconds
+                  "masks": [{"size": [480, 640], "counts": [9, 3, ...]}],    run lengths down the columns, zeros first
+                  "shown": 0.5}],                                            when a video's `point` marks it (else: first seen)
+     "annotations": [{"task": "point", "label": "cups", "objects": [1]},
+                     {"task": "point", "label": "pens", "points": [{"x": 9, "y": 8}]},           objects without a name
+                     {"task": "track", "label": "the dog", "objects": [1], "fps": 1},
+                     {"task": "choice", "question": "Which?", "choices": ["a", "b"], "answer": "b"},
+                     {"task": "chat", "messages": [{"role": "user", "content": "Hi. What is this?"}, ...]}]}
+
+An object that has no point at some moment is out of view then. `TASKS` names all tasks and what they need.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+import synthetic
+from preprocess import ViewConfig, displayed_at, read_image, read_video, sample_times
+
+T = TypeVar("T")
+AT_A_FRAME = 0.25  # seconds: what was said of a moment holds for a frame so near
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Records: pictures, and who is in them, and what is said
+
+
+class Runs(NamedTuple):
+    """A mask (height, width) as run lengths down its columns, zeros first (COCO's uncompressed form)."""
+
+    size: tuple[int, int]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, mask: np.ndarray) -> "Runs":
+        flat = mask.ravel("F").astype(np.int8)
+        changes = np.flatnonzero(np.diff(flat, prepend=np.int8(0), append=np.int8(2)))
+        return cls(mask.shape, tuple(np.diff(changes, prepend=0).tolist()))
+
+    def mask(self) -> np.ndarray:
+        values = np.arange(len(self.counts)) % 2 == 1
+        return np.repeat(values, self.counts).reshape(self.size, order="F")
+
+
+@dataclass
+class Object:
+    """Somebody or something. Keys are moments: the number of an image from 0, or seconds of a video."""
+
+    points: dict[float, tuple[float, float]]                # x, y in pixels; out of view at moments that are missing
+    masks: dict[float, Runs] = field(default_factory=dict)
+    shown: float | None = None                              # when a video's `point` marks it; None: its first moment
+
+
+@dataclass
+class Annotation:
+    """Something said about the pictures. Which fields count depends on the task, a row of TASKS."""
+
+    task: str
+    label: str = ""                                         # what the objects are called in prompt and answer
+    objects: list[int] = field(default_factory=list)        # ids; [] if there is none of what is asked for
+    count: int | None = None                                # how many, where no object is known
+    question: str = ""                                      # in place of the task's own wordings
+    answer: str = ""
+    choices: list[str] = field(default_factory=list)
+    messages: list[tuple[str, str]] = field(default_factory=list)  # turns of user and assistant
+    fps: float = 2.0                                        # of tracks
+    start: float | None = None                              # track_from: the moment of the given point; None: the first
+    about: str = ""                                         # a word by which evaluation groups its figures
+
+
+@dataclass
+class Record:
+    name: str
+    pictures: list[np.ndarray]                              # (H, W, 3) uint8
+    times: list[float] | None                               # seconds, if they are the frames of a video
+    objects: dict[int, Object]
+    annotations: list[Annotation]
+    subtitles: str = ""
+
+    @property
+    def medium(self) -> str:
+        return "video" if self.times is not None else "image" if len(self.pictures) == 1 else "images"
+
+    def picture(self, moment: float) -> int:
+        """Which picture shows a moment: the nearest frame."""
+        return int(moment) if self.times is None else int(np.abs(np.array(self.times) - moment).argmin())
+
+    def seen(self, values: dict[float, T]) -> dict[int, T]:
+        """Values by moment -> by picture, in order. What lies between the frames is left out, and of several moments at
+        one frame the nearest counts."""
+        off = lambda moment: 0 if self.times is None else abs(self.times[self.picture(moment)] - moment)
+        moments = sorted((moment for moment in values if off(moment) <= AT_A_FRAME), key=off, reverse=True)
+        return dict(sorted((self.picture(moment), values[moment]) for moment in moments))
+
+    def limited(self, config: ViewConfig) -> "Record":
+        """With no more frames than the model looks at."""
+        if self.times is not None and len(self.times) > config.max_frames:
+            kept = sorted(set(displayed_at(self.times, sample_times(self.times[-1], config.fps, config.max_frames))))
+            self.pictures, self.times = [self.pictures[i] for i in kept], [self.times[i] for i in kept]
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Tasks: what each needs, how it is asked for, how it is answered
+
+
+class Task(NamedTuple):
+    needs: str                  # fields that it cannot do without
+    wordings: tuple[str, ...]   # of its prompts; with a question of its own an annotation needs none
+    answer: str = ""            # around the list of points {}, with their number {n}
+    style: str = ""             # a style that is not for chat stands in front of its prompts
+
+
+OPTIONS = ("{question}\n{options}\nAnswer with the letter.", "{question}\n{options}\nWhich option is right?",
+           "{question} Choose one:\n{options}")
+TASKS = {
+    "point": Task("label objects", synthetic.POINT, "{}"),
+    "point_count": Task("label objects", synthetic.COUNT, "Counting the {} shows a total of {n}."),
+    "count_point": Task("label objects", ("How many {label} are there? Point to them.",
+                                          "Count the {label}, then point to them."), "There are {n} {}."),
+    "count": Task("label", ("How many {label} are there?", "Count the {label}."), "{n}", "only_count"),
+    "track": Task("label objects", ("Track the {label}.", "Follow the {label}.", "Track the {label} at {fps} fps.",
+                                    "Where do the {label} go? Answer at {fps} fps."), "{}"),
+    "track_ends": Task("label objects", ("Where do the {label} first and last appear?",
+                                         "Show the first and the last place of the {label}."), "{}",
+                       "video_point_ground_start_end"),
+    "track_from": Task("label objects", ("Track {given} at {fps} fps.", "Follow {given} at {fps} fps."), "{}",
+                       "video_single_point_track_per_frame"),
+    "caption": Task("answer", synthetic.CAPTION),
+    "transcript": Task("answer", ("Describe this {medium} as if you were talking to somebody.",
+                                  "What would somebody say who looks at this {medium}?")),
+    "qa": Task("question answer", ("{question}",)),
+    "short_answer": Task("question answer", ("{question}",), style="short_answer"),
+    "choice": Task("question choices answer", OPTIONS, style="multiple_choice"),
+    "chat": Task("messages", ("{question}",)),
+}
+TRACKS = ("track", "track_ends", "track_from")
+DEFAULT_FPS = 2.0  # of tracks: all frames that are seen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. JSONL
+
+
+
+REQUIRED = object()
+NAMES = {str: "a text", int: "a whole number", float: "a number", list: "a list", dict: "an object in braces"}
+
+
+def take(values: dict, key: str, kind: type, default=REQUIRED):
+    """values[key], which must be of this kind. ValueError says what it is instead."""
+    value = values.get(key, default)
+    if value is REQUIRED:
+        raise ValueError(f"{key!r} is missing")
+    fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+    if value is not default and not fits or isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key!r} is {str(value)[:40]!r}, not {NAMES[kind]}")
+    return value
+
+
+def only(values: dict, *keys: str) -> dict:
+    if not isinstance(values, dict):
+        raise ValueError(f"{str(values)[:40]!r} is not an object in braces")
+    if unknown := sorted(set(values) - set(keys)):
+        raise ValueError(f"unknown key {unknown[0]!r}: known are {', '.join(keys)}")
+    return values
+
+
+@dataclass
+class Line:
+    """A line of a file, its pictures not yet read."""
+
+    record: Record
+    images: list[Path]
+    video: Path | None
+
+    def load(self, config: ViewConfig) -> Record:
+        """Reads the pictures. MediaError or ValueError if they cannot be read or do not fit what is said about them."""
+        record = self.record
+        if self.video:
+            record.pictures, record.times = read_video(self.video, config.fps, config.max_frames)
+        else:
+            record.pictures = [read_image(path) for path in self.images]
+        for identity, thing in record.objects.items():
+            for moment, (x, y) in thing.points.items():
+                height, width, _ = record.pictures[record.picture(moment)].shape
+                if not (0 <= x <= width and 0 <= y <= height):
+                    raise ValueError(f"object {identity}: the point {x:g}, {y:g} is outside the {width} x {height} picture")
+            for moment, runs in thing.masks.items():
+                shape = record.pictures[record.picture(moment)].shape[:2]
+                if shape != runs.size:
+                    raise ValueError(f"object {identity}: a mask of size {list(runs.size)} on a picture of {list(shape)}")
+        return record
+
+
+def parse(text: str, name: str, folder: Path) -> Line:
+    """A line of JSON -> a record. ValueError says what is wrong with it."""
+    values = only(json.loads(text), "id", "images", "video", "subtitles", "objects", "annotations")
+    if "images" in values and "video" in values:
+        raise ValueError("'images' and 'video': give one of them")
+    images = [folder / take({"images": path}, "images", str) for path in take(values, "images", list, [])]
+    video = folder / take(values, "video", str) if "video" in values else None
+    moment = lambda place: _moment(place, len(images), video is not None)
+    objects: dict[int, Object] = {}
+    for listed in take(values, "objects", list, []):
+        identity = take(only(listed, "id", "points", "masks", "shown"), "id", int)
+        if identity in objects:
+            raise ValueError(f"two objects have the id {identity}")
+        points = {moment(place): _xy(place) for place in take(listed, "points", list)}
+        masks = {moment(place): _runs(place) for place in take(listed, "masks", list, [])}
+        if not points:
+            raise ValueError(f"object {identity} has no points")
+        shown = take(listed, "shown", float, None)
+        objects[identity] = Object(points, masks, shown)
+    annotations = [_annotation(said, objects, moment) for said in take(values, "annotations", list)]
+    if not annotations:
+        raise ValueError("'annotations' is empty")
+    record = Record(str(values.get("id", name)), [], None, objects, annotations, take(values, "subtitles", str, ""))
+    return Line(record, images, video)
+
+
+def _moment(place: dict, images: int, video: bool) -> float:
+    only(place, "x", "y", "size", "counts", "image", "time")
+    if video:
+        if take(place, "time", float) < 0:
+            raise ValueError(f"'time' is {place['time']}, before the video")
+        return float(place["time"])
+    number = take(place, "image", int, 1 if images == 1 else REQUIRED)
+    if not 1 <= number <= images:
+        raise ValueError(f"'image' is {number} of {images}")
+    return number - 1
+
+
+def _xy(place: dict) -> tuple[float, float]:
+    return float(take(place, "x", float)), float(take(place, "y", float))
+
+
+def _runs(place: dict) -> Runs:
+    size, counts = take(place, "size", list), place.get("counts")
+    if isinstance(counts, str):
+        raise ValueError("'counts' is compressed: give it as a list of numbers")
+    whole = [take({"counts": count}, "counts", int) for count in take(place, "counts", list)]
+    if len(size) != 2 or min(whole, default=0) < 0 or sum(whole) != size[0] * size[1]:
+        raise ValueError(f"a mask's 'counts' add up to {sum(whole)}, its 'size' is {size}")
+    return Runs(tuple(size), tuple(whole))
+
+
+def _annotation(said: dict, objects: dict[int, Object], moment) -> Annotation:
+    only(said, "task", "label", "objects", "points", "count", "question", "answer", "choices", "messages", "fps", "start", "about")
+    if (task := take(said, "task", str)) not in TASKS:
+        raise ValueError(f"'task' is {task!r}: known are {', '.join(TASKS)}")
+    made = Annotation(task, *(take(said, key, kind, default) for key, kind, default in (
+        ("label", str, ""), ("objects", list, []), ("count", int, None), ("question", str, ""), ("answer", str, ""),
+        ("choices", list, []))), [], take(said, "fps", float, DEFAULT_FPS), take(said, "start", float, None), take(said, "about", str, ""))
+    made.objects = list(made.objects)
+    for place in take(said, "points", list, []):  # each a new object
+        identity = max(objects, default=0) + 1
+        objects[identity] = Object({moment(place): _xy(place)})
+        made.objects.append(identity)
+    if unknown := [i for i in made.objects if i not in objects]:
+        raise ValueError(f"{task}: there is no object with id {unknown[0]!r}")
+    turns = [(take(only(m, "role", "content"), "role", str), take(m, "content", str)) for m in take(said, "messages", list, [])]
+    if [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2):
+        raise ValueError("'messages' must go from user to assistant and end with the assistant")
+    made.messages = [(asked, answered) for (_, asked), (_, answered) in zip(turns[::2], turns[1::2])]
+    for need in TASKS[task].needs.split():
+        if need == "objects" and ("objects" in said or "points" in said):
+            continue  # an empty list says that there are none
+        if not getattr(made, need):
+            raise ValueError(f"{task} needs {need!r}")
+    if task == "count" and made.count is None and "objects" not in said and "points" not in said:
+        raise ValueError("count needs 'count', or 'objects'")
+    if made.choices and made.answer not in made.choices:
+        raise ValueError(f"the answer {made.answer!r} is none of the choices")
+    if task in TRACKS and made.fps <= 0:
+        raise ValueError(f"'fps' is {made.fps:g}")
+    return made
+
+
+def dump(record: Record, images: Sequence[str] = (), video: str | None = None) -> str:
+    """A record as a line of JSON, with the names of its files: the inverse of `parse`."""
+    place = (lambda moment: {"time": moment}) if video else lambda moment: {"image": int(moment) + 1}
+    objects = []
+    for identity, thing in record.objects.items():
+        points = [place(moment) | {"x": round(x, 2), "y": round(y, 2)} for moment, (x, y) in thing.points.items()]
+        masks = [place(moment) | {"size": list(runs.size), "counts": list(runs.counts)} for moment, runs in thing.masks.items()]
+        objects.append({"id": identity, "points": points} | ({"masks": masks} if masks else {})
+                       | ({} if thing.shown is None else {"shown": thing.shown}))
+    annotations = []
+    for said in record.annotations:
+        written = {key: value for key, value in vars(said).items() if value not in ("", [], None) or key == "objects"}
+        if not TASKS[said.task].answer:
+            written.pop("objects")
+        if said.task not in TRACKS:
+            written.pop("fps")
+        if said.messages:
+            roles = ("user", "assistant")
+            written["messages"] = [{"role": role, "content": text} for turn in said.messages for role, text in zip(roles, turn)]
+        annotations.append(written)
+    media = {"video": video} if video else {"images": list(images)} if images else {}
+    extra = {"subtitles": record.subtitles} if record.subtitles else {}
+    return json.dumps({"id": record.name} | media | extra | ({"objects": objects} if objects else {}) | {"annotations": annotations})
+
+
+class Lines:
+    """A JSONL file. Lines are found by their place in it and parsed when they are asked for. ValueError, with the file's
+    name, if there are none."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path, self.at = Path(path), []
+        try:
+            with open(path, "rb") as file:
+                start = 0
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        self.at.append((number, start, len(line)))
+                    start += len(line)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        if not self.at:
+            raise ValueError(f"{path}: holds no lines")
+        self.size = len(self.at)
+
+    def record(self, index: int, config: ViewConfig) -> Record:
+        """ValueError or MediaError that begins with file and line."""
+        number, start, length = self.at[index]
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            text = file.read(length)
+        try:
+            return parse(text.decode("utf-8"), f"{self.path.stem}-{number}", self.path.parent).load(config)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.path}:{number}: {error}") from None

@@ -1,0 +1,317 @@
+"""Screens drawn by code: windows with menus, icons, fields, boxes to tick and buttons, with exact masks of all of them.
+
+    +---------------------------+     looks      light or dark, flat or outlined, square or round, several sizes of type
+    | Notes                 _ x |     asked for  by name       "Click on Save."
+    | File  Edit  View          |                by function   "Where do I click to keep my work?"
+    | [=] [o] [?]               |                by place      "Point to the button right of Cancel."
+    | Name   [____________]     |                all of a sort "Point to the ticked boxes."
+    | [x] Sounds   [ ] Updates  |
+    |         [Cancel] [Save]   |     A second window may lie on top: what it hides is not there to be clicked.
+    +---------------------------+
+
+The role of MolmoPoint-GUISyn in small. `screen` gives a `synthetic.Scene` whose things are the elements; everything is a
+pure function of (seed, index).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from synthetic import Query, Scene
+
+CLICK_VISIBLE = 0.7  # of its box: what an element must show to be asked for
+
+# What stands on an element -> what it is good for.
+BUTTONS = {"Save": "keep my work", "Cancel": "leave without changes", "OK": "agree", "Help": "read the manual",
+           "Print": "put it on paper", "Send": "mail it", "Next": "go on", "Back": "return", "Buy": "pay",
+           "Sign in": "use my account", "Share": "show it to others", "Reset": "start over"}
+MENUS = {"File": "open a document", "Edit": "undo something", "View": "change the zoom", "Tools": "run a macro",
+         "Window": "arrange windows", "Insert": "add a picture"}
+FIELDS = {"Name": "type my name", "Email": "type my address", "City": "type where I live", "Phone": "type my number",
+          "Date": "type the day", "Search": "type what I look for"}
+TICKS = {"Sounds": "mute it", "Updates": "get new versions", "Dark mode": "make it darker", "Remember me": "stay signed in",
+         "Backup": "have a second copy", "Location": "tell where I am"}
+ICONS = {"trash": "delete something", "gear": "change the settings", "lens": "search", "house": "go to the first page",
+         "bell": "see what is new", "arrow": "go back a page", "plus": "add something", "disk": "store the file",
+         "heart": "mark it as a favorite", "lock": "make it private"}
+SORTS = {"button": "buttons", "menu": "menus", "field": "fields", "tick": "boxes to tick", "ticked": "ticked boxes", "icon": "icons"}
+TITLES = ("Notes", "Mail", "Photos", "Maps", "Music", "Shop", "Setup", "Editor")
+USES = {"button": BUTTONS, "menu": MENUS, "field": FIELDS, "tick": TICKS, "icon": ICONS}
+
+BY_NAME = ("Click on {label}.", "Point to {label}.", "Press {label}.", "Where is {label}?")
+BY_USE = ("Where do I click to {use}?", "I want to {use}.", "What do I press to {use}?")
+BY_SORT = ("Point to the {label}.", "Where are the {label}?", "Mark all {label}.")
+BY_COUNT = ("How many {label} are there?", "Count the {label}.")
+
+
+@dataclass
+class Element:
+    """Something to click on: its sort, what it is called, and its box (left, top, right, bottom) in pixels."""
+
+    sort: str
+    word: str
+    box: tuple[int, int, int, int]
+    ticked: bool = False
+
+    @property
+    def name(self) -> str:
+        if self.sort == "tick":
+            return f"the box {self.word}"
+        return f"the {self.word} {self.sort}"
+
+    @property
+    def middle(self) -> tuple[float, float]:
+        left, top, right, bottom = self.box
+        return (left + right) / 2, (top + bottom) / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Looks, and the pen
+
+
+@dataclass
+class Look:
+    desk: tuple[int, ...]    # the colours of what lies behind,
+    paper: tuple[int, ...]   # of windows,
+    bar: tuple[int, ...]     # of title bars,
+    ink: tuple[int, ...]     # of letters and lines,
+    accent: tuple[int, ...]  # of what stands out
+    type: int                # height of the letters in pixels
+    round: int               # radius of corners
+    flat: bool               # filled buttons without an outline
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, scale: float) -> "Look":
+        grey, dark = (lambda low, high: int(rng.integers(low, high))), rng.random() < 0.35
+        tint = lambda value: tuple(int(np.clip(value + d, 0, 255)) for d in rng.integers(-8, 9, 3))
+        paper, bar, ink = (grey(30, 60), grey(65, 95), grey(215, 250)) if dark else (grey(225, 255), grey(180, 215), grey(5, 50))
+        accent = [(40, 110, 220), (30, 150, 90), (200, 70, 50), (130, 80, 190)][rng.integers(4)]
+        return cls(tint(grey(70, 170)), tint(paper), tint(bar), tint(ink), accent, round(rng.uniform(10, 13) * scale),
+                   round(rng.choice([0, 2, 4]) * scale), bool(rng.random() < 0.4))
+
+
+def icon(pen: ImageDraw.ImageDraw, name: str, box: tuple[int, int, int, int], color: tuple[int, ...]) -> None:
+    """One of ICONS, line drawn to fill the box."""
+    left, top, right, bottom = box
+    side = right - left
+    at = lambda x, y: (left + x * side, top + y * (bottom - top))
+    width = max(1, round(side / 9))
+    line = lambda *points: pen.line([at(*p) for p in points], fill=color, width=width)
+    match name:
+        case "trash":
+            line((0.2, 0.25), (0.3, 1), (0.7, 1), (0.8, 0.25)), line((0.1, 0.22), (0.9, 0.22)), line((0.4, 0.08), (0.6, 0.08))
+        case "gear":
+            pen.ellipse([at(0.2, 0.2), at(0.8, 0.8)], outline=color, width=width)
+            for angle in np.arange(8) * np.pi / 4:
+                c, s = np.cos(angle), np.sin(angle)
+                line((0.5 + 0.3 * c, 0.5 + 0.3 * s), (0.5 + 0.5 * c, 0.5 + 0.5 * s))
+        case "lens":
+            pen.ellipse([at(0.05, 0.05), at(0.65, 0.65)], outline=color, width=width), line((0.57, 0.57), (0.98, 0.98))
+        case "house":
+            line((0, 0.5), (0.5, 0.05), (1, 0.5)), line((0.18, 0.45), (0.18, 0.98), (0.82, 0.98), (0.82, 0.45))
+        case "bell":
+            pen.pieslice([at(0.18, 0.05), at(0.82, 1.1)], 180, 360, fill=color), line((0.05, 0.72), (0.95, 0.72))
+            pen.ellipse([at(0.42, 0.78), at(0.6, 0.98)], fill=color)
+        case "arrow":
+            line((0.45, 0.1), (0.05, 0.5), (0.45, 0.9)), line((0.05, 0.5), (1, 0.5))
+        case "plus":
+            line((0.5, 0.05), (0.5, 0.95)), line((0.05, 0.5), (0.95, 0.5))
+        case "disk":
+            pen.rectangle([at(0.05, 0.05), at(0.95, 0.95)], outline=color, width=width)
+            pen.rectangle([at(0.28, 0.05), at(0.72, 0.38)], fill=color), pen.rectangle([at(0.25, 0.6), at(0.75, 0.95)], outline=color)
+        case "heart":
+            pen.polygon([at(*p) for p in ((0.5, 0.95), (0.02, 0.4), (0.12, 0.12), (0.38, 0.1), (0.5, 0.28), (0.62, 0.1),
+                                          (0.88, 0.12), (0.98, 0.4))], fill=color)
+        case "lock":
+            pen.rectangle([at(0.12, 0.45), at(0.88, 0.98)], fill=color)
+            pen.arc([at(0.25, 0.02), at(0.75, 0.85)], 180, 360, fill=color, width=width)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Windows
+
+
+class Words:
+    """The words that are still free: nothing is called the same twice on one screen."""
+
+    def __init__(self, rng: np.random.Generator):
+        self.left = {sort: [str(word) for word in rng.permutation(list(uses))] for sort, uses in USES.items()}
+
+    def next(self, sort: str) -> str | None:
+        return self.left[sort][-1] if self.left[sort] else None
+
+    def take(self, sort: str) -> str:
+        return self.left[sort].pop()
+
+
+class Window:
+    """A window that is drawn from the top down, row by row, until it is full. `elements` are what can be clicked."""
+
+    def __init__(self, pen: ImageDraw.ImageDraw, rng: np.random.Generator, look: Look, box: tuple[int, int, int, int], words: Words):
+        self.pen, self.rng, self.look, self.words = pen, rng, look, words
+        self.left, self.top, self.right, self.bottom = box
+        self.font, self.line, self.gap = ImageFont.load_default(look.type), round(1.7 * look.type), round(0.6 * look.type)
+        self.elements: list[Element] = []
+        pen.rectangle(box, fill=look.paper, outline=look.ink)
+        pen.rectangle((self.left + 1, self.top + 1, self.right - 1, self.top + self.line), fill=look.bar)
+        self.write(self.left + self.gap, self.top + self.line // 2 + 1, str(rng.choice(TITLES)))
+        self.y = self.top + self.line + 2
+        if rng.random() < 0.6:
+            self.menus()
+        if rng.random() < 0.7:
+            self.icons()
+        while self.y + self.line < self.bottom - 2 * self.line and (self.field() if rng.random() < 1 / 3 else self.tick()):
+            self.y += self.line + self.gap // 2
+        self.buttons()
+
+    def write(self, x: float, y: float, text: str, color=None, anchor: str = "lm") -> None:
+        self.pen.text((x, y), text, fill=color or self.look.ink, font=self.font, anchor=anchor)
+
+    def place(self, sort: str, x: int, y: int, width: int, height: int) -> Element | None:
+        """The next word of a sort at a place, if there is one and it fits."""
+        if x + width > self.right - self.gap or y + height > self.bottom - 2 or self.words.next(sort) is None:
+            return None
+        ticked = sort == "tick" and bool(self.rng.random() < 0.5)
+        self.elements.append(Element(sort, self.words.take(sort), (x, y, x + width, y + height), ticked))
+        return self.elements[-1]
+
+    def menus(self) -> None:
+        x = self.left + self.gap
+        while (word := self.words.next("menu")) and (made := self.place(
+                "menu", x, self.y, round(self.font.getlength(word)) + self.gap, self.line)):
+            self.write(x + self.gap // 2, self.y + self.line // 2, word)
+            x = made.box[2] + self.gap // 2
+        self.y += self.line + 2
+
+    def icons(self) -> None:
+        x, side = self.left + self.gap, round(1.5 * self.look.type)
+        for _ in range(self.rng.integers(2, 6)):
+            if made := self.place("icon", x, self.y, side, side):
+                icon(self.pen, made.word, made.box, self.look.ink)
+            x += side + self.gap
+        self.y += side + self.gap
+
+    def field(self) -> Element | None:
+        start = self.left + self.gap + round(4.2 * self.look.type)
+        made = self.place("field", start, self.y, max(self.right - 2 * self.gap - start, 2 * self.look.type), self.line)
+        if made:
+            self.write(self.left + self.gap, self.y + self.line // 2, made.word)
+            fill = tuple((c + 128) // 2 for c in self.look.paper)
+            self.pen.rounded_rectangle(made.box, self.look.round, fill=fill, outline=self.look.ink)
+        return made
+
+    def tick(self) -> Element | None:
+        side = self.look.type
+        if made := self.place("tick", self.left + self.gap, self.y + (self.line - side) // 2, side, side):
+            self.pen.rectangle(made.box, outline=self.look.ink, fill=self.look.accent if made.ticked else None)
+            if made.ticked:
+                a, b, c, d = made.box
+                self.pen.line([(a + 2, (b + d) / 2), ((a + c) / 2, d - 2), (c - 2, b + 2)], fill="white", width=max(1, side // 6))
+            self.write(made.box[2] + self.gap, self.y + self.line // 2, made.word)
+        return made
+
+    def buttons(self) -> None:
+        x, y = self.left + self.gap, max(self.y, self.bottom - self.line - self.gap)
+        while (word := self.words.next("button")) and (made := self.place(
+                "button", x, y, round(self.font.getlength(word)) + 2 * self.gap, self.line)):
+            first = x == self.left + self.gap
+            self.pen.rounded_rectangle(made.box, self.look.round, fill=self.look.accent if first else self.look.bar,
+                                       outline=None if self.look.flat else self.look.ink)
+            self.write((made.box[0] + made.box[2]) / 2, y + self.line // 2, word, "white" if first else self.look.ink, "mm")
+            x = made.box[2] + self.gap
+            if self.rng.random() < 0.2:
+                break
+
+
+def screen(seed: int, index: int, scale: float = 1.0) -> Scene:
+    """One screen of 150 to 224 pixels a side (times `scale`) with one window, or two of which one lies on top. What
+    shows too little of itself has no point. A pure function of its arguments, seed and index >= 0."""
+    rng = np.random.default_rng([seed, index, 5])
+    width, height = (int(rng.integers(150, 225) * scale) for _ in range(2))
+    look, words = Look.draw(rng, scale), Words(rng)
+    image = Image.new("RGB", (width, height), look.desk)
+    pen = ImageDraw.Draw(image)
+    margin = lambda side: int(rng.integers(0, 10) * side / 150)
+    box = (margin(width), margin(height), width - 1 - margin(width), height - 1 - margin(height))
+    elements = Window(pen, rng, look, box, words).elements
+    owner = np.full((height, width), -1, int)
+    for i, element in enumerate(elements):
+        a, b, c, d = element.box
+        owner[b:d + 1, a:c + 1] = i
+    if rng.random() < 0.3:
+        w, h = (int(side * rng.uniform(0.5, 0.7)) for side in (width, height))
+        x, y = int(rng.integers(0, width - w)), int(rng.integers(0, height - h))
+        owner[y:y + h + 1, x:x + w + 1] = -1
+        for element in Window(pen, rng, look, (x, y, x + w, y + h), words).elements:
+            a, b, c, d = element.box
+            owner[b:d + 1, a:c + 1] = len(elements)
+            elements.append(element)
+    masks = owner == np.arange(len(elements))[:, None, None]
+    points = np.full((1, len(elements), 2), np.nan, np.float32)
+    for i, element in enumerate(elements):
+        a, b, c, d = element.box
+        x, y = element.middle
+        if masks[i].sum() >= CLICK_VISIBLE * (c - a + 1) * (d - b + 1) and masks[i, int(y), int(x)]:
+            points[0, i] = x, y
+    return Scene(np.asarray(image)[None], np.zeros(1), elements, masks[None], points, "screen", False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Instructions
+
+
+def queries(scene: Scene, rng: np.random.Generator, n: int) -> list[Query]:
+    """n instructions about one screen, nothing asked twice (fewer if there are no more)."""
+    there = [i for i in range(len(scene.things)) if np.isfinite(scene.points[0, i, 0])]
+    found: dict[str, Query] = {}
+    for _ in range(20 * n):
+        about = str(rng.choice(["name", "use", "place", "sort", "none"], p=[0.35, 0.2, 0.15, 0.18, 0.12]))
+        query = _ask(scene, there, rng, about)
+        if query is not None and len(found) < n:
+            found.setdefault(f"{query.task} {query.label} {query.question}", query)
+    return list(found.values())
+
+
+def _ask(scene: Scene, there: list[int], rng: np.random.Generator, about: str) -> Query | None:
+    pick = lambda options: str(options[rng.integers(len(options))])
+    if about == "none":
+        sort = pick(list(USES))
+        shown = {thing.word for thing in scene.things}
+        missing = [word for word in USES[sort] if word not in shown]
+        if not missing:
+            return None
+        label = Element(sort, pick(missing), (0, 0, 0, 0)).name
+        return Query("point", pick(BY_NAME).format(label=label), label, [], "", "none")
+    if about == "sort":
+        sort = pick(list(SORTS))
+        meant = [i for i in there if scene.things[i].sort == sort or sort == "ticked" and scene.things[i].ticked]
+        task, wordings = ("point", BY_SORT) if rng.random() < 0.7 else ("point_count", BY_COUNT)
+        return Query(task, pick(wordings).format(label=SORTS[sort]), SORTS[sort], meant, "", "sort" if meant else "none")
+    if not there:
+        return None
+    i = there[rng.integers(len(there))]
+    thing = scene.things[i]
+    if about == "name":
+        return Query("point", pick(BY_NAME).format(label=thing.name), thing.name, [i], "", "name")
+    if about == "use":
+        return Query("point", pick(BY_USE).format(use=USES[thing.sort][thing.word]), thing.name, [i], "", "use")
+    return _beside(scene, there, i, pick)
+
+
+def _beside(scene: Scene, there: list[int], i: int, pick) -> Query | None:
+    """The element of the same sort next to element i, if just one stands there: right, left, above or below."""
+    thing, (x, y) = scene.things[i], scene.things[i].middle
+    height = thing.box[3] - thing.box[1]
+    others = [(j, scene.things[j].middle) for j in there if j != i and scene.things[j].sort == thing.sort]
+    row = [(u - x, j) for j, (u, v) in others if abs(v - y) < height / 2]
+    column = [(v - y, j) for j, (u, v) in others if abs(u - x) < height / 2]
+    found = [(f"{side} {thing.name}", min((abs(d), j) for d, j in line if d * sign > 0)[1])
+             for side, line, sign in (("right of", row, 1), ("left of", row, -1), ("below", column, 1), ("above", column, -1))
+             if any(d * sign > 0 for d, _ in line)]
+    if not found:
+        return None
+    where, target = found[int(pick(range(len(found))))]
+    sort = "box" if thing.sort == "tick" else thing.sort
+    label = f"the {sort} {where}"
+    return Query("point", pick(BY_NAME).format(label=label), label, [target], "", "place")

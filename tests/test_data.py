@@ -1,0 +1,485 @@
+"""Records through prompts and answers and back to points; sets, their mixture, the loader."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+import synthetic
+from connector import ConnectorConfig
+from data import Drawn, Loader, Mixture, branch, draw, example, pointed, question
+from model import PRESETS, Answer, LLMConfig, MolmoConfig
+from packing import Packer, collate, lay_out
+from pointing import TOKEN_INDEX, Point
+from preprocess import ViewConfig
+from records import TASKS, TRACKS, Annotation, Lines, Object, Record
+from tokenizer import Tokenizer
+from vit import ViTConfig
+
+TOKENIZER = Tokenizer([(34, 62)])  # bytes, and `">` as one token
+VIEWS = PRESETS["tiny"].views
+RNG = lambda: np.random.default_rng(0)
+
+
+def answered(record: Record, said: Annotation, config: MolmoConfig) -> tuple[str, list[Point], Answer]:
+    """The true answer as the model would write it, read back."""
+    views = data.views_of(record, config.views)
+    pieces, rows = data.answer(said, record, views, config)
+    pieces = said.messages[0][1] if said.messages else pieces
+    tokens = TOKENIZER.encode(pieces) if isinstance(pieces, str) else TOKENIZER.encode_layout(pieces)
+    written = Answer(tokens, rows.tolist(), "stop")
+    return *data.read_answer(written, TOKENIZER, views), written
+
+
+# ---- every task, both forms --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["tokens", "text"])
+@pytest.mark.parametrize("name", data.SETS)
+def test_the_true_answer_scores_full_marks(form, name):
+    """Written, tokenised, decoded, read back and measured, every true answer of every set is right; but for tracked things that
+    share a patch, or show less of themselves than the ninth of one."""
+    config, asked = replace(PRESETS["tiny"], points_as=form), []
+    for record in evaluate.fresh(name, 4, VIEWS, seed=9):
+        for said in record.annotations:
+            text, points, _ = answered(record, said, config)
+            a = evaluate.Asked(record, said, data.views_of(record, VIEWS), "", text, points)
+            asked.append(replace(a, figures=evaluate.scores(a)))
+    figures = evaluate.summarize(asked)
+    assert figures.pop("questions") == len(asked) > 4
+    assert figures.pop("count error", 0) == figures.pop("number differs", 0) == 0
+    assert all(value > (0.9 if "tracks" in name else 0.999) for value in figures.values()), figures
+
+
+@pytest.mark.parametrize("form", ["tokens", "text"])
+def test_points_come_back_where_they_were(form):
+    """As grounding tokens within half a ninth of their patch, as text within half a thousandth of the sides, in their picture."""
+    config, seen = replace(PRESETS["tiny"], points_as=form), 0
+    for name in ("stills", "clips", "multi-image points", "screens"):
+        for index in range(4):
+            record = draw(name, 9, index, 6)
+            views = data.views_of(record, VIEWS)
+            map_ = data.patch_map(views)
+            for said in record.annotations:
+                truth = pointed(record, said) if TASKS[said.task].answer else []
+                text, found, written = answered(record, said, config)
+                targets = {map_.target(*p[1:])[:2] for p in truth}
+                assert len(found) == (len(targets) if form == "tokens" else len(truth))
+                assert [p.id for p in found] == list(range(1, len(found) + 1))
+                stop = bool(found) and form == "tokens"
+                assert written.tokens.count(TOKENIZER.special[TOKEN_INDEX]) == len(written.rows) == (len(found) + 1 if stop else 0)
+                for p in truth if len(found) == len(truth) else []:
+                    token, slot, _ = map_.target(*p[1:])
+                    width, height = (views.patches[views.pooling[token, slot], 3:] / 6 if form == "tokens"
+                                     else np.array(views.sizes[p.picture]) / 2000)
+                    assert any(q.picture == p.picture and abs(q.x - p.x) <= width + 1e-6 and abs(q.y - p.y) <= height + 1e-6
+                               for q in found)
+                    seen += 1
+    assert seen >= 60
+
+
+def film() -> Record:
+    """Three seconds at 2 fps: thing 1 all the time, thing 2 from second 1 to 2, thing 3 at 0.5 only."""
+    times = [n / 2 for n in range(7)]
+    pictures = [np.zeros((100, 200, 3), np.uint8) for _ in times]
+    things = {1: Object({t: (20 + 20 * t, 10) for t in times}, shown=1.5), 2: Object({t: (150, 60 + 10 * t) for t in (1.0, 1.5, 2.0)}),
+              3: Object({0.5: (100, 50)})}
+    return Record("film", pictures, times, things, [])
+
+
+@pytest.mark.parametrize("task, extra, text", [
+    ("point", {}, '<points coords="0.5 1 500 500;1.0 2 750 700;1.5 3 250 100">cups</points>'),
+    ("point_count", {}, 'Counting the <points coords="0.5 1 500 500;1.0 2 750 700;1.5 3 250 100">cups</points> shows a total of 3.'),
+    ("count_point", {}, 'There are 3 <points coords="0.5 1 500 500;1.0 2 750 700;1.5 3 250 100">cups</points>.'),
+    ("count", {}, "3"),
+    ("track", {}, '<tracks coords="0.0 1 100 100;0.5 1 150 100 2 500 500;1.0 1 200 100 3 750 700;1.5 1 250 100 3 750 750;'
+                  '2.0 1 300 100 3 750 800;2.5 1 350 100;3.0 1 400 100">cups</tracks>'),
+    ("track", {"fps": 1.0}, '<tracks coords="0.0 1 100 100;1.0 1 200 100 2 750 700;2.0 1 300 100 2 750 800;3.0 1 400 100">cups</tracks>'),
+    ("track_ends", {}, '<tracks coords="0.0 1 100 100;0.5 2 500 500;1.0 3 750 700;2.0 3 750 800;3.0 1 400 100">cups</tracks>'),
+    ("track_from", {"objects": [1], "start": 2.0}, '<tracks coords="2.0 1 300 100;2.5 1 350 100;3.0 1 400 100">cups</tracks>'),
+])
+def test_answers_by_hand(task, extra, text):
+    """Every way of pointing in a video, as text: sorted by time, ids by first appearance, what is out of view left out; and
+    grounding tokens say the same frames, ids and numbers."""
+    record, said = film(), Annotation(**{"task": task, "label": "cups", "objects": [1, 2, 3]} | extra)
+    config = PRESETS["tiny"]
+    assert answered(record, said, replace(config, points_as="text"))[0] == text
+    written, points, _ = answered(record, said, config)
+    assert re.sub(" coords=.*\">", "", written) == re.sub(" coords=.*\">", "", text)
+    in_text = answered(record, said, replace(config, points_as="text"))[1]
+    assert Counter(p.picture for p in points) == Counter(p.picture for p in in_text)
+    assert {p.id for p in points} == {p.id for p in in_text}
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if TASKS[task].answer])
+def test_none_is_said_in_words(task):
+    """Where nothing is meant, every task that points answers `There are none.` and no grounding token."""
+    text, points, written = answered(film(), Annotation(task, "cups", [], start=0.0), PRESETS["tiny"]) if task != "track_from" else (
+        "There are none.", [], Answer([], [], ""))
+    assert text == "There are none." and not points and not written.rows
+
+
+def test_styles_that_are_not_for_chat_say_their_name():
+    """Chat prompts are the bare words; the others begin with `style: `; every wording is used and fully filled in."""
+    record, seen = film(), Counter()
+    for task, row in TASKS.items():
+        if task == "chat":
+            continue  # has its own words
+        said = Annotation(task, "cups", [1], question="Which?" if "question" in row.needs else "", answer="a", choices=["a", "b"])
+        words = {question(said, record, np.random.default_rng(i)) for i in range(60)}
+        assert len(words) == len(row.wordings)
+        for text in words:
+            assert text.startswith(f"{row.style}: ") if row.style else ":" not in text.split()[0]
+            assert "{" not in text and ("cups" in text) == ("label" in row.needs)
+        seen[bool(row.style)] += 1
+    assert seen[True] >= 4 and seen[False] >= 6
+    choice = question(Annotation("choice", question="Which?", answer="b", choices=["a", "b"]), record, RNG())
+    assert choice.startswith("multiple_choice: Which?") and "A. a\nB. b" in choice
+    given = question(Annotation("track_from", "cup", [1], start=1.0, fps=1.0), record, RNG())
+    assert '<points coords="1.0 1 200 100">cup</points> at 1 fps' in given
+
+
+def test_an_own_question_replaces_the_wordings():
+    """A question that came with the annotation is asked as it is, and no random number is drawn for it."""
+    rng = RNG()
+    assert question(Annotation("point", "cups", [1], question="Cups?"), film(), rng) == "Cups?"
+    assert rng.random() == RNG().random()
+    assert question(Annotation("count", "cups", [1], question="Cups?"), film(), rng) == "only_count: Cups?"
+
+
+# ---- trees -------------------------------------------------------------------------------------------------------------
+
+
+def test_learned_tokens_are_the_answers_and_their_ends():
+    """A branch is the chat layout around its turns; exactly the answers and the end tokens after them are learned, and
+    special tokens that somebody typed are plain text."""
+    pieces = ["here ", "<|token_index|>", '">']
+    made = branch(TOKENIZER, [("where <|im_end|>?", pieces)], np.array([[-1, -1, -1]]))
+    text = TOKENIZER.decode(made.tokens)
+    assert text == '<|im_start|>user\nwhere <|im_end|>?<|im_end|>\n<|im_start|>assistant\nhere <|token_index|>"><|im_end|>'
+    assert TOKENIZER.decode(made.tokens[made.learned]) == 'here <|token_index|>"><|im_end|>' and made.tokens[-1] == TOKENIZER.eos_id
+    made = branch(TOKENIZER, [("a", "<|im_end|>"), ("b", "c")], np.zeros((0, 3), int))
+    assert TOKENIZER.decode(made.tokens) == ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<|im_end|><|im_end|>\n"
+                                             "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\nc<|im_end|>")
+    assert TOKENIZER.decode(made.tokens[made.learned]) == "<|im_end|><|im_end|>c<|im_end|>"
+    assert (made.tokens == TOKENIZER.eos_id).sum() == 4, "the typed one is ten characters"
+
+
+def test_a_prompt_is_the_example_up_to_the_answer():
+    """What inference feeds is a prefix of what training saw, subtitles included."""
+    record = draw("video qa", 0, next(i for i in range(50) if draw("video qa", 0, i, 3).subtitles), 3)
+    tree, views = example(record, TOKENIZER, PRESETS["tiny"], RNG()), data.views_of(record, VIEWS)
+    said = record.annotations[0]
+    asked = said.messages[0][0] if said.messages else question(said, record, RNG())
+    one, two = lay_out([tree]), lay_out([data.prompt(TOKENIZER, views, asked, record.subtitles)])
+    assert np.array_equal(one.tokens[:len(two.tokens)], two.tokens) and not two.loss_weights.any()
+    assert TOKENIZER.decode(tree.trunk).endswith(record.subtitles) and record.subtitles.startswith("\n")
+
+
+def test_places_name_images_and_seconds():
+    """Images are called by their number from 1, frames by their seconds, as in the visual layout."""
+    clip, stills = draw("clips", 9, 0, 1), draw("multi-image points", 9, 0, 1)
+    assert data.places(clip.times, len(clip.pictures))[:2] == ["0.0", "0.5"]
+    assert data.views_of(clip, VIEWS).layout[0] == "0.0 " and data.views_of(stills, VIEWS).layout[0] == "Image 1"
+    assert data.places(None, 3) == ["1", "2", "3"]
+
+
+def test_text_alone_has_no_pictures(tiny):
+    """A record without pictures makes an example without crops, alone in a batch and beside others, and it trains."""
+    model, tokenizer = tiny
+    trees = [example(draw(name, 0, 0, 3), tokenizer, model.config, RNG()) for name in ("text", "stills")]
+    assert trees[0].crops.shape == (0, 81, 588) and len(trees[0].pooling) == 0 and len(trees[0].trunk) == 1
+    alone = model.losses(collate([trees[0]]))
+    both = model.losses(collate([trees]))
+    apart = model.losses(collate([trees[1]]))
+    assert alone["token"] > 0 and alone["patch"] == 0
+    assert both["token"].item() == pytest.approx((alone["token"] + apart["token"]).item(), rel=1e-5)
+
+
+# ---- synthetic sets ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", data.SETS)
+def test_synthetic_records_are_a_pure_function_of_seed_and_number(name):
+    """The same number gives the same record, whatever was drawn before; another number or seed gives another."""
+    def content(seed, index):
+        record = draw(name, seed, index, 4)
+        return [p.tobytes() for p in record.pictures], record.times, record.annotations, record.objects
+    assert content(3, 5) == content(3, 5)
+    assert content(3, 5) != content(3, 6) and content(3, 5) != content(4, 5)
+
+
+def test_truth_points_lie_in_their_masks():
+    """In every set every point lies on its object, at every moment that has one, and what is shown is in view."""
+    for name in data.SETS:
+        for index in range(2):
+            record = draw(name, 5, index, 4, masks=True)
+            for thing in record.objects.values():
+                for moment, (x, y) in thing.points.items():
+                    assert thing.masks[moment].mask()[int(y), int(x)]
+                assert thing.shown is None or thing.shown in thing.points
+
+
+def test_every_task_is_drawn_somewhere():
+    """Captions spoken and written, short and long answers, choices, chats, all ways to count, point and track, and "none"."""
+    tasks, none = Counter(), 0
+    for name in data.SETS:
+        for index in range(8):
+            said = draw(name, 1, index, 6).annotations
+            tasks.update(one.task for one in said)
+            none += sum(bool(one.label) and not one.objects for one in said)
+    assert set(tasks) == set(TASKS) - {"short_answer"} and none > 20
+
+
+def test_tracking_questions_are_answered_by_what_is_in_view():
+    """At 1 fps only whole seconds; from a given point on; ends are ends; hidden moments are left out."""
+    seen = Counter()
+    for index in range(30):
+        record = draw("tracks", 2, index, 8)
+        for said in record.annotations:
+            points = pointed(record, said)
+            seen[said.task, said.fps] += 1
+            for p in points:
+                assert record.times[p.picture] in record.objects[p.id].points
+                assert said.fps == 2 or record.times[p.picture] == int(record.times[p.picture]) or said.task == "track_from"
+            if said.task == "track_from":
+                assert len({p.id for p in points}) == 1 and min(record.times[p.picture] for p in points) == said.start
+            if said.task == "track_ends":
+                assert max(Counter(p.id for p in points).values(), default=0) <= 2
+    assert all(seen[task, fps] for task in ("track", "track_from") for fps in (1, 2)) and seen["track_ends", 2]
+
+
+def test_several_images_are_asked_about_together():
+    """Points name the image they are in, and things that match are found in all images."""
+    shared = 0
+    for index in range(12):
+        record = draw("multi-image points", 0, index, 6)
+        assert 2 <= len(record.pictures) <= 3 and record.times is None
+        for said in record.annotations:
+            shared += len({p.picture for p in pointed(record, said)}) > 1
+            assert "this image" not in said.question
+    assert shared > 5
+
+
+# ---- patches -----------------------------------------------------------------------------------------------------------
+
+CONFIG = replace(
+    PRESETS["tiny"],
+    views=ViewConfig(crop_size=70, margins=(1, 1), max_crops=2, max_frames=16),
+    vit=ViTConfig(width=32, layers=3, heads=4, mlp_hidden=48, taps=(-1, -3), grid=5),
+    connector=ConnectorConfig(width=32, heads=4, mlp_hidden=40, output_layer=False),
+    llm=LLMConfig(vocabulary=TOKENIZER.base_size, width=48, layers=2, heads=4, kv_heads=2, head_width=12, mlp_hidden=64, rope_theta=1e4, dropout=0.0),
+)
+
+
+def test_patches_are_labelled_with_what_they_show():
+    """A vivid patch is labelled with the colour that its middle shows, and fewer patches hold a point than show a thing."""
+    examples = data.PatchSet(7, PRESETS["tiny"])
+    crops, labels = data.collate_patches([examples[i] for i in range(9)])  # three of them are frames of clips
+    assert crops.shape[:2] == labels.shape[:2] and crops.dtype == torch.uint8
+    assert all(labels[..., i].min() == 0 and labels[..., i].max() < n for i, n in enumerate(data.PATCH_CLASSES))
+    assert ((labels[..., 0] > 0) == (labels[..., 1] > 0)).all()
+    middle = crops.unflatten(-1, (14, 14, 3))[:, :, 5:9, 5:9].float().mean((2, 3))  # (N, S, 3)
+    colors = torch.tensor(list(synthetic.COLORS.values()), dtype=torch.float)
+    vivid = (labels[..., 1] > 0) & (middle.max(-1).values - middle.min(-1).values > 120)  # neither grey nor shaded
+    nearest = torch.cdist(middle[vivid], colors).argmin(-1) + 1
+    assert vivid.sum() > 50 and (nearest == labels[..., 1][vivid]).float().mean() > 0.8  # some parts are shaded
+    assert 0 < (labels[..., 2] > 0).sum() < (labels[..., 0] > 0).sum()
+
+
+def test_points_lie_in_labelled_patches():
+    """By hand on one still: the patch that holds a thing's point names its kind, and only those patches do."""
+    scene = synthetic.still(7, 0)
+    views = data.views_of(data.scene_record(scene, []), CONFIG.views)
+    labels = data.patch_labels(scene, views.patches)
+    for (_, left, top, width, height), (kind, _, pointed) in zip(views.patches, labels):
+        inside = [1 + synthetic.KINDS.index(thing.kind) for thing, (x, y) in zip(scene.things, scene.points[0])
+                  if left <= x < left + width and top <= y < top + height]
+        assert pointed == (inside[-1] if inside else 0)
+        x, y = left + width / 2, top + height / 2
+        owner = scene.masks[0, :, int(y), int(x)].nonzero()[0]
+        assert kind == (1 + synthetic.KINDS.index(scene.things[owner[0]].kind) if len(owner) else 0)
+
+
+# ---- mixture and loader --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Numbers:
+    """A finite set of tiny records that say their number."""
+
+    tag: str
+    size: int
+    bad: tuple[int, ...] = ()
+
+    def record(self, index: int, config: ViewConfig) -> Record:
+        if index in self.bad:
+            raise ValueError(f"{self.tag}.jsonl:{index + 1}: broken")
+        words = "x" * (20 + 13 * index % 40)
+        return Record(f"{self.tag}{index}", [], None, {}, [Annotation("qa", question=words, answer=str(index))])
+
+
+def mixture(sets: dict[str, list], rates: dict[str, float], seed: int = 0, max_tokens: int = 256) -> Mixture:
+    return Mixture(sets, rates, seed, TOKENIZER, CONFIG, max_tokens)
+
+
+def test_sampled_shares_are_the_rates():
+    """In every thousand numbers each category has its rate to a thousandth; inside, sets go by the square root of their size."""
+    rates = {"captions": 13.6, "qa": 22.7, "text": 9.1}
+    mix = mixture({"captions": [Numbers("a", 100), Numbers("b", 400)], "qa": [Numbers("c", 50)], "text": [Numbers("d", 9)]}, rates)
+    for block in (0, 3):
+        drawn = Counter(mix.all[mix.place(n)[0]].tag for n in range(1000 * block, 1000 * block + 1000))
+        total = sum(rates.values())
+        assert drawn["a"] + drawn["b"] == pytest.approx(1000 * 13.6 / total, abs=2) and drawn["c"] == pytest.approx(500, abs=1)
+        assert drawn["b"] == pytest.approx(2 * drawn["a"], abs=2) and drawn["d"] == pytest.approx(1000 * 9.1 / total, abs=1)
+
+
+def test_finite_sets_are_gone_through_epoch_by_epoch():
+    """Each epoch holds every line once, in an order of its own; the place of a number does not depend on what was asked before."""
+    mix = mixture({"a": [Numbers("a", 40)], "b": [Numbers("b", 7)]}, {"a": 1, "b": 1})
+    places = [mix.place(n) for n in range(3000)]
+    of_a = [index for chosen, index in places if chosen == 0]
+    epochs = [of_a[i:i + 40] for i in range(0, 1200, 40)]
+    assert all(sorted(epoch) == list(range(40)) for epoch in epochs) and len(set(map(tuple, epochs))) == len(epochs)
+    again = mixture({"a": [Numbers("a", 40)], "b": [Numbers("b", 7)]}, {"a": 1, "b": 1})
+    assert [again.place(n) for n in (2999, 17, 1200)] == [places[n] for n in (2999, 17, 1200)]
+    other = mixture({"a": [Numbers("a", 40)], "b": [Numbers("b", 7)]}, {"a": 1, "b": 1}, seed=1)
+    assert [other.place(n) for n in range(100)] != places[:100]
+
+
+def test_a_category_without_a_set_is_an_error():
+    """A missing set stops before training."""
+    with pytest.raises(ValueError, match="there is no set for 'b'"):
+        mixture({"a": [Numbers("a", 4)]}, {"a": 1, "b": 1})
+
+
+def test_branches_are_shuffled_and_cut_to_fit():
+    """Epoch by epoch the annotations of a line come in another order; those that do not fit are left out, none is an error."""
+    class Long:
+        size = 1
+
+        def record(self, index, config):
+            return Record("long", [], None, {}, [Annotation("qa", question="q", answer=str(n) * 20) for n in range(6)])
+
+    mix = mixture({"a": [Long()]}, {"a": 1}, max_tokens=200)
+    trees = [mix[n][1] for n in range(12)]
+    firsts = {TOKENIZER.decode(tree.branches[0].tokens)[-30] for tree in trees}
+    assert len(firsts) > 2 and all(tree.length <= 200 and 3 <= len(tree.branches) < 6 for tree in trees)
+    assert "tokens, there is room for 40" in mixture({"a": [Long()]}, {"a": 1}, max_tokens=40)[0][1]
+
+
+def loader(mix: Mixture, **options) -> Loader:
+    return Loader(mix, Packer(256, 4, size=8), 2, "uniform", **options)
+
+
+def same(one, two) -> bool:
+    return all(torch.equal(getattr(one, name), getattr(two, name)) for name in vars(one))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_goes_on_from_its_state(workers):
+    """After any batch the state (a few numbers) is all it takes: a new loader, in another number of workers, gives the same
+    batches from there, in the middle of a pool too."""
+    sets = {"a": [Numbers("a", 40)], "b": [Numbers("b", 7)]}
+    straight = loader(mixture(sets, {"a": 3, "b": 1}))
+    batches, states = [], []
+    for batch in islice(straight, 8):
+        batches.append(batch)
+        states.append(straight.state)
+    assert len({str(state) for state in states}) == 8 and all(state["pool"] for state in states)
+    for stop in (0, 3, 6):
+        resumed = loader(mixture(sets, {"a": 3, "b": 1}), workers=workers, state=json.loads(json.dumps(states[stop])))
+        assert all(same(a, b) for a, b in zip(batches[stop + 1:], resumed, strict=False))
+
+
+def test_no_example_is_lost_or_doubled_in_packs():
+    """Over the batches of two loaders that share the work, each number comes at most once and in its own half."""
+    sets = {"a": [Numbers("a", 1000)]}
+    names = []
+    for rank in (0, 1):
+        half = loader(mixture(sets, {"a": 1}), rank=rank, world=2)
+        mine = [name for _ in islice(half, 20) for name in half.names]
+        waiting = [mixture(sets, {"a": 1})[n][1].name for n in half.state["pool"]]
+        numbers = sorted(mixture(sets, {"a": 1}).place(n)[1] for n in range(rank, half.state["next"][0], 2))
+        assert sorted(int(name[1:]) for name in mine + waiting) == numbers
+        names += mine
+    assert len(set(names)) == len(names) > 100
+
+
+def test_bad_items_are_named_and_a_limit_stops(monkeypatch):
+    """A line that cannot be used is named in a warning and left out; too many of them end the run."""
+    mix = mixture({"a": [Numbers("a", 40, bad=(3, 4))]}, {"a": 1})
+    with pytest.warns(UserWarning) as warned:
+        names = [name for one in [loader(mix)] for _ in islice(one, 6) for name in one.names]
+    assert any("left out: a.jsonl:4: broken" in str(w.message) for w in warned) and names and not {"a3", "a4"} & set(names)
+    monkeypatch.setattr(Loader, "MOST_SKIPPED", 5)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="more than 5 examples cannot be used; the last: a.jsonl:.: broken"):
+        list(islice(loader(mixture({"a": [Numbers("a", 8, bad=tuple(range(8)))]}, {"a": 1})), 1))
+
+
+# ---- commands ----------------------------------------------------------------------------------------------------------
+
+
+def test_check_names_bad_lines_and_counts(tmp_path, capsys):
+    """All bad lines are named with what is wrong, the good ones counted; the exit status says whether there were any."""
+    assert data.main(["draw", "image points", str(tmp_path), "--n", "3"]) == 0
+    path = tmp_path / "image-points.jsonl"
+    capsys.readouterr()
+    assert data.main(["check", str(path)]) == 0
+    good = capsys.readouterr().out
+    assert good.startswith("3 lines, 0 bad") and "image 3" in good and "tokens" in good
+    path.write_text(path.read_text() + '{"images": ["gone.png"], "annotations": [{"task": "caption", "answer": "a"}]}\n{\n')
+    assert data.main(["check", str(path)]) == 2
+    out = capsys.readouterr().out
+    assert "image-points.jsonl:4: " in out and "image-points.jsonl:5: " in out and "5 lines, 2 bad" in out
+
+
+@pytest.mark.parametrize("name", ["tracks", "multi-image points", "text"])
+def test_show_draws_an_example(name, tmp_path, capsys):
+    """A sheet per record: its pictures come first, marked with points, and the colours of all branches are on it."""
+    data.main(["draw", name, str(tmp_path), "--n", "2"])
+    stem = name.replace(" ", "-")
+    data.main(["show", str(tmp_path / f"{stem}.jsonl"), "--out", str(tmp_path / "out"), "--n", "1"])
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [f"{stem}-1.show.png"]
+    page = np.asarray(Image.open(tmp_path / "out" / f"{stem}-1.show.png"))
+    record = Lines(tmp_path / f"{stem}.jsonl").record(0, VIEWS)
+    for color in data.COLORS[:len(record.annotations)]:
+        assert (page == np.array(tuple(bytes.fromhex(color[1:])))).all(-1).sum() > 20
+    if record.pictures:
+        height, width, _ = record.pictures[0].shape
+        assert (page[:height, :width] == record.pictures[0]).all(-1).mean() > 0.9
+
+
+def test_corpus_holds_the_words_of_every_set(capsys):
+    """The texts, as many as asked for and the same each time, hold 97% of the words that prompts and answers use, and the
+    pieces around points."""
+    data.main(["corpus", "--n", "3000"])
+    texts = capsys.readouterr().out.splitlines()
+    assert len(texts) == 3000 and texts == list(data.corpus(3000, 0))
+    known = {word for text in texts for word in re.findall(r"\w+", text)}
+    used = Counter(word for name in data.SETS for index in range(500, 504) for tree in [draw(name, 1, index, 6)]
+                   for said in tree.annotations for word in re.findall(r"\w+", f"{said.question} {said.label} {said.answer}"))
+    assert sum(n for word, n in used.items() if word in known) > 0.97 * used.total()
+    assert {"There are none.", '<tracks coords="', "user", "0.5 "} <= set(texts) and "" not in texts
+
+
+@pytest.mark.parametrize("argv, said", [
+    ([], "required: command"), (["check", "none.jsonl"], "none.jsonl: cannot be read"), (["draw", "cats", "x"], "invalid choice: 'cats'"),
+    (["show", "none.jsonl"], "none.jsonl: cannot be read"), (["draw", "text", "x", "--n", "0"], "'0' is not a whole number"),
+])
+def test_bad_commands_end_in_one_line(argv, said, tmp_path, monkeypatch, capsys):
+    """Exit status 2 and one line on stderr, nothing written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        data.main(argv)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and said in err and err.startswith("data.py: ") and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())

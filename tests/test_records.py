@@ -1,0 +1,166 @@
+"""One schema for all data: what is written comes back, and what is wrong is said."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from model import PRESETS
+from preprocess import ViewConfig, write_video
+from records import TASKS, Annotation, Lines, Object, Record, Runs, dump, parse
+
+VIEWS = PRESETS["tiny"].views
+
+
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
+def test_run_lengths_equal_a_walk_down_the_columns(density):
+    """Zeros first, column by column; and the mask comes back."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        mask = rng.random(rng.integers(1, 9, 2)) < density
+        counts, value = [0], False
+        for pixel in mask.T.ravel():
+            if pixel != value:
+                counts.append(0)
+                value = pixel
+            counts[-1] += 1
+        runs = Runs.of(mask)
+        assert list(runs.counts) == counts and runs.size == mask.shape
+        assert np.array_equal(runs.mask(), mask)
+
+
+@pytest.mark.parametrize("name", data.SETS)
+def test_synthetic_records_survive_a_file(name, tmp_path):
+    """A record as files and a line of JSON reads back as the same record: everything in it but the pictures of a video,
+    which were compressed, is equal, and so are its tokens, loss mask and grounding targets."""
+    from tokenizer import Tokenizer
+
+    tokenizer = Tokenizer([(34, 62)])
+    lines = Lines(data.write_set(name, tmp_path, 2, 3, 6))
+    for index in range(2):
+        made = data.draw(name, 3, index, 6, masks=True).limited(VIEWS)
+        read = lines.record(index, VIEWS)
+        assert (read.name, read.times, read.subtitles) == (made.name, made.times, made.subtitles)
+        assert read.annotations == [data.replace(said, objects=said.objects if TASKS[said.task].answer else [])
+                                    for said in made.annotations]
+        one, two = (data.example(record, tokenizer, PRESETS["tiny"], np.random.default_rng(0)) for record in (made, read))
+        assert np.array_equal(one.trunk, two.trunk) and np.array_equal(one.pooling, two.pooling)
+        differ = 0
+        for a, b in zip(one.branches, two.branches, strict=True):
+            assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.learned, b.learned)
+            assert len(a.points) == len(b.points)
+            differ += (a.points[:, 0] != b.points[:, 0]).sum()
+        assert differ <= 0.1 * sum(len(made.points) for made in one.branches)  # odd sides of videos grow by a pixel
+        if made.times is None:
+            assert np.array_equal(one.crops, two.crops)
+            assert all(np.array_equal(a.points, b.points) for a, b in zip(one.branches, two.branches))
+        assert {i: set(thing.masks) for i, thing in made.objects.items()} == {i: set(thing.masks) for i, thing in read.objects.items()}
+
+
+GOOD = {"images": ["a.png"], "objects": [{"id": 4, "points": [{"x": 3, "y": 2.5}]}],
+        "annotations": [{"task": "point", "label": "cups", "objects": [4]}]}
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"annotations": []}, "'annotations' is empty"),
+    ({"annotations": None}, "'annotations' is 'None', not a list"),
+    ({"anotations": []}, "unknown key 'anotations'"),
+    ({"video": "a.mp4"}, "'images' and 'video': give one of them"),
+    ({"images": "a.png"}, "'images' is 'a.png', not a list"),
+    ({"objects": [{"id": 4, "points": []}]}, "object 4 has no points"),
+    ({"objects": [{"id": True, "points": []}]}, "'id' is 'True', not a whole number"),
+    ({"objects": [{"id": 4, "points": [{"x": 3}]}]}, "'y' is missing"),
+    ({"objects": [{"id": 4, "points": [{"x": 3, "y": 1, "image": 2}]}]}, "'image' is 2 of 1"),
+    ({"objects": [{"id": 4, "points": [{"x": 3, "y": 1, "time": "soon"}]}], "images": [], "video": "v.mp4"}, "give one of them"),
+    ({"objects": GOOD["objects"] * 2}, "two objects have the id 4"),
+    ({"objects": [{"id": 4, "points": [{"x": 3, "y": 1}], "masks": [{"size": [2, 2], "counts": [1, 2]}]}]},
+     "'counts' add up to 3, its 'size' is [2, 2]"),
+    ({"objects": [{"id": 4, "points": [{"x": 3, "y": 1}], "masks": [{"size": [2, 2], "counts": "RLE"}]}]}, "'counts' is compressed"),
+    ({"annotations": [{"task": "pointt"}]}, "'task' is 'pointt': known are point, "),
+    ({"annotations": [{"task": "point", "objects": [4]}]}, "point needs 'label'"),
+    ({"annotations": [{"task": "point", "label": "cups"}]}, "point needs 'objects'"),
+    ({"annotations": [{"task": "point", "label": "cups", "objects": [5]}]}, "there is no object with id 5"),
+    ({"annotations": [{"task": "count", "label": "cups"}]}, "count needs 'count', or 'objects'"),
+    ({"annotations": [{"task": "caption"}]}, "caption needs 'answer'"),
+    ({"annotations": [{"task": "choice", "question": "?", "choices": ["a"], "answer": "b"}]}, "'b' is none of the choices"),
+    ({"annotations": [{"task": "chat", "messages": [{"role": "user", "content": "Hi"}]}]}, "must go from user to assistant"),
+    ({"annotations": [{"task": "track", "label": "x", "objects": [4], "fps": 0}]}, "'fps' is 0"),
+    ({"annotations": ["point"]}, "'point' is not an object in braces"),
+])
+def test_bad_lines_say_what_is_wrong(change, said, tmp_path):
+    """Every wrong line is refused with the thing that is wrong, and the good one is not."""
+    parse(json.dumps(GOOD), "a", tmp_path)
+    with pytest.raises(ValueError, match=".*" + said.replace("[", r"\[").replace("]", r"\]").replace("?", r"\?")):
+        parse(json.dumps(GOOD | change), "a", tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"annotations": [NaN]}', '"text"', '{"images": [], "annotations": [{"task": "point"'])
+def test_broken_json_is_a_value_error(text, tmp_path):
+    """Nothing but ValueError comes out, whatever the line holds."""
+    with pytest.raises(ValueError):
+        parse(text, "a", tmp_path)
+
+
+def test_a_bad_line_is_named_with_its_file(tmp_path):
+    """File and line (empty lines count) stand in front, for bad JSON, missing pictures, points outside and wrong masks."""
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    outside = GOOD | {"objects": [{"id": 4, "points": [{"x": 21, "y": 5}]}]}
+    mask = GOOD | {"objects": [{"id": 4, "points": [{"x": 2, "y": 5}], "masks": [{"size": [2, 2], "counts": [4]}]}]}
+    texts = [json.dumps(GOOD), "", "{", json.dumps(GOOD | {"images": ["b.png"]}), json.dumps(outside), json.dumps(mask), "\xff"]
+    (tmp_path / "set.jsonl").write_bytes("\n".join(texts).encode("latin-1"))
+    lines = Lines(tmp_path / "set.jsonl")
+    assert lines.size == 6 and lines.record(0, VIEWS).pictures[0].shape == (10, 20, 3)
+    for i, (number, said) in enumerate([(3, "Expecting"), (4, "no such file"), (5, "21, 5 is outside the 20 x 10"),
+                                        (6, r"size \[2, 2\] on a picture of \[10, 20\]"), (7, "utf-8")], start=1):
+        with pytest.raises(ValueError, match=f"set.jsonl:{number}: .*{said}"):
+            lines.record(i, VIEWS)
+
+
+def test_missing_and_empty_files_are_errors(tmp_path):
+    """A set without a file or without lines does not begin."""
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    for name, said in (("none.jsonl", "cannot be read"), ("empty.jsonl", "holds no lines")):
+        with pytest.raises(ValueError, match=f"{name}: {said}"):
+            Lines(tmp_path / name)
+
+
+def test_points_without_objects_become_objects(tmp_path):
+    """The short form, `points` in the annotation, makes an object of each, in the first image unless it says another."""
+    said = {"images": ["a.png", "b.png"], "annotations": [
+        {"task": "point", "label": "cups", "points": [{"x": 1, "y": 2, "image": 1}, {"x": 3, "y": 4, "image": 2}]},
+        {"task": "point", "label": "pens", "points": []}]}
+    record = parse(json.dumps(said), "a", tmp_path).record
+    assert [thing.points for thing in record.objects.values()] == [{0: (1, 2)}, {1: (3, 4)}]
+    assert [one.objects for one in record.annotations] == [[1, 2], []]
+
+
+def test_moments_belong_to_the_nearest_frame():
+    """What was said of a moment holds for the frame nearest to it if that is near, and the nearest of several counts."""
+    record = Record("", [None] * 3, [0.0, 0.52, 1.0], {}, [])
+    assert [record.picture(moment) for moment in (0, 0.2, 0.3, 0.9, 7)] == [0, 0, 1, 2, 2]
+    assert record.seen({0.0: "a", 0.45: "b", 0.5: "c", 1.1: "d", 1.6: "e"}) == {0: "a", 1: "c", 2: "d"}
+    assert Record("", [None] * 3, None, {}, []).seen({2: "c", 0: "a"}) == {0: "a", 2: "c"}
+
+
+def test_long_videos_are_thinned_out_with_their_truth(tmp_path):
+    """More frames than the model looks at: the kept ones are spread over the video and include the last; what happens between
+    them is not put on a neighbour."""
+    times = [n / 2 for n in range(31)]
+    record = Record("", [np.full((4, 4, 3), n, np.uint8) for n in range(31)], times,
+                    {1: Object({t: (t, 0) for t in times if t != 1.5})}, [Annotation("track", "x", [1])])
+    record.limited(ViewConfig(max_frames=11))
+    assert record.times == [1.5 * n for n in range(11)] and [int(p[0, 0, 0]) for p in record.pictures] == list(range(0, 31, 3))
+    assert record.seen(record.objects[1].points) == {n: (1.5 * n, 0) for n in range(11) if n != 1}
+
+
+def test_videos_are_read_at_their_own_times(tmp_path):
+    """A video line gets the sampled frames of the file; its points go to the frames of their moments."""
+    write_video(tmp_path / "v.mp4", (np.full((20, 30, 3), 8 * n, np.uint8) for n in range(21)), 10)
+    said = {"video": "v.mp4", "objects": [{"id": 1, "points": [{"time": t, "x": 5 + t, "y": 5} for t in (0, 0.5, 2)]}],
+            "annotations": [{"task": "track", "label": "dog", "objects": [1]}]}
+    record = parse(json.dumps(said), "a", tmp_path).load(VIEWS)
+    assert record.times == pytest.approx([0, 0.5, 1, 1.5, 2]) and record.medium == "video"
+    assert [(p.picture, p.x) for p in data.pointed(record, record.annotations[0])] == [(0, 5), (1, 5.5), (4, 7)]
+    assert json.loads(dump(record, video="v.mp4"))["objects"][0]["points"][1] == {"time": 0.5, "x": 5.5, "y": 5}

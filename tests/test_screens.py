@@ -1,0 +1,104 @@
+"""Screens: what is drawn is what is known, and every instruction means what it says."""
+
+import numpy as np
+import pytest
+
+import screens
+from screens import ICONS, SORTS, USES, screen
+
+
+def elements(count: int = 60):
+    for index in range(count):
+        scene = screen(2, index)
+        yield scene, [(i, thing) for i, thing in enumerate(scene.things) if np.isfinite(scene.points[0, i, 0])]
+
+
+def test_a_screen_is_a_pure_function_of_seed_and_index():
+    """Twice the same, another index another screen."""
+    one, two, other = screen(1, 5), screen(1, 5), screen(1, 6)
+    assert np.array_equal(one.frames, two.frames) and np.array_equal(one.points, two.points, equal_nan=True)
+    assert one.things == two.things and one.things != other.things
+
+
+def test_screens_are_dense_and_varied():
+    """Ten things or so on a screen, every sort and icon appears, some windows hide things, light and dark looks."""
+    counts, words, hidden, light = [], set(), 0, []
+    for scene, shown in elements(150):
+        counts.append(len(scene.things))
+        words |= {(thing.sort, thing.word) for thing in scene.things}
+        hidden += len(scene.things) - len(shown)
+        light.append(np.median(scene.frames) > 128)
+    assert np.mean(counts) > 9 and hidden > 30 and 0.3 < np.mean(light) < 0.9
+    assert words == {(sort, word) for sort, uses in USES.items() for word in uses} and len(ICONS) == 10
+
+
+def test_points_are_the_middles_of_boxes_and_lie_in_masks():
+    """A point is the middle of its box, on pixels that belong to the element; no pixel has two owners; nothing has one name twice."""
+    for scene, shown in elements():
+        height, width = scene.frames.shape[1:3]
+        assert scene.masks[0].sum(0).max() <= 1 and len({thing.name for thing in scene.things}) == len(scene.things)
+        for i, thing in shown:
+            left, top, right, bottom = thing.box
+            assert 0 <= left < right < width and 0 <= top < bottom < height
+            x, y = scene.points[0, i]
+            assert (x, y) == pytest.approx(((left + right) / 2, (top + bottom) / 2)) and scene.masks[0, i, int(y), int(x)]
+            rows, columns = scene.masks[0, i].nonzero()
+            assert left <= columns.min() and columns.max() <= right and top <= rows.min() and rows.max() <= bottom
+
+
+def test_what_lies_behind_a_window_has_no_point():
+    """Where a second window covers most of an element, it cannot be clicked: the pixels of its box show something else."""
+    covered = [(scene, i) for scene, shown in elements(150) for i in range(len(scene.things)) if i not in dict(shown)]
+    assert len(covered) > 20
+    for scene, i in covered:
+        left, top, right, bottom = scene.things[i].box
+        assert scene.masks[0, i].sum() < (right - left + 1) * (bottom - top + 1)
+
+
+def test_elements_stand_out_from_their_surroundings():
+    """Something is drawn in every box: it is not the colour of the paper throughout."""
+    for scene, shown in elements(40):
+        for i, thing in shown:
+            left, top, right, bottom = thing.box
+            assert scene.frames[0, top:bottom + 1, left:right + 1].reshape(-1, 3).std(0).max() > 3, thing
+
+
+def test_resolutions_show_the_same_kind_of_screen():
+    """At twice the scale everything is about twice as large."""
+    one, two = (np.mean([thing.box[3] - thing.box[1] for i in range(20) for thing in screen(4, i, scale).things]) for scale in (1.0, 2.0))
+    assert 1.7 < two / one < 2.3
+
+
+def test_instructions_mean_what_they_say():
+    """Name, use, sort, ticks and place, each checked against the list of elements by other means."""
+    seen = set()
+    for scene, shown in elements(120):
+        by_name = {thing.name: i for i, thing in shown}
+        for query in screens.queries(scene, np.random.default_rng(0), 8):
+            seen.add(query.about)
+            assert query.task in ("point", "point_count") and query.question and query.label
+            assert all(np.isfinite(scene.points[0, i, 0]) for i in query.targets)
+            if query.about == "name":
+                assert [by_name[query.label]] == query.targets and query.label in query.question
+            if query.about == "use":
+                thing = scene.things[query.targets[0]]
+                assert USES[thing.sort][thing.word] in query.question and query.label == thing.name
+            if query.about == "sort":
+                sort = next(sort for sort, plural in SORTS.items() if plural == query.label)
+                assert query.targets == [i for i, thing in shown if (thing.ticked if sort == "ticked" else thing.sort == sort)]
+            if query.about == "none":
+                assert query.targets == [] and query.label not in by_name
+            if query.about == "place":
+                where, other = next((w, query.label.split(f" {w} ")[1]) for w in ("right of", "left of", "above", "below")
+                                    if f" {w} " in query.label)
+                (x, y), (u, v) = scene.things[query.targets[0]].middle, scene.things[by_name[other]].middle
+                assert {"right of": x > u, "left of": x < u, "above": y < v, "below": y > v}[where]
+                assert scene.things[query.targets[0]].sort == scene.things[by_name[other]].sort
+    assert seen == {"name", "use", "place", "sort", "none"}
+
+
+def test_nothing_is_asked_twice():
+    """The questions about a screen differ."""
+    for scene, _ in elements(20):
+        asked = screens.queries(scene, np.random.default_rng(1), 10)
+        assert len({(query.task, query.label, query.question) for query in asked}) == len(asked) >= 5
