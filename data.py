@@ -215,7 +215,7 @@ def read_answer(answer: Answer, tokenizer: Tokenizer, views: Views) -> tuple[str
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Scenes drawn by code, as records and as examples
+# 3. Scenes drawn by code, as records
 
 
 def annotated(query: Query) -> Annotation:
@@ -234,10 +234,6 @@ def scene_record(scene: Scene, asked: Sequence[Query], masks: bool = False, name
             objects[i] = Object(points, covered, moments[synthetic.first_seen(scene, i)] if scene.is_video else None)
     annotations = [annotated(query) for query in asked]
     return Record(name, list(scene.frames), moments if scene.is_video else None, objects, annotations)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Sets, their mixture, and the loader
 
 
 def album(seed: int, index: int, rng: np.random.Generator, branches: int, masks: bool) -> Record:
@@ -307,6 +303,9 @@ def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, a
         dialogue(record, rng)
     return record
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Sets, their mixture, and the loader
 
 NOMINAL = 100_000  # what an endless set counts for beside a finite one of its category
 

@@ -137,7 +137,7 @@ PRESETS = {
         views=ViewConfig(crop_size=126, margins=(1, 1), max_crops=4, max_frames=16),
         vit=ViTConfig(width=128, layers=5, heads=4, mlp_hidden=512, taps=(-1, -3), grid=9),
         connector=ConnectorConfig(width=128, heads=4, mlp_hidden=256, output_layer=False),
-        llm=LLMConfig(vocabulary=512, width=160, layers=4, heads=4, kv_heads=2, head_width=40, mlp_hidden=320,
+        llm=LLMConfig(vocabulary=768, width=160, layers=4, heads=4, kv_heads=2, head_width=40, mlp_hidden=320,
                       rope_theta=1e4, dropout=0.0),
         point=PointConfig(width=256),
         optimizer="muon",

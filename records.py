@@ -20,6 +20,7 @@ An object that has no point at some moment is out of view then. `TASKS` names al
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,7 +226,7 @@ def parse(text: str, name: str, folder: Path) -> Line:
             raise ValueError(f"object {identity} has no points")
         shown = take(listed, "shown", float, None)
         objects[identity] = Object(points, masks, shown)
-    annotations = [_annotation(said, objects, moment) for said in take(values, "annotations", list)]
+    annotations = [_annotation(said, objects, moment, video is not None) for said in take(values, "annotations", list)]
     if not annotations:
         raise ValueError("'annotations' is empty")
     record = Record(str(values.get("id", name)), [], None, objects, annotations, take(values, "subtitles", str, ""))
@@ -258,7 +259,7 @@ def _runs(place: dict) -> Runs:
     return Runs(tuple(size), tuple(whole))
 
 
-def _annotation(said: dict, objects: dict[int, Object], moment) -> Annotation:
+def _annotation(said: dict, objects: dict[int, Object], moment: Callable[[dict], float], video: bool) -> Annotation:
     only(said, "task", "label", "objects", "points", "count", "question", "answer", "choices", "messages", "fps", "start", "about")
     if (task := take(said, "task", str)) not in TASKS:
         raise ValueError(f"'task' is {task!r}: known are {', '.join(TASKS)}")
@@ -285,7 +286,13 @@ def _annotation(said: dict, objects: dict[int, Object], moment) -> Annotation:
         raise ValueError("count needs 'count', or 'objects'")
     if made.choices and made.answer not in made.choices:
         raise ValueError(f"the answer {made.answer!r} is none of the choices")
-    if task in TRACKS and made.fps <= 0:
+    if re.search("[<>]", made.label):
+        raise ValueError(f"the label {made.label!r} holds < or >, which end a list of points")
+    if task in TRACKS and not video:
+        raise ValueError(f"{task} needs a video")
+    if task == "track_from" and not made.objects:
+        raise ValueError("track_from needs an object to start from")
+    if made.fps <= 0:
         raise ValueError(f"'fps' is {made.fps:g}")
     return made
 

@@ -82,13 +82,15 @@ RELEASED = {
     2: Stage(30_000, 128, 16_384, 128, 128, SHARES, "paper", each(5e-6, 5e-6, 1e-5, 5e-6), each(200, 200, 200, 200)),
     3: Stage(2_000, 128, 36_864, 384, 384, SHARES, "paper", each(5e-6, 5e-6, 1e-5, 5e-6), each(200, 200, 200, 200)),
 }
-TINY = {  # a pool of 1: every tree in a row of its own, cheaper here until attention leaves out what the mask does
-    1: Stage(1050, 4, 2048, 32, 16, {"stills": 1}, "uniform", each(2e-4, 2e-3, 2e-3, 2e-3), each(20, 20, 20, 20), ("stills",),
-             look=1400, clips=3, pool=1, absent=0.4),
-    2: Stage(6000, 4, 2048, 32, 16, {"stills": 1, "clips": 1}, "uniform", each(4e-4, 1.5e-3, 1.5e-3, 1.5e-3),
-             each(20, 20, 20, 20), ("stills", "clips"), look=3600, pool=1),
-    3: Stage(6000, 4, 2048, 32, 32, SHARES | {"image pointing": 22.7, "image qa": 9.1, "long points": 5, "long tracks": 5}, "uniform",
-             each(2e-4, 1e-3, 1e-3, 1e-3), each(20, 20, 20, 20), ("stills", "clips", "screens", "tracks"), pool=1),
+TINY = {
+    1: Stage(1050, 2, 1024, 20, 16, {"stills": 95, "text": 5}, "uniform", each(2e-4, 2e-3, 2e-3, 2e-3), each(20, 20, 20, 20),
+             ("stills",), look=1400, clips=3, absent=0.4),
+    2: Stage(16_000, 2, 1024, 20, 16, {"image points": 22, "multi-image points": 6, "screens": 14, "video points": 18, "tracks": 16,
+                                       "captions": 7, "image qa": 7, "video qa": 6, "text": 4}, "uniform",
+             each(4e-4, 1.5e-3, 1.5e-3, 1.5e-3), each(20, 20, 20, 20), ("stills", "clips", "screens", "tracks"), look=4500),
+    3: Stage(800, 1, 2048, 40, 32, {"image points": 18, "multi-image points": 5, "screens": 12, "video points": 14, "tracks": 13,
+                                    "captions": 6, "image qa": 6, "video qa": 5, "text": 3, "long points": 9, "long tracks": 9},
+             "uniform", each(1e-4, 4e-4, 4e-4, 4e-4), each(20, 20, 20, 20), ("video points", "long points", "long tracks")),
 }
 STAGES = {("tiny", n): stage for n, stage in TINY.items()} | {
     (preset, n): stage for preset in PRESETS if preset != "tiny" for n, stage in RELEASED.items()}
@@ -336,6 +338,7 @@ def run(args):
     views = replace(model.config.views, max_frames=stage.frames)
     model.config = replace(model.config, views=views)
     model.train()
+    torch.use_deterministic_algorithms(torch.device(args.device).type == "cpu")  # else threads add gradients in any order
     loader = make_loader(stage, seed, tokenizer, model.config, args)
     log = Log(folder, int(state["step"]) if state else None)  # not before bad input is out: it begins a new metrics.jsonl
     with stoppable() as asked:

@@ -61,6 +61,7 @@ def test_synthetic_records_survive_a_file(name, tmp_path):
 
 GOOD = {"images": ["a.png"], "objects": [{"id": 4, "points": [{"x": 3, "y": 2.5}]}],
         "annotations": [{"task": "point", "label": "cups", "objects": [4]}]}
+VIDEO = {"images": None, "video": "a.mp4", "objects": [{"id": 4, "points": [{"x": 3, "y": 2.5, "time": 0}]}]}
 
 
 @pytest.mark.parametrize("change, said", [
@@ -86,14 +87,20 @@ GOOD = {"images": ["a.png"], "objects": [{"id": 4, "points": [{"x": 3, "y": 2.5}
     ({"annotations": [{"task": "caption"}]}, "caption needs 'answer'"),
     ({"annotations": [{"task": "choice", "question": "?", "choices": ["a"], "answer": "b"}]}, "'b' is none of the choices"),
     ({"annotations": [{"task": "chat", "messages": [{"role": "user", "content": "Hi"}]}]}, "must go from user to assistant"),
-    ({"annotations": [{"task": "track", "label": "x", "objects": [4], "fps": 0}]}, "'fps' is 0"),
+    ({"annotations": [{"task": "track", "label": "x", "objects": [4]}]}, "track needs a video"),
+    ({"annotations": [{"task": "point", "label": "x</points>", "objects": [4]}]}, "holds < or >"),
+    (VIDEO | {"annotations": [{"task": "track", "label": "x", "objects": [4], "fps": 0}]}, "'fps' is 0"),
+    (VIDEO | {"annotations": [{"task": "track_from", "label": "x", "objects": []}]}, "track_from needs an object"),
+    (VIDEO | {"objects": [{"id": 4, "points": [{"x": 3, "y": 2}]}]}, "'time' is missing"),
+    (VIDEO | {"objects": [{"id": 4, "points": [{"x": 3, "y": 2, "time": -1}]}]}, "'time' is -1, before the video"),
     ({"annotations": ["point"]}, "'point' is not an object in braces"),
 ])
 def test_bad_lines_say_what_is_wrong(change, said, tmp_path):
     """Every wrong line is refused with the thing that is wrong, and the good one is not."""
     parse(json.dumps(GOOD), "a", tmp_path)
+    changed = {key: value for key, value in (GOOD | change).items() if key != "images" or value is not None}
     with pytest.raises(ValueError, match=".*" + said.replace("[", r"\[").replace("]", r"\]").replace("?", r"\?")):
-        parse(json.dumps(GOOD | change), "a", tmp_path)
+        parse(json.dumps(changed), "a", tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"annotations": [NaN]}', '"text"', '{"images": [], "annotations": [{"task": "point"'])

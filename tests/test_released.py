@@ -22,7 +22,7 @@ from packing import collate  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 TINY = PRESETS["tiny"]
-SMALL = replace(TINY, llm=LLMConfig(512, 32, 2, 4, 2, 8, 48, 1e4), point=replace(TINY.point, width=16),
+SMALL = replace(TINY, llm=LLMConfig(768, 32, 2, 4, 2, 8, 48, 1e4), point=replace(TINY.point, width=16),
                 vit=replace(TINY.vit, width=16, heads=2, mlp_hidden=24), optimizer="adamw",
                 connector=replace(TINY.connector, width=16, heads=2, mlp_hidden=24))
 OLMO = replace(SMALL.llm, kv_heads=4, norm_after=True, norm_heads=False, yarn=Yarn(original_length=64, layers=(1,)))
@@ -224,11 +224,11 @@ def test_a_tokenizer_with_all_that_real_ones_hold(folder, tiny):
     (folder / "tokenizer.json").write_text(json.dumps(settings))
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"bos_token": "<|endoftext|>", "eos_token": {"content": "<|im_end|>"}, "model_max_length": 10}))
-    (folder / "generation_config.json").write_text('{"eos_token_id": [511, 509]}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": [767, 765]}')
     _, tokenizer = weights.load(folder)
     ids = tokenizer.special
     assert (tokenizer.bos_id, tokenizer.eos_id) == (ids["<|endoftext|>"], ids["<|im_end|>"])
-    assert set(tokenizer.stop_ids) == {ids["<|im_end|>"], 511, 509} == set(data.spelling(tokenizer).stops)
+    assert set(tokenizer.stop_ids) == {ids["<|im_end|>"], 767, 765} == set(data.spelling(tokenizer).stops)
     for text in ("what is at <POINT_7> ?", "<EXTRA_TOKENS_POINT_3>", "<|im_end|><im_patch>", "cafe\u0301"):
         assert max(tokenizer.encode(text)) < tokenizer.base_size
     assert tokenizer.encode("cafe\u0301") == tokenizer.encode("caf\u00e9") == tiny[1].encode("caf\u00e9")

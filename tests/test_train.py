@@ -77,7 +77,7 @@ def test_text_coordinates_train_with_the_same_command(quick, tmp_path):
 @pytest.mark.parametrize("argv, said", [
     (["--stage", "4"], "stage"),
     (["--stage", "1", "--data", "none.jsonl"], "none.jsonl"),
-    (["--stage", "1", "--accumulate", "3"], "the 2 packs of a step cannot be cut"),
+    (["--stage", "1", "--accumulate", "3"], "packs of a step cannot be cut"),
     (["--stage", "1", "--steps", "0"], "0"),
     (["--stage", "2", "--init", "no/such/folder"], "no/such/folder"),
     (["--stage", "1", "--preset", "huge"], "huge"),
@@ -102,7 +102,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(quick, tmp_path, monkey
     with pytest.raises(SystemExit) as end:
         train.main(["--stage", "1", "--out", str(tmp_path / "run"), *quick])
     said = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == 2 and "step 0" in said and "in the batch: image points-" in said
+    assert end.value.code == 2 and "step 0" in said and "in the batch: stills-" in said
     assert not (tmp_path / "run/checkpoint").exists()
 
 
