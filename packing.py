@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
         made = list(packs(enumerate(trees), packer))
         seconds = time.perf_counter() - start
         full = args.examples - packer.size  # until then the pool was full at every choice; the last packs are what is left
-        steady = [pack for pack, seen in zip(made, accumulate(map(len, made))) if seen <= full]
+        steady = [pack for pack, seen in zip(made, accumulate(map(len, made))) if seen <= full] or made
         filled = [(sum(e.length for e in p) / args.max_tokens, sum(len(e.crops) for e in p) / args.max_crops) for p in steady]
         tokens, crops = np.array(filled).T
         print(f"{args.examples} examples -> {len(made)} packs, {1000 * seconds / len(made):.1f} ms each")
