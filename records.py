@@ -104,7 +104,7 @@ class Record:
         one frame the nearest counts."""
         off = lambda moment: 0 if self.times is None else abs(self.times[self.picture(moment)] - moment)
         moments = sorted((moment for moment in values if off(moment) <= AT_A_FRAME), key=off, reverse=True)
-        return dict(sorted((self.picture(moment), values[moment]) for moment in moments))
+        return dict(sorted({self.picture(moment): values[moment] for moment in moments}.items()))  # the last stays
 
     def limited(self, config: ViewConfig) -> "Record":
         """With no more frames than the model looks at."""
@@ -154,8 +154,6 @@ DEFAULT_FPS = 2.0  # of tracks: all frames that are seen
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. JSONL
-
-
 
 REQUIRED = object()
 NAMES = {str: "a text", int: "a whole number", float: "a number", list: "a list", dict: "an object in braces"}

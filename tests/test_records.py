@@ -147,7 +147,8 @@ def test_moments_belong_to_the_nearest_frame():
     """What was said of a moment holds for the frame nearest to it if that is near, and the nearest of several counts."""
     record = Record("", [None] * 3, [0.0, 0.52, 1.0], {}, [])
     assert [record.picture(moment) for moment in (0, 0.2, 0.3, 0.9, 7)] == [0, 0, 1, 2, 2]
-    assert record.seen({0.0: "a", 0.45: "b", 0.5: "c", 1.1: "d", 1.6: "e"}) == {0: "a", 1: "c", 2: "d"}
+    assert record.seen({0.0: "a", 0.45: "z", 0.5: "c", 1.1: "d", 1.6: "e"}) == {0: "a", 1: "c", 2: "d"}
+    assert record.seen({0.55: "a", 0.7: "z", 0.45: "b"}) == {1: "a"}
     assert Record("", [None] * 3, None, {}, []).seen({2: "c", 0: "a"}) == {0: "a", 2: "c"}
 
 
