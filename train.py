@@ -4,11 +4,11 @@
     python train.py --stage 2 --init runs/stage1/checkpoint    # adds video, tracking, screens, words
     python train.py --stage 3 --init runs/stage2/checkpoint    # longer videos
     python train.py --stage 2 --resume                         # goes on where a run of stage 2 was stopped or killed
-    python train.py --stage 2 --init assets/tiny --data mine.jsonl --steps 600    # your own points (data.py has the format)
+    python train.py --stage 2 --init assets/tiny --data mine.jsonl --steps 500    # your own points (records.py has the format)
 
 Writes a run folder: metrics.jsonl (a line per step and per evaluation), curves.png, and a checkpoint for
-`infer.py --checkpoint` that also holds all that --resume needs. On the CPU with one thread a resumed run repeats the
-uninterrupted one bit for bit (more threads add sums in varying order, resumed or not). SIGTERM and Ctrl-C finish the step, save and end with status 0.
+`infer.py --checkpoint` that also holds all that --resume needs: on the CPU a resumed run repeats the uninterrupted one
+bit for bit. SIGTERM and Ctrl-C finish the step, save and end with status 0.
 """
 
 import json
