@@ -87,11 +87,14 @@ def pointed(record: Record, annotation: Annotation) -> list[Point]:
     for identity in annotation.objects:
         thing = record.objects[identity]
         at = record.seen(thing.points)
+        if not at:
+            continue  # in none of the frames that are looked at
         if record.times is not None and annotation.task not in TRACKS:
-            at = dict([_nearest(record, thing, thing.shown)])
+            shown = nearest(record, at, thing.shown)
+            at = {shown: at[shown]}
         elif annotation.task == "track_from":
-            first, place = _nearest(record, thing, annotation.start)
-            at = {first: place} | {frame: at[frame] for frame in at if frame > first and frame in frames}
+            first = nearest(record, at, annotation.start)
+            at = {frame: at[frame] for frame in at if frame == first or frame > first and frame in frames}
         elif record.times is not None:
             at = {frame: at[frame] for frame in at if frame in frames}
             if annotation.task == "track_ends" and at:
@@ -100,12 +103,9 @@ def pointed(record: Record, annotation: Annotation) -> list[Point]:
     return points
 
 
-def _nearest(record: Record, thing: Object, moment: float | None) -> tuple[int, tuple[float, float]]:
-    """The frame that shows a thing nearest to a moment (None: its first), and where it is there."""
-    moment = min(thing.points) if moment is None else moment
-    if at := record.seen(thing.points):
-        return min(at.items(), key=lambda item: abs(record.times[item[0]] - moment))
-    return record.picture(moment), thing.points[min(thing.points, key=lambda m: abs(m - moment))]
+def nearest(record: Record, frames: Iterable[int], moment: float | None) -> int:
+    """Of some frames the nearest to a moment; None: the first."""
+    return min(frames) if moment is None else min(frames, key=lambda frame: abs(record.times[frame] - moment))
 
 
 def in_words(annotation: Annotation) -> str:
@@ -121,7 +121,7 @@ def answer(annotation: Annotation, record: Record, views: Views, config: MolmoCo
         return in_words(annotation), none
     points, tracks = pointed(record, annotation), annotation.task in TRACKS
     if annotation.task == "count":
-        n = len(annotation.objects) if annotation.count is None else annotation.count
+        n = len(points) if annotation.count is None else annotation.count
         return str(n) if n else NONE, none
     if not points:
         return NONE, none
@@ -171,7 +171,9 @@ def views_of(record: Record, config: ViewConfig) -> Views:
 
 
 def trunk(tokenizer: Tokenizer, views: Views, subtitles: str = "") -> np.ndarray:
-    return np.array([tokenizer.bos_id] + tokenizer.encode_layout(views.layout) + tokenizer.encode(subtitles))
+    """What all branches share: pictures, then subtitles from a new line on."""
+    heard = "\n" + subtitles.lstrip("\n") if subtitles else ""
+    return np.array([tokenizer.bos_id] + tokenizer.encode_layout(views.layout) + tokenizer.encode(heard))
 
 
 def branch(tokenizer: Tokenizer, turns: Sequence[tuple[str, str | list[str]]], rows: np.ndarray, category: str = "other") -> Branch:
@@ -274,10 +276,13 @@ SETS = (*SCENES, "multi-image points", "screens", "text")
 CATEGORIES = {"captions": ("image captions", "video captions"), "image qa": ("image qa",), "video qa": ("video qa",),
               "image pointing": ("image points", "multi-image points", "screens"), "video pointing": ("video points",),
               "video tracking": ("tracks",), "text": ("text",)}
+RATES = {"captions": 13.6, "image qa": 22.7, "video qa": 18.2, "image pointing": 9.1, "video pointing": 13.6,
+         "video tracking": 13.6, "text": 9.1}
 
 
 def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, absent: float = 1.0) -> Record:
-    """Record `index` of a synthetic set, a pure function of the arguments; `absent` as in `synthetic.queries`."""
+    """Record `index` of a synthetic set, a pure function of the arguments; `absent` as in `synthetic.queries`, for the
+    sets of SCENES."""
     rng, title = np.random.default_rng([seed, index, 6]), f"{name}-{index}"
     if name == "multi-image points":
         return album(seed, index, rng, branches, masks)
@@ -285,7 +290,7 @@ def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, a
         asked = {query.question: query for query in (synthetic.words(rng) for _ in range(branches))}
         return Record(title, [], None, {}, [annotated(query) for query in asked.values()])
     if name == "screens":
-        scene = screens.screen(seed, index)
+        scene = screens.screen(seed, index, float(rng.choice([1.0, 1.5, 2.0], p=[0.7, 0.2, 0.1])))
         return scene_record(scene, screens.queries(scene, rng, branches), masks, title)
     make, shares = SCENES[name]
     scene, text, heard = make(seed, index), "", []
@@ -299,6 +304,8 @@ def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, a
             said.fps = 1.0
         if said.task == "track_from":
             said.start = min(record.objects[said.objects[0]].points)
+        if said.about in ("color-of", "kind-of") and said.task == "qa" and name.endswith("qa") and rng.random() < 0.4:
+            said.task = "short_answer"
     if name.endswith("qa"):
         dialogue(record, rng)
     return record
@@ -321,7 +328,10 @@ class Drawn:
     size: int | None = None  # endless
 
     def record(self, index: int, config: ViewConfig) -> Record:
-        return draw(self.name, self.seed, index, self.branches, absent=self.absent).limited(config)
+        record = draw(self.name, self.seed, index, self.branches, absent=self.absent).limited(config)
+        seen = {identity for identity, thing in record.objects.items() if record.seen(thing.points)}
+        record.annotations = [said for said in record.annotations if seen.issuperset(said.objects)]
+        return record
 
 
 def synthetic_sets(names: Iterable[str], seed: int, branches: int, absent: float = 1.0) -> dict[str, list[Drawn]]:
@@ -415,7 +425,7 @@ class Loader:
 
     `state` (the next number, and the numbers that wait in the packer) is all that decides what comes next: a loader made
     with it goes on where that state was. Of `world` loaders number `rank` takes every world-th item. A bad item is
-    named in a warning; ValueError after more than MOST_SKIPPED of them.
+    named in a warning, once; ValueError after more than MOST_SKIPPED different ones.
     """
 
     examples: Mixture
@@ -433,8 +443,9 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         state = self.state or {"next": [self.rank], "pool": []}
         self.packer.pool, numbers = {}, Numbers(state["pool"], state["next"][0], self.world)
-        items = DataLoader(self.examples, batch_size=None, sampler=numbers, num_workers=self.workers, worker_init_fn=as_usual)
-        after, skipped, packs = state["next"][0], 0, []
+        items = DataLoader(self.examples, batch_size=None, sampler=numbers, num_workers=self.workers,
+                           worker_init_fn=leave_signals, generator=torch.Generator())  # the model's own stays as it is
+        after, skipped, packs = state["next"][0], set(), []
         for number, item in items:
             after = max(after, number + self.world)
             try:
@@ -442,8 +453,8 @@ class Loader:
                     raise ValueError(item)
                 self.packer.add(number, item)
             except ValueError as error:
-                skipped += 1
-                if skipped > self.MOST_SKIPPED:
+                skipped.add(str(error))
+                if len(skipped) > self.MOST_SKIPPED:
                     raise ValueError(f"more than {self.MOST_SKIPPED} examples cannot be used; the last: {error}") from None
                 warnings.warn(f"left out: {error}")
                 continue
@@ -458,7 +469,7 @@ class Loader:
 
 @dataclass
 class Numbers:
-    """Some numbers, then start, start + step, ... without end."""
+    """A sampler: some numbers, then start, start + step, ... without end."""
 
     first: Sequence[int]
     start: int
@@ -468,10 +479,10 @@ class Numbers:
         return chain(self.first, count(self.start, self.step))
 
 
-def as_usual(worker: int):
-    """Worker processes leave Ctrl-C to the program and end on SIGTERM."""
+def leave_signals(worker: int):
+    """Worker processes leave Ctrl-C and SIGTERM, which may go to the whole group, to the program, which ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -581,16 +592,19 @@ def one_line(program: str):
 COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#e377c2", "#8c564b")
 
 
-def check(path: str, tokenizer: Tokenizer, config: MolmoConfig) -> int:
-    """Reads every line with its pictures and makes an example of it; prints what is wrong with the bad ones, and a
-    table. -> how many are bad."""
-    lines, tasks, totals, lengths, bad = Lines(path), Counter(), Counter(), [], 0
+def check(path: str, tokenizer: Tokenizer, config: MolmoConfig, max_tokens: int, max_crops: int) -> int:
+    """Reads every line with its pictures and makes an example of it; prints what is wrong with the bad ones, those too
+    that no pack can hold, and a table. -> how many are bad."""
+    lines, tasks, totals, lengths, bad, cut = Lines(path), Counter(), Counter(), [], 0, 0
     for i in range(lines.size):
         try:
             record = lines.record(i, config.views)
             tree = example(record, tokenizer, config, np.random.default_rng(0))
+            cut += len(tree.branches) - len(fitting(tree, max_tokens).branches)
+            if len(tree.crops) > max_crops:
+                raise ValueError(f"{path}:{lines.at[i][0]}: {len(tree.crops)} crops, there is room for {max_crops}")
         except ValueError as error:
-            print(error)
+            print(error if str(error).startswith(str(path)) else f"{path}:{lines.at[i][0]}: {error}")
             bad += 1
             continue
         tasks.update(said.task for said in record.annotations)
@@ -598,7 +612,7 @@ def check(path: str, tokenizer: Tokenizer, config: MolmoConfig) -> int:
                        "points": sum(len(thing.points) for thing in record.objects.values()),
                        "masks": sum(len(thing.masks) for thing in record.objects.values())})
         lengths.append((tree.length, len(tree.crops)))
-    print(f"{lines.size} lines, {bad} bad")
+    print(f"{lines.size} lines, {bad} bad" + (f"; {cut} annotations do not fit beside the others" if cut else ""))
     for table in (totals, tasks):
         print("  " + ", ".join(f"{name} {n}" for name, n in table.most_common()))
     if lengths:
@@ -608,8 +622,8 @@ def check(path: str, tokenizer: Tokenizer, config: MolmoConfig) -> int:
 
 
 def sheet(record: Record, tokenizer: Tokenizer, config: MolmoConfig) -> Image.Image:
-    """One example as a picture: its pictures with the points of every annotation in a colour, what the ViT gets, the mask
-    of the tree (a colour per branch), and all tokens as text."""
+    """One example as a picture: its pictures with the points of (the first eight) annotations in a colour each, what the
+    ViT gets, the mask of the tree (a colour per branch), and all tokens as text."""
     tree = example(record, tokenizer, config, np.random.default_rng(0))
     shown = []
     for number, picture in enumerate(record.pictures):
@@ -719,6 +733,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands.add_parser(name, help=text, description=text)
         for name in ("check", "show"):
             commands.choices[name].add_argument("file", metavar="FILE.jsonl")
+        commands.choices["check"].add_argument("--max-tokens", type=number(int, 1, 10**6), default=1024, help="that a pack holds")
+        commands.choices["check"].add_argument("--max-crops", type=number(int, 1, 10**6), default=20, help="that a pack holds")
         commands.choices["show"].add_argument("--n", type=number(int, 1, 10**6), default=8, help="so many of the first lines")
         commands.choices["show"].add_argument("--out", type=Path, default=Path("out"), help="folder (default: %(default)s)")
         making = commands.choices["draw"]
@@ -736,7 +752,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         tokenizer, config = Tokenizer.load(HOME / "assets/tokenizer.json"), PRESETS["tiny"]
         if args.command == "check":
-            return 2 if check(args.file, tokenizer, config) else 0
+            return 2 if check(args.file, tokenizer, config, args.max_tokens, args.max_crops) else 0
         if args.command == "draw":
             print(f"wrote {write_set(args.set, args.out, args.n, args.seed, args.branches)}")
             return 0

@@ -8,7 +8,8 @@ Points: a predicted point is a hit if it lies inside the visible mask of the obj
 known: within 5% of the picture's longer side of its point); predictions and objects are matched one to one by least
 total distance (Hungarian). P = hits / predicted, R = hits / true, and F1. Counting: the number of distinct ids (of a
 question for a number alone: the number), exact, or close: off by 1 + a twentieth at most. Tracks: P, R, F1 over the
-frames at whole seconds, and HOTA over all frames asked for. Words: exact match, and F1 of the words.
+frames at whole seconds, and HOTA over all frames. "None" is recognised by an answer without points and numbers. Words:
+exact match, and F1 of the words.
 
 The figures are means over questions (SPEC section 7). Synthetic records come from seeds that training never uses.
 """
@@ -39,7 +40,7 @@ HOME = Path(__file__).resolve().parent
 EVALUATION_SEED = 2_000_000  # training seeds lie below
 FAR = 1e6                    # pixels: the distance to an object that is not in that picture
 NEAR = 0.05                  # of the longer side: a hit where no mask is known
-LONGEST = {False: 128, True: 512}  # tokens of an answer; of one with tracks
+LONGEST = {False: 192, True: 768}  # tokens of an answer; of one with tracks (twice as many for points as text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,7 +85,7 @@ def inside(point: Point, record: Record, identity: int) -> bool:
     if runs is not None:
         return bool(runs.mask()[min(int(point.y), height - 1), min(int(point.x), width - 1)])
     place = record.seen(thing.points).get(point.picture)
-    return not thing.masks and place is not None and np.hypot(point.x - place[0], point.y - place[1]) <= NEAR * max(height, width)
+    return place is not None and np.hypot(point.x - place[0], point.y - place[1]) <= NEAR * max(height, width)
 
 
 def matched(points: Sequence[Point], record: Record, objects: Sequence[int]) -> list[tuple[Point, int]]:
@@ -119,7 +120,12 @@ def hota(predicted: Sequence[Point], record: Record, true: Sequence[Point]) -> f
     here = lambda points, frame: {p.id: p for p in points if p.picture == frame}
     similar = {frame: {(t, p): inside(point, record, t) for p, point in here(predicted, frame).items() for t in here(true, frame)}
                for frame in frames}
-    together = Counter(pair for pairs in similar.values() for pair, same in pairs.items() if same)
+    together: Counter[tuple[int, int]] = Counter()  # how often two ids go together: a place that fits several is shared
+    for pairs in similar.values():
+        fits = Counter(identity for pair, same in pairs.items() if same for identity in (("true", pair[0]), ("predicted", pair[1])))
+        for (t, p), same in pairs.items():
+            if same:
+                together[t, p] += 1 / (fits["true", t] + fits["predicted", p] - 1)
     times_true, times_predicted = Counter(p.id for p in true), Counter(p.id for p in predicted)
     likely = lambda t, p: together[t, p] / (times_true[t] + times_predicted[p] - together[t, p])
     paired: Counter[tuple[int, int]] = Counter()
@@ -153,7 +159,7 @@ class Asked:
 
 
 def questions(records: Iterator[Record], model: Molmo, seed: int) -> Iterator[Asked]:
-    """All that is said about the records, as questions. (Of a chat: its last turn is not asked for.)"""
+    """All that is said about the records, as questions; of a chat its first turn."""
     for number, record in enumerate(records):
         rng, views = np.random.default_rng([seed, number, 8]), data.views_of(record, model.config.views)
         for said in record.annotations:
@@ -161,25 +167,37 @@ def questions(records: Iterator[Record], model: Molmo, seed: int) -> Iterator[As
 
 
 def ask(model: Molmo, tokenizer: Tokenizer, asked: list[Asked]) -> None:
-    """Answers a batch of questions in place."""
+    """Answers a batch of questions in place, all of them with tracks or none."""
     device = next(model.parameters()).device
     batch = collate([data.prompt(tokenizer, a.views, a.question, a.record.subtitles) for a in asked]).to(device)
-    longest = LONGEST[any(a.annotation.task in TRACKS for a in asked)]
+    longest = LONGEST[asked[0].annotation.task in TRACKS] * (1 + (model.config.points_as == "text"))
     for a, answer in zip(asked, generate(model, batch, data.spelling(tokenizer), longest)):
         a.text, a.points = data.read_answer(answer, tokenizer, a.views)
+        a.figures = {"answers cut": answer.finish_reason == "length"}
 
 
 def evaluate(model: Molmo, tokenizer: Tokenizer, records: Iterator[Record], seed: int = EVALUATION_SEED,
              batch: int = 24) -> tuple[dict[str, float], list[Asked]]:
     """Asks about all records, read as they are needed; -> the figures and every answer (without its pictures)."""
-    waiting, asked = questions(records, model, seed), []
-    training = model.training
-    model.eval()
-    while some := list(islice(waiting, batch)):
+    asked, waiting = [], {False: [], True: []}  # with tracks: much longer
+
+    def answered(some: list[Asked]) -> None:
         ask(model, tokenizer, some)
         for a in some:
-            a.figures, a.record, a.views = scores(a), None, None
-        asked += some
+            a.figures |= scores(a)
+            a.record = a.views = None
+        some.clear()
+
+    training = model.training
+    model.eval()
+    for a in questions(records, model, seed):
+        asked.append(a)
+        some = waiting[a.annotation.task in TRACKS]
+        some.append(a)
+        if len(some) == batch:
+            answered(some)
+    for some in filter(None, waiting.values()):
+        answered(some)
     model.train(training)
     return summarize(asked), asked
 
@@ -199,12 +217,12 @@ def scores(a: Asked) -> dict[str, float]:
     if not TASKS[task].answer:
         wanted = a.annotation.messages[0][1] if a.annotation.messages else data.in_words(a.annotation)
         return {"words f1": words_f1(a.text, wanted)} | ({} if task == "transcript" else {"text exact": a.text == wanted})
-    number = a.annotation.count if a.annotation.count is not None else len(a.annotation.objects)
+    true = data.pointed(a.record, a.annotation)
+    number = a.annotation.count if a.annotation.count is not None else len({p.id for p in true})
     if not number:
-        return {"none recognised": not a.points and (task != "count" or not re.search("[1-9]", a.text))}
+        return {"none recognised": not a.points and not re.search("[1-9]", a.text)}
     found = {}
     if task in TRACKS:
-        true = data.pointed(a.record, a.annotation)
         seconds = {a.record.picture(n) for n in range(int(a.record.times[-1] + 1e-6) + 1)}
         at = lambda points: [p for p in points if p.picture in seconds]
         hits = sum(len(matched([p for p in a.points if p.picture == f], a.record, sorted({p.id for p in true if p.picture == f})))
@@ -213,8 +231,8 @@ def scores(a: Asked) -> dict[str, float]:
         counted = precision_recall_f1(hits, len(at(a.points)), len(at(true)))
         return found | dict(zip(("track precision", "track recall", "track f1"), counted))
     if task != "count":
-        hits = len(matched(a.points, a.record, a.annotation.objects))
-        found |= dict(zip(("precision", "recall", "f1"), precision_recall_f1(hits, len(a.points), len(a.annotation.objects))))
+        hits = len(matched(a.points, a.record, [p.id for p in true]))
+        found |= dict(zip(("precision", "recall", "f1"), precision_recall_f1(hits, len(a.points), number)))
     if task != "point":
         written = re.findall(r"\d+", re.sub(r"<(points|tracks) .*?</(points|tracks)>", "", a.text))
         said = int(written[-1]) if written else 0
@@ -262,24 +280,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument("--set", nargs="+", choices=data.SETS, default=["stills", "clips"], metavar="SET",
                             help=f"synthetic sets: {', '.join(data.SETS)} (default: stills clips)")
         parser.add_argument("--data", help="a JSONL file instead")
-        parser.add_argument("--records", type=data.number(int, 1, 10**6), default=300, help="of each set, three questions each")
+        parser.add_argument("--records", type=data.number(int, 1, 10**6),
+                            help="of each set (default: 300, three questions each; of a file all)")
         parser.add_argument("--seed", type=data.number(int, 0, 2**32), default=EVALUATION_SEED)
         parser.add_argument("--batch", type=data.number(int, 1, 10**4), default=24, help="questions at a time")
         parser.add_argument("--json", help="also write figures and settings to this file")
         parser.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
         args = parser.parse_args(argv)
         lines = args.data and Lines(args.data)
+        if args.json and not Path(args.json).absolute().parent.is_dir():
+            raise ValueError(f"--json {args.json}: there is no such folder")
+        most = args.records or (lines.size if lines else 300)
         model, tokenizer = weights.load(args.checkpoint, args.device)
         views, result = model.config.views, {}
-        settings = {"checkpoint": str(args.checkpoint), "seed": args.seed, "prompts": "each task's own wordings, no system prompt",
-                    "points as": model.config.points_as, "crops": views.max_crops, "frames": views.max_frames, "fps": views.fps,
+        settings = {"checkpoint": str(args.checkpoint), "seed": args.seed, "records": most, "prompts": "each task's own wordings, no system prompt",
+                    "points read from": {"tokens": "grounding tokens", "text": "coordinates"}[model.config.points_as], "crops": views.max_crops, "frames": views.max_frames, "fps": views.fps,
                     "batch": args.batch, "longest answer": LONGEST[False], "with tracks": LONGEST[True],
                     "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "device": args.device}
         print(", ".join(f"{name} {value}" for name, value in settings.items()))
         for name in [args.data] if lines else args.set:
-            records = (lines.record(i, views) for i in range(lines.size)) if lines else fresh(name, args.records, views, args.seed)
-            bar = tqdm(islice(records, args.records), total=min(lines.size, args.records) if lines else args.records,
-                       desc=name, leave=False, dynamic_ncols=True)
+            records = (lines.record(i, views) for i in range(lines.size)) if lines else fresh(name, most, views, args.seed)
+            bar = tqdm(islice(records, most), total=most, desc=name, leave=False, dynamic_ncols=True)
             figures, asked = evaluate(model, tokenizer, bar, args.seed, args.batch)
             result[name] = {"all": dict(figures), "by question": by_kind_of_question(asked)}
             print(f"{name}, {figures.pop('questions')} questions")

@@ -252,12 +252,13 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument("--max-crops", type=data.number(int, 1, 10**6), default=32)
         args = parser.parse_args(argv)
         tokenizer = Tokenizer.load(Path(__file__).resolve().parent / "assets/tokenizer.json")
-        rates = {"captions": 13.6, "image qa": 22.7, "video qa": 18.2, "image pointing": 9.1, "video pointing": 13.6,
-                 "video tracking": 13.6, "text": 9.1}  # SPEC section 6, stage 2
-        examples = data.Mixture(data.synthetic_sets(rates, 0, args.branches), rates, 0, tokenizer, PRESETS["tiny"], args.max_tokens)
+        sets = data.synthetic_sets(data.RATES, 0, args.branches)
+        examples = data.Mixture(sets, data.RATES, 0, tokenizer, PRESETS["tiny"], args.max_tokens)
         model = Molmo(PRESETS["tiny"]).initialize(0)
 
         trees = [examples[i][1] for i in range(args.examples)]
+        if too_long := [tree for tree in trees if isinstance(tree, str)]:
+            raise ValueError(f"--max-tokens {args.max_tokens}: {too_long[0]}")
         packer = Packer(args.max_tokens, args.max_crops)
         start = time.perf_counter()
         made = list(packs(enumerate(trees), packer))
@@ -273,9 +274,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"crops filled       {crops.mean():.1%}")
         print(f"the fuller of both {np.maximum(tokens, crops).mean():.1%}")
 
-        alone = [replace(e, branches=[b]) for e in trees[:24] for b in e.branches][:96]
+        alone = [replace(e, branches=[b]) for e in trees for b in e.branches][:96]
         rng = np.random.default_rng(0)
-        padded = [collate([alone[i] for i in rows]) for rows in rng.permutation(len(alone)).reshape(-1, 16)]
+        padded = [collate([alone[i] for i in rows]) for rows in rng.permutation(len(alone))[:len(alone) // 16 * 16].reshape(-1, 16)]
         packed = [collate([pack]) for pack in steady[:6]]
         useful_tokens_per_second(model, packed[:1])  # warm up
         rates = [useful_tokens_per_second(model, batches) for batches in (padded, packed)]

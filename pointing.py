@@ -407,6 +407,8 @@ def _read_old(attributes: str, sizes) -> list[Point] | None:
         return None
     if names not in ([""], [str(i) for i in range(1, len(names) + 1)]) or not all("y" + n in found for n in names):
         return None
+    if not sizes:
+        return None
     width, height = sizes[0]
     return [Point(i, 0, float(found["x" + n]) * width / 100, float(found["y" + n]) * height / 100)
             for i, n in enumerate(names, start=1)]

@@ -18,7 +18,6 @@ An object that has no point at some moment is out of view then. `TASKS` names al
 """
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -93,7 +92,7 @@ class Record:
 
     @property
     def medium(self) -> str:
-        return "video" if self.times is not None else "image" if len(self.pictures) == 1 else "images"
+        return "video" if self.times is not None else "image"
 
     def picture(self, moment: float) -> int:
         """Which picture shows a moment: the nearest frame."""
@@ -102,9 +101,13 @@ class Record:
     def seen(self, values: dict[float, T]) -> dict[int, T]:
         """Values by moment -> by picture, in order. What lies between the frames is left out, and of several moments at
         one frame the nearest counts."""
-        off = lambda moment: 0 if self.times is None else abs(self.times[self.picture(moment)] - moment)
-        moments = sorted((moment for moment in values if off(moment) <= AT_A_FRAME), key=off, reverse=True)
-        return dict(sorted({self.picture(moment): values[moment] for moment in moments}.items()))  # the last stays
+        if self.times is None:
+            return {int(moment): values[moment] for moment in sorted(values)}
+        moments, times = np.array(list(values)), np.array(self.times)
+        after = np.searchsorted((times[1:] + times[:-1]) / 2, moments)
+        off = np.abs(times[after] - moments)
+        found = {int(after[i]): values[moments[i]] for i in np.argsort(-off, kind="stable") if off[i] <= AT_A_FRAME}
+        return dict(sorted(found.items()))  # of equal keys the last stayed
 
     def limited(self, config: ViewConfig) -> "Record":
         """With no more frames than the model looks at."""
@@ -156,6 +159,7 @@ DEFAULT_FPS = 2.0  # of tracks: all frames that are seen
 # 3. JSONL
 
 REQUIRED = object()
+LARGEST = 10**9  # of any number; NaN is not below it
 NAMES = {str: "a text", int: "a whole number", float: "a number", list: "a list", dict: "an object in braces"}
 
 
@@ -165,7 +169,7 @@ def take(values: dict, key: str, kind: type, default=REQUIRED):
     if value is REQUIRED:
         raise ValueError(f"{key!r} is missing")
     fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-    if value is not default and not fits or isinstance(value, float) and not math.isfinite(value):
+    if value is not default and (not fits or isinstance(value, (int, float)) and not abs(value) < LARGEST):
         raise ValueError(f"{key!r} is {str(value)[:40]!r}, not {NAMES[kind]}")
     return value
 
@@ -194,6 +198,11 @@ class Line:
         else:
             record.pictures = [read_image(path) for path in self.images]
         for identity, thing in record.objects.items():
+            if record.times and max(thing.points) > record.times[-1] + AT_A_FRAME:
+                raise ValueError(f"object {identity}: a point at {max(thing.points):g} s, the video ends at {record.times[-1]:g} s")
+            if record.times and not record.seen(thing.points):
+                raise ValueError(f"object {identity}: none of the {len(record.times)} frames looked at is within "
+                                 f"{AT_A_FRAME} s of its points: give more of them, or a shorter video")
             for moment, (x, y) in thing.points.items():
                 height, width, _ = record.pictures[record.picture(moment)].shape
                 if not (0 <= x <= width and 0 <= y <= height):
@@ -207,7 +216,11 @@ class Line:
 
 def parse(text: str, name: str, folder: Path) -> Line:
     """A line of JSON -> a record. ValueError says what is wrong with it."""
-    values = only(json.loads(text), "id", "images", "video", "subtitles", "objects", "annotations")
+    try:
+        values = json.loads(text)
+    except RecursionError:
+        raise ValueError("brackets in brackets in brackets") from None
+    values = only(values, "id", "images", "video", "subtitles", "objects", "annotations")
     if "images" in values and "video" in values:
         raise ValueError("'images' and 'video': give one of them")
     images = [folder / take({"images": path}, "images", str) for path in take(values, "images", list, [])]
@@ -219,12 +232,16 @@ def parse(text: str, name: str, folder: Path) -> Line:
         if identity in objects:
             raise ValueError(f"two objects have the id {identity}")
         points = {moment(place): _xy(place) for place in take(listed, "points", list)}
+        if len(points) < len(listed["points"]) or video is None and len(points) > 1:
+            raise ValueError(f"object {identity} has two points {'at one moment' if video else 'in images'}: "
+                             "give each thing an id of its own")
         masks = {moment(place): _runs(place) for place in take(listed, "masks", list, [])}
         if not points:
             raise ValueError(f"object {identity} has no points")
         shown = take(listed, "shown", float, None)
         objects[identity] = Object(points, masks, shown)
-    annotations = [_annotation(said, objects, moment, video is not None) for said in take(values, "annotations", list)]
+    named = frozenset(objects)
+    annotations = [_annotation(said, objects, named, moment, video is not None) for said in take(values, "annotations", list)]
     if not annotations:
         raise ValueError("'annotations' is empty")
     record = Record(str(values.get("id", name)), [], None, objects, annotations, take(values, "subtitles", str, ""))
@@ -248,7 +265,7 @@ def _xy(place: dict) -> tuple[float, float]:
 
 
 def _runs(place: dict) -> Runs:
-    size, counts = take(place, "size", list), place.get("counts")
+    size, counts = [take({"size": side}, "size", int) for side in take(place, "size", list)], place.get("counts")
     if isinstance(counts, str):
         raise ValueError("'counts' is compressed: give it as a list of numbers")
     whole = [take({"counts": count}, "counts", int) for count in take(place, "counts", list)]
@@ -257,20 +274,25 @@ def _runs(place: dict) -> Runs:
     return Runs(tuple(size), tuple(whole))
 
 
-def _annotation(said: dict, objects: dict[int, Object], moment: Callable[[dict], float], video: bool) -> Annotation:
+def _annotation(said: dict, objects: dict[int, Object], named: frozenset[int], moment: Callable[[dict], float],
+                video: bool) -> Annotation:
     only(said, "task", "label", "objects", "points", "count", "question", "answer", "choices", "messages", "fps", "start", "about")
     if (task := take(said, "task", str)) not in TASKS:
         raise ValueError(f"'task' is {task!r}: known are {', '.join(TASKS)}")
     made = Annotation(task, *(take(said, key, kind, default) for key, kind, default in (
         ("label", str, ""), ("objects", list, []), ("count", int, None), ("question", str, ""), ("answer", str, ""),
         ("choices", list, []))), [], take(said, "fps", float, DEFAULT_FPS), take(said, "start", float, None), take(said, "about", str, ""))
-    made.objects = list(made.objects)
+    made.objects = [take({"objects": one}, "objects", int) for one in made.objects]
     for place in take(said, "points", list, []):  # each a new object
         identity = max(objects, default=0) + 1
         objects[identity] = Object({moment(place): _xy(place)})
         made.objects.append(identity)
-    if unknown := [i for i in made.objects if i not in objects]:
-        raise ValueError(f"{task}: there is no object with id {unknown[0]!r}")
+    if unknown := [one for one in made.objects[:len(said.get("objects", []))] if one not in named]:
+        raise ValueError(f"{task}: there is no object with id {unknown[0]}")
+    if len(set(made.objects)) < len(made.objects):
+        raise ValueError(f"{task}: an object is named twice")
+    if made.count is not None and (task != "count" or made.count < 0 or made.objects):
+        raise ValueError(f"'count' {made.count}: only the task count has one, of 0 or more, where no objects are given")
     turns = [(take(only(m, "role", "content"), "role", str), take(m, "content", str)) for m in take(said, "messages", list, [])]
     if [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2):
         raise ValueError("'messages' must go from user to assistant and end with the assistant")
@@ -282,16 +304,19 @@ def _annotation(said: dict, objects: dict[int, Object], moment: Callable[[dict],
             raise ValueError(f"{task} needs {need!r}")
     if task == "count" and made.count is None and "objects" not in said and "points" not in said:
         raise ValueError("count needs 'count', or 'objects'")
+    made.choices = [take({"choices": choice}, "choices", str) for choice in made.choices]
+    if len(set(made.choices)) < len(made.choices) or len(made.choices) > 26:
+        raise ValueError("the choices must differ, and be 26 at most")
     if made.choices and made.answer not in made.choices:
         raise ValueError(f"the answer {made.answer!r} is none of the choices")
     if re.search("[<>]", made.label):
         raise ValueError(f"the label {made.label!r} holds < or >, which end a list of points")
     if task in TRACKS and not video:
         raise ValueError(f"{task} needs a video")
-    if task == "track_from" and not made.objects:
-        raise ValueError("track_from needs an object to start from")
-    if made.fps <= 0:
-        raise ValueError(f"'fps' is {made.fps:g}")
+    if task == "track_from" and len(made.objects) != 1:
+        raise ValueError("track_from needs one object to start from")
+    if not 0.01 <= made.fps <= 60:
+        raise ValueError(f"'fps' is {made.fps:g}, not from 0.01 to 60")
     return made
 
 

@@ -64,9 +64,10 @@ class Stage:
     watch: tuple[str, ...] = ()  # sets of the small evaluations
     look: int = 0                # steps that teach the ViT alone to see, before the whole model trains
     clips: int = 2               # one in so many pictures of these is a frame of a clip
-    branches: int = 10           # questions about a synthetic record
     pool: int = 48               # examples that wait to be packed
-    absent: float = 1.0          # how many of them about things that are not there, relative to synthetic.MIXTURE
+    branches: int = 10           # questions about a synthetic record
+    absent: float = 1.0          # how many of these about things that are not there, relative to synthetic.MIXTURE
+    image_crops: int | None = None  # of an image in training; None: as in inference
 
 
 def each(*values):
@@ -74,13 +75,13 @@ def each(*values):
 
 
 # SPEC section 6: learning rates of ViT, connector, LLM, pointing head.
-SHARES = {"captions": 13.6, "image qa": 22.7, "video qa": 18.2, "image pointing": 9.1, "video pointing": 13.6,
-          "video tracking": 13.6, "text": 9.1}
 RELEASED = {
     1: Stage(32_000, 128, 2_560, 32, 1, {"image captions": 60, "image pointing": 30, "text": 10}, "paper",
-             each(6e-6, 2e-4, 2e-5, 1e-4), each(2000, 200, 2000, 200)),
-    2: Stage(30_000, 128, 16_384, 128, 128, SHARES, "paper", each(5e-6, 5e-6, 1e-5, 5e-6), each(200, 200, 200, 200)),
-    3: Stage(2_000, 128, 36_864, 384, 384, SHARES, "paper", each(5e-6, 5e-6, 1e-5, 5e-6), each(200, 200, 200, 200)),
+             each(6e-6, 2e-4, 2e-5, 1e-4), each(2000, 200, 2000, 200), image_crops=8),
+    2: Stage(30_000, 128, 16_384, 128, 128, data.RATES, "paper", each(5e-6, 5e-6, 1e-5, 5e-6), each(200, 200, 200, 200),
+             image_crops=8),
+    3: Stage(2_000, 128, 36_864, 384, 384, data.RATES, "paper", each(5e-6, 5e-6, 1e-5, 5e-6), each(200, 200, 200, 200),
+             image_crops=8),
 }
 TINY = {
     1: Stage(1050, 2, 1024, 20, 16, {"stills": 95, "text": 5}, "uniform", each(2e-4, 2e-3, 2e-3, 2e-3), each(20, 20, 20, 20),
@@ -93,7 +94,10 @@ TINY = {
              "uniform", each(1e-4, 4e-4, 4e-4, 4e-4), each(20, 20, 20, 20), ("video points", "long points", "long tracks")),
 }
 STAGES = {("tiny", n): stage for n, stage in TINY.items()} | {
-    (preset, n): stage for preset in PRESETS if preset != "tiny" for n, stage in RELEASED.items()}
+    (preset, n): stage for preset in PRESETS if preset != "tiny" for n, stage in RELEASED.items()} | {
+    (preset, 2): replace(RELEASED[2], steps=22_000, packs=160) for preset in PRESETS if preset.startswith("molmopoint")} | {
+    ("molmopoint-vid-4b", n): replace(RELEASED[n], steps=steps, packs=64, rates={"video pointing": 1.0})
+    for n, steps in ((2, 6_000), (3, 800))}
 
 
 def parse(argv: list[str] | None):
@@ -190,13 +194,16 @@ class Log:
         """A new metrics.jsonl, or the old one up to `step`, where a resumed run goes on."""
         folder.mkdir(parents=True, exist_ok=True)
         path, self.folder, self.lines = folder / "metrics.jsonl", folder, []
-        if step is not None and path.exists():
-            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last
-            self.lines = [line for line in map(json.loads, whole) if line["step"] < step]
+        for text in path.read_text().splitlines() if step is not None and path.exists() else ():
+            try:
+                self.lines += [line for line in [json.loads(text)] if line["step"] < step]
+            except ValueError:
+                pass  # a kill may cut the last
         self.start = time.time() - (self.lines[-1]["seconds"] if self.lines else 0)
-        self.file = open(path, "w")
-        self.file.writelines(json.dumps(line) + "\n" for line in self.lines)
-        self.file.flush()
+        fresh = path.with_suffix(".part")
+        fresh.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        fresh.replace(path)
+        self.file = open(path, "a")
 
     def write(self, **values):
         line = {"seconds": round(time.time() - self.start, 1)} | values
@@ -293,7 +300,7 @@ def look(model: Molmo, stage: Stage, seed: int, workers: int, log: Log, asked: l
     parts, optimisers = parts_of(seeing), optimizers(seeing, model.config.optimizer)
     scenes = DataLoader(data.PatchSet(seed, model.config, stage.clips), LOOK_BATCH,
                         sampler=range(stage.look * LOOK_BATCH), collate_fn=data.collate_patches, num_workers=workers,
-                        worker_init_fn=data.as_usual)
+                        worker_init_fn=data.leave_signals, generator=torch.Generator())
     bar = tqdm(scenes, total=stage.look, desc="the ViT alone", dynamic_ncols=True)
     for step, (crops, labels) in enumerate(bar):
         scores = names(model.vit(crops.to(device))).flatten(0, 1)
@@ -329,6 +336,9 @@ def run(args):
     seed = args.stage + 100 * args.seed
     folder = Path(args.out or f"runs/stage{args.stage}")
     state = weights.load_training(folder / "checkpoint") if args.resume else None
+    settings = {"stage": args.stage, "seed": args.seed, "steps": steps, "data": args.data, "accumulate": args.accumulate}
+    if state:
+        same_run(settings, json.loads(str(state.get("settings", "{}"))), folder)
     if args.init or state:
         model, tokenizer = weights.load(folder / "checkpoint" if state else args.init, args.device)
     else:
@@ -339,7 +349,9 @@ def run(args):
     model.config = replace(model.config, views=views)
     model.train()
     torch.use_deterministic_algorithms(torch.device(args.device).type == "cpu")  # else threads add gradients in any order
-    loader = make_loader(stage, seed, tokenizer, model.config, args)
+    torch.manual_seed(seed)  # of dropout
+    views = replace(views, max_crops=stage.image_crops or views.max_crops)  # in training only
+    loader = make_loader(stage, seed, tokenizer, replace(model.config, views=views), args)
     log = Log(folder, int(state["step"]) if state else None)  # not before bad input is out: it begins a new metrics.jsonl
     with stoppable() as asked:
         if stage.look and not args.data and not state and "vit" not in args.freeze:
@@ -353,7 +365,14 @@ def run(args):
         if asked:
             print("stopped before the first step: there is nothing to save yet")
         else:
-            train(model, tokenizer, optimisers, stage, int(state["step"]) if state else 0, loader, log, args, asked)
+            train(model, tokenizer, optimisers, stage, int(state["step"]) if state else 0, loader, log, args, asked, settings)
+
+
+def same_run(settings: dict, before: dict, folder: Path):
+    """ValueError if --resume is asked to go on with another run than the one in the folder."""
+    for name, value in settings.items():
+        if before.get(name, value) != value:
+            raise ValueError(f"--resume: the run in {folder} has {name} {before[name]}, not {value}: give the same, or another --out")
 
 
 def make_loader(stage: Stage, seed: int, tokenizer: Tokenizer, config: MolmoConfig, args) -> data.Loader:
@@ -365,7 +384,8 @@ def make_loader(stage: Stage, seed: int, tokenizer: Tokenizer, config: MolmoConf
     return data.Loader(mixture, Packer(stage.tokens, stage.crops, stage.pool), stage.packs // args.accumulate, stage.weights, args.workers)
 
 
-def train(model: Molmo, tokenizer: Tokenizer, optimisers, stage: Stage, first: int, loader: data.Loader, log: Log, args, asked: list[int]):
+def train(model: Molmo, tokenizer: Tokenizer, optimisers, stage: Stage, first: int, loader: data.Loader, log: Log, args, asked: list[int],
+          settings: dict):
     parts, batches = parts_of(model), iter(loader)
     bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=f"stage {args.stage}", dynamic_ncols=True)
     started, tokens = time.time(), 0
@@ -397,7 +417,7 @@ def train(model: Molmo, tokenizer: Tokenizer, optimisers, stage: Stage, first: i
         # save, evaluate, stop
         last, due = step + 1 == stage.steps, lambda every: (step + 1) % every == 0
         if last or due(args.save_every) or due(args.eval_every) or asked:  # before evaluating
-            training = state_of(model, optimisers, step + 1, loader)
+            training = state_of(model, optimisers, step + 1, loader) | {"settings": np.array(json.dumps(settings))}
             weights.save(log.folder / "checkpoint", model, tokenizer, training=training)
         if asked:
             bar.write(f"stopped after step {step + 1}: --resume goes on from there")

@@ -38,8 +38,9 @@ class CheckpointError(ValueError):
 
 def save(folder: str | Path, model: Molmo, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32,
          training: dict[str, np.ndarray] | None = None) -> None:
-    """`training`: what else a run needs to go on, kept in training.npz. Writes the folder under another name and renames it, so that a reader never meets half a checkpoint. A model that
-    came with a released tokenizer is written in the released layout."""
+    """`training`: what else a run needs to go on, kept in training.npz. Writes the folder under another name and renames
+    it, so that a reader never meets half a checkpoint. A model that came with a released tokenizer is written in the
+    released layout."""
     if isinstance(tokenizer, ReleasedTokenizer):
         return save_released(folder, model, tokenizer, training)
     folder = Path(folder)
@@ -55,6 +56,7 @@ def save(folder: str | Path, model: Molmo, tokenizer: Tokenizer, dtype: torch.dt
 
 def load_training(folder: Path) -> dict[str, np.ndarray] | None:
     """What `save` was given as `training`; None if there is no such checkpoint."""
+    _recover(folder)
     if not folder.exists():
         return None
     try:
@@ -68,20 +70,28 @@ def _fresh(folder: Path) -> Path:
     """A new empty folder beside `folder`, which may be replaced only if it is a checkpoint or empty."""
     if folder.exists() and not (folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))):
         raise CheckpointError(f"{folder}: is there already and is no checkpoint: give another name")
-    fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
+    _recover(folder)
+    fresh = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed
     fresh.mkdir(parents=True)
     return fresh
 
 
 def _swap(fresh: Path, folder: Path) -> None:
     """Gives a finished folder its name; one that had it goes only then."""
-    old = fresh.with_suffix(".old")
+    old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
     os.rename(fresh, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _recover(folder: Path) -> None:
+    """After a kill between the two renames of `_swap` the last whole checkpoint lies beside its name."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.is_dir() and not folder.exists():
+        os.rename(old, folder)
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
@@ -90,6 +100,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     checkpoint is ours and as they are in the file if it was released, unless `dtype` says. CheckpointError if anything is
     wrong."""
     folder = Path(folder)
+    _recover(folder)
     if is_released(folder):
         return load_released(folder, device, dtype)
     for name in ("config.json", "tokenizer.json", "model.npz"):

@@ -133,6 +133,40 @@ def test_hota_of_nothing():
     assert hota([], record, []) == 1 and hota(on(0, 1, 0), record, []) == 0
 
 
+def trackeval(predicted: list[Point], record: Record, true: list[Point]) -> float:
+    """HOTA at one threshold, array by array as the reference code of its authors computes it."""
+    ids = [sorted({p.id for p in points}) for points in (true, predicted)]
+    potential, counts = np.zeros((len(ids[0]), len(ids[1]))), [np.zeros((len(ids[0]), 1)), np.zeros((1, len(ids[1])))]
+    frames = []
+    for frame in sorted({p.picture for p in (*true, *predicted)}):
+        t, p = ([q for q in points if q.picture == frame] for points in (true, predicted))
+        similarity = np.array([[float(evaluate.inside(q, record, o.id)) for q in p] for o in t]).reshape(len(t), len(p))
+        rows, columns = np.array([ids[0].index(o.id) for o in t], int), np.array([ids[1].index(q.id) for q in p], int)
+        denominator = similarity.sum(0)[None] + similarity.sum(1)[:, None] - similarity
+        shared = np.divide(similarity, denominator, out=np.zeros_like(similarity), where=denominator > 1e-9)
+        potential[rows[:, None], columns[None]] += shared
+        counts[0][rows], counts[1][:, columns] = counts[0][rows] + 1, counts[1][:, columns] + 1
+        frames.append((rows, columns, similarity))
+    alignment = potential / (counts[0] + counts[1] - potential)
+    matches, hits = np.zeros_like(potential), 0
+    for rows, columns, similarity in frames:
+        score = alignment[rows[:, None], columns[None]] * similarity
+        for r, c in hungarian(-score):
+            if similarity[r, c] > 0.5:
+                matches[rows[r], columns[c]], hits = matches[rows[r], columns[c]] + 1, hits + 1
+    association = (matches * matches / np.maximum(1, counts[0] + counts[1] - matches)).sum() / max(1, hits)
+    return float(np.sqrt(association * hits / max(1, len(true) + len(predicted) - hits)))
+
+
+def test_hota_equals_the_reference():
+    """On random tracks with swaps, gaps, doubles and false points, the number of TrackEval's formulas."""
+    rng, record = np.random.default_rng(0), clip(5, 3)
+    true = data.pointed(record, Annotation("track", "x", [0, 1, 2]))
+    for _ in range(150):
+        predicted = list({(i, f): Point(i, f, float(rng.integers(0, 30)), 5.0) for f in range(5) for i in range(rng.integers(0, 5))}.values())
+        assert hota(predicted, record, true) == pytest.approx(trackeval(predicted, record, true) if predicted else 0, abs=1e-9)
+
+
 def test_hota_keeps_ids_together():
     """Where two predictions are equally good in a frame, the one that follows the object elsewhere is its own."""
     record, true = clip(3, 1), data.pointed(clip(3, 1), Annotation("track", "x", [0]))
@@ -203,7 +237,7 @@ def test_the_command_writes_its_settings(tmp_path, capsys, monkeypatch):
     evaluate.main(["--data", str(path), "--json", str(tmp_path / "figures.json")])
     assert f"{path}, " in capsys.readouterr().out
     made = json.loads((tmp_path / "figures.json").read_text())
-    assert {"checkpoint", "seed", "prompts", "points as", "crops", "frames", "fps", "batch", "longest answer", "dtype"} <= set(made["settings"])
+    assert {"checkpoint", "seed", "records", "prompts", "points read from", "crops", "frames", "fps", "batch", "longest answer", "dtype"} <= set(made["settings"])
     assert set(made["figures"]) == {str(path)} and made["figures"][str(path)]["all"]["questions"] >= 3
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".part")] == []
     path.write_text(path.read_text() + "{\n")

@@ -169,6 +169,16 @@ def test_what_no_pack_holds_is_named():
             Packer(*limits).add(7, large)
 
 
+def test_small_commands_work_and_impossible_ones_say_so(capsys):
+    """The figures come out for a single branch a tree; a pack too small for any tree is one line."""
+    packing.main(["--examples", "48", "--branches", "1"])
+    assert "useful tokens/s" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        packing.main(["--examples", "48", "--max-tokens", "64"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "there is room for 64" in said and said.count("\n") == 1
+
+
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
 

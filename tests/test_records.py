@@ -90,10 +90,24 @@ VIDEO = {"images": None, "video": "a.mp4", "objects": [{"id": 4, "points": [{"x"
     ({"annotations": [{"task": "track", "label": "x", "objects": [4]}]}, "track needs a video"),
     ({"annotations": [{"task": "point", "label": "x</points>", "objects": [4]}]}, "holds < or >"),
     (VIDEO | {"annotations": [{"task": "track", "label": "x", "objects": [4], "fps": 0}]}, "'fps' is 0"),
-    (VIDEO | {"annotations": [{"task": "track_from", "label": "x", "objects": []}]}, "track_from needs an object"),
+    (VIDEO | {"annotations": [{"task": "track_from", "label": "x", "objects": []}]}, "track_from needs one object"),
     (VIDEO | {"objects": [{"id": 4, "points": [{"x": 3, "y": 2}]}]}, "'time' is missing"),
     (VIDEO | {"objects": [{"id": 4, "points": [{"x": 3, "y": 2, "time": -1}]}]}, "'time' is -1, before the video"),
     ({"annotations": ["point"]}, "'point' is not an object in braces"),
+    ({"annotations": [{"task": "point", "label": "x", "objects": [{"id": 4}]}]}, "'objects' is"),
+    ({"annotations": [{"task": "point", "label": "x", "objects": [4, 4]}]}, "named twice"),
+    ({"annotations": [{"task": "point", "label": "x", "objects": [4], "count": 1}]}, "only the task count has one"),
+    ({"annotations": [{"task": "count", "label": "x", "count": -1}]}, "only the task count has one"),
+    ({"annotations": [{"task": "point", "label": "x", "points": [{"x": 1, "y": 1}]}, {"task": "point", "label": "y", "objects": [5]}]},
+     "no object with id 5"),
+    ({"annotations": [{"task": "choice", "question": "?", "choices": ["a", "a"], "answer": "a"}]}, "choices must differ"),
+    ({"annotations": [{"task": "choice", "question": "?", "choices": [1, 2], "answer": "a"}]}, "'choices' is '1', not a text"),
+    ({"objects": [{"id": 4, "points": [{"x": 3, "y": 1}, {"x": 5, "y": 1}]}]}, "object 4 has two points in images"),
+    (VIDEO | {"objects": [{"id": 4, "points": [{"x": 3, "y": 1, "time": 1}, {"x": 5, "y": 1, "time": 1}]}]}, "two points at one moment"),
+    ({"objects": [{"id": 4, "points": [{"x": 10 ** 400, "y": 1}]}]}, "'x' is '1000"),
+    ({"objects": [{"id": 4, "points": [{"x": 3, "y": 1}], "masks": [{"size": [None, 2], "counts": [4]}]}]}, "'size' is 'None'"),
+    ({"objects": [{"id": 4, "points": [{"x": 3, "y": 1}], "masks": [{"size": [2.0, 2.0], "counts": [4]}]}]}, "'size' is '2.0'"),
+    (VIDEO | {"annotations": [{"task": "track", "label": "x", "objects": [4], "fps": 1e8}]}, "'fps' is 1e"),
 ])
 def test_bad_lines_say_what_is_wrong(change, said, tmp_path):
     """Every wrong line is refused with the thing that is wrong, and the good one is not."""
@@ -103,7 +117,7 @@ def test_bad_lines_say_what_is_wrong(change, said, tmp_path):
         parse(json.dumps(changed), "a", tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"annotations": [NaN]}', '"text"', '{"images": [], "annotations": [{"task": "point"'])
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "{", "[]", '{"annotations": [NaN]}', '"text"', '{"images": [], "annotations": [{"task": "point"'])
 def test_broken_json_is_a_value_error(text, tmp_path):
     """Nothing but ValueError comes out, whatever the line holds."""
     with pytest.raises(ValueError):
@@ -171,4 +185,10 @@ def test_videos_are_read_at_their_own_times(tmp_path):
     record = parse(json.dumps(said), "a", tmp_path).load(VIEWS)
     assert record.times == pytest.approx([0, 0.5, 1, 1.5, 2]) and record.medium == "video"
     assert [(p.picture, p.x) for p in data.pointed(record, record.annotations[0])] == [(0, 5), (1, 5.5), (4, 7)]
+    said["objects"][0]["points"].append({"time": 3000, "x": 1, "y": 1})
+    with pytest.raises(ValueError, match="a point at 3000 s, the video ends at 2 s"):
+        parse(json.dumps(said), "a", tmp_path).load(VIEWS)
+    said["objects"][0]["points"] = [{"time": 0.7, "x": 1, "y": 1}]
+    with pytest.raises(ValueError, match="none of the 2 frames looked at is within"):
+        parse(json.dumps(said), "a", tmp_path).load(data.replace(VIEWS, max_frames=2))
     assert json.loads(dump(record, video="v.mp4"))["objects"][0]["points"][1] == {"time": 0.5, "x": 5.5, "y": 5}

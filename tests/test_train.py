@@ -1,7 +1,11 @@
 """The training command: what it writes, what it refuses, and that every part learns at its own rate."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ import evaluate
 import train
 import weights
 from model import PRESETS, Molmo
+from conftest import ROOT
 from packing import collate
 from train import PARTS, STAGES, learning_rates, optimizers, part_of, parts_of
 
@@ -157,6 +162,8 @@ def test_own_points_are_learned_from_a_file(quick, tmp_path, capsys):
 
 def test_stage_table_holds_the_papers_numbers():
     """Of SPEC section 6: steps, tokens, frames, learning rates; every preset has its three stages."""
+    assert STAGES["molmopoint-8b", 2].steps == 22_000 and STAGES["molmopoint-8b", 2].packs == 160
+    assert [STAGES["molmopoint-vid-4b", n].steps for n in (2, 3)] == [6_000, 800]
     assert {key for key in STAGES} == {(preset, n) for preset in PRESETS for n in (1, 2, 3)}
     for n, (steps, tokens, vit, connector, llm, warmup) in {1: (32_000, 2560, 6e-6, 2e-4, 2e-5, 2000), 2: (30_000, 16_384, 5e-6, 5e-6, 1e-5, 200),
                                                            3: (2_000, 36_864, 5e-6, 5e-6, 1e-5, 200)}.items():
@@ -265,6 +272,76 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(quick, tmp_path, monkeypa
             file.write('{"seconds": 1.0, "st')
         train.main([*LINE, "2", "--out", str(folder), "--resume"])
         assert losses_of(folder) == losses_of(tmp_path / "whole")
+
+
+def test_a_kill_between_the_renames_loses_nothing(quick, tmp_path, monkeypatch):
+    """Killed when the old checkpoint has lost its name and the new one has none yet: the old one is found again."""
+    folder, rename, renamed = tmp_path / "run", weights.os.rename, []
+
+    class Killed(BaseException):
+        pass
+
+    def counted(old, new):
+        renamed.append(new)
+        if len(renamed) == 3:  # the first save has one rename, the second two
+            raise Killed
+        rename(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights.os, "rename", counted)
+        with pytest.raises(Killed):
+            train.main([*LINE, "2", "--out", str(folder)])
+    assert not (folder / "checkpoint").exists()
+    train.main([*LINE, "2", "--out", str(folder), "--resume"])
+    train.main([*LINE, "2", "--out", str(tmp_path / "whole")])
+    assert losses_of(folder) == losses_of(tmp_path / "whole") and [p.name for p in folder.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("change", [["--seed", "3"], ["--steps", "9"], ["--stage", "2"]])
+def test_resume_refuses_another_run(quick, change, tmp_path, capsys):
+    """--resume with another seed, length or stage than the run in the folder is one line that says which."""
+    train.main(["--stage", "1", "--out", str(tmp_path), *quick])
+    with pytest.raises(SystemExit) as end:
+        train.main(["--stage", "1", "--out", str(tmp_path), "--resume", *quick, *change])
+    assert end.value.code == 2 and f"has {change[0][2:]} " in capsys.readouterr().err
+
+
+def test_dropout_resumes_too(quick, tmp_path, monkeypatch):
+    """With dropout a resumed run draws the same masks as one that was never stopped; another seed draws others."""
+    tiny = PRESETS["tiny"]
+    monkeypatch.setitem(train.PRESETS, "tiny", train.replace(tiny, llm=train.replace(tiny.llm, dropout=0.2)))
+    train.main([*LINE, "3", "--out", str(tmp_path / "whole")])
+    update, steps = train.update, []
+
+    def stopping(optimisers, rates):
+        update(optimisers, rates)
+        steps.append(1)
+        if len(steps) == 6 + 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", stopping)
+        train.main([*LINE, "3", "--out", str(tmp_path / "cut")])
+    train.main([*LINE, "3", "--out", str(tmp_path / "cut"), "--resume"])
+    assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
+
+
+def test_a_signal_to_the_whole_group_saves(tmp_path):
+    """SIGTERM to program and workers, as a batch system sends it: the step is finished and saved, status 0."""
+    command = [sys.executable, str(ROOT / "train.py"), "--stage", "3", "--out", str(tmp_path / "run"), "--workers", "1"]
+    with open(tmp_path / "log", "w") as log:
+        run = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        metrics = tmp_path / "run/metrics.jsonl"
+        try:
+            for _ in range(600):
+                if run.poll() is not None or metrics.exists() and '"loss"' in metrics.read_text():
+                    break
+                time.sleep(0.2)
+            os.killpg(run.pid, signal.SIGTERM)
+            assert run.wait(60) == 0, (tmp_path / "log").read_text()
+        finally:
+            run.kill()
+    assert (tmp_path / "run/checkpoint/training.npz").exists() and losses_of(tmp_path / "run")
 
 
 def test_resume_without_a_run_starts_one_and_with_a_bare_checkpoint_says_so(quick, tmp_path, capsys):
