@@ -258,7 +258,8 @@ def dialogue(record: Record, rng: np.random.Generator) -> None:
     spoken = [said for said in record.annotations if said.task == "qa"]
     if len(spoken) > 1 and rng.random() < 0.3:
         record.annotations = [said for said in record.annotations if said not in spoken[:2]]
-        record.annotations.append(Annotation("chat", messages=[(said.question, said.answer) for said in spoken[:2]], about="turns"))
+        turns = [(said.question, said.answer) for said in spoken[:2]]
+        record.annotations.append(Annotation("chat", messages=turns, about="turns"))
 
 
 # Set -> how its scenes are made and what is asked about them; "stills" and "clips" are a bit of everything.
@@ -361,7 +362,8 @@ class Mixture(Dataset):
         if missing := sorted(name for name in self.rates if not self.sets.get(name)):
             raise ValueError(f"there is no set for {missing[0]!r}")
         self.all = [one for name in self.rates for one in self.sets[name]]
-        shares = np.concatenate([rate / sum(self.rates.values()) * self._parts(self.sets[name]) for name, rate in self.rates.items()])
+        total = sum(self.rates.values())
+        shares = np.concatenate([rate / total * self._parts(self.sets[name]) for name, rate in self.rates.items()])
         counts = np.maximum(np.floor(shares * self.BLOCK).astype(int), 1)
         for i in np.argsort(counts - shares * self.BLOCK)[:max(self.BLOCK - counts.sum(), 0)]:
             counts[i] += 1
@@ -379,7 +381,8 @@ class Mixture(Dataset):
             if len(self._orders) > 64:
                 self._orders.clear()
             rng = np.random.default_rng([self.seed, *key, len(key)])
-            self._orders[key] = rng.permutation(np.repeat(np.arange(len(self.all)), self.counts) if len(key) == 1 else self.all[key[0]].size)
+            sets = np.repeat(np.arange(len(self.all)), self.counts)
+            self._orders[key] = rng.permutation(sets if len(key) == 1 else self.all[key[0]].size)
         return self._orders[key]
 
     def place(self, number: int) -> tuple[int, int]:
@@ -713,12 +716,14 @@ def corpus(n: int, seed: int) -> Iterator[str]:
     records = (draw(name, seed, index, 8) for index in count() for name in SETS)
     def texts(record: Record) -> Iterator[str]:
         for said in record.annotations:
-            for asked, answered in said.messages or [(question(said, record, rng), in_words(said) if not TASKS[said.task].answer else "")]:
+            alone = (question(said, record, rng), "" if TASKS[said.task].answer else in_words(said))
+            for asked, answered in said.messages or [alone]:
                 yield from ("user", asked, "assistant", answered)
             if said.label and said.task != "count":
                 tag = "tracks" if said.task in TRACKS else "points"
                 before, after = (part.format(n=len(said.objects)) for part in TASKS[said.task].answer.split("{}"))
-                yield from (f'{before}<{tag} coords="', *map(str, range(1, len(said.objects) + 1)), f'">{said.label}</{tag}>{after}')
+                numbers = map(str, range(1, len(said.objects) + 1))
+                yield from (f'{before}<{tag} coords="', *numbers, f'">{said.label}</{tag}>{after}')
         yield record.subtitles
     lines = (line for text in chain(pieces, (text for record in records for text in texts(record))) for line in text.split("\n"))
     return islice(filter(None, lines), n)

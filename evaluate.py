@@ -122,16 +122,17 @@ def hota(predicted: Sequence[Point], record: Record, true: Sequence[Point]) -> f
                for frame in frames}
     together: Counter[tuple[int, int]] = Counter()  # how often two ids go together: a place that fits several is shared
     for pairs in similar.values():
-        fits = Counter(identity for pair, same in pairs.items() if same for identity in (("true", pair[0]), ("predicted", pair[1])))
-        for (t, p), same in pairs.items():
-            if same:
-                together[t, p] += 1 / (fits["true", t] + fits["predicted", p] - 1)
+        fitting = [pair for pair, same in pairs.items() if same]
+        fits = Counter(end for t, p in fitting for end in (("true", t), ("predicted", p)))
+        for t, p in fitting:
+            together[t, p] += 1 / (fits["true", t] + fits["predicted", p] - 1)
     times_true, times_predicted = Counter(p.id for p in true), Counter(p.id for p in predicted)
     likely = lambda t, p: together[t, p] / (times_true[t] + times_predicted[p] - together[t, p])
     paired: Counter[tuple[int, int]] = Counter()
     for frame in frames:
         rows, columns = sorted(here(true, frame)), sorted(here(predicted, frame))
-        score = np.array([[similar[frame][t, p] * (1e-9 + likely(t, p)) for p in columns] for t in rows]).reshape(len(rows), len(columns))
+        score = np.array([[similar[frame][t, p] * (1e-9 + likely(t, p)) for p in columns] for t in rows])
+        score = score.reshape(len(rows), len(columns))
         paired.update((rows[r], columns[c]) for r, c in hungarian(-score) if similar[frame][rows[r], columns[c]])
     if not paired:
         return 0.0
@@ -293,10 +294,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         most = args.records or (lines.size if lines else 300)
         model, tokenizer = weights.load(args.checkpoint, args.device)
         views, result = model.config.views, {}
-        settings = {"checkpoint": str(args.checkpoint), "seed": args.seed, "records": most, "prompts": "each task's own wordings, no system prompt",
-                    "points read from": {"tokens": "grounding tokens", "text": "coordinates"}[model.config.points_as], "crops": views.max_crops, "frames": views.max_frames, "fps": views.fps,
-                    "batch": args.batch, "longest answer": LONGEST[False], "with tracks": LONGEST[True],
-                    "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "device": args.device}
+        settings = {
+            "checkpoint": str(args.checkpoint), "seed": args.seed, "records": most,
+            "prompts": "each task's own wordings, no system prompt",
+            "points read from": {"tokens": "grounding tokens", "text": "coordinates"}[model.config.points_as],
+            "crops": views.max_crops, "frames": views.max_frames, "fps": views.fps, "batch": args.batch,
+            "longest answer": LONGEST[False], "with tracks": LONGEST[True],
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "device": args.device}
         print(", ".join(f"{name} {value}" for name, value in settings.items()))
         for name in [args.data] if lines else args.set:
             records = (lines.record(i, views) for i in range(lines.size)) if lines else fresh(name, most, views, args.seed)

@@ -276,12 +276,14 @@ def _runs(place: dict) -> Runs:
 
 def _annotation(said: dict, objects: dict[int, Object], named: frozenset[int], moment: Callable[[dict], float],
                 video: bool) -> Annotation:
-    only(said, "task", "label", "objects", "points", "count", "question", "answer", "choices", "messages", "fps", "start", "about")
+    only(said, "task", "label", "objects", "points", "count", "question", "answer", "choices", "messages", "fps", "start",
+         "about")
     if (task := take(said, "task", str)) not in TASKS:
         raise ValueError(f"'task' is {task!r}: known are {', '.join(TASKS)}")
     made = Annotation(task, *(take(said, key, kind, default) for key, kind, default in (
         ("label", str, ""), ("objects", list, []), ("count", int, None), ("question", str, ""), ("answer", str, ""),
-        ("choices", list, []))), [], take(said, "fps", float, DEFAULT_FPS), take(said, "start", float, None), take(said, "about", str, ""))
+        ("choices", list, []))), [], take(said, "fps", float, DEFAULT_FPS), take(said, "start", float, None),
+        take(said, "about", str, ""))
     made.objects = [take({"objects": one}, "objects", int) for one in made.objects]
     for place in take(said, "points", list, []):  # each a new object
         identity = max(objects, default=0) + 1
@@ -342,7 +344,8 @@ def dump(record: Record, images: Sequence[str] = (), video: str | None = None) -
         annotations.append(written)
     media = {"video": video} if video else {"images": list(images)} if images else {}
     extra = {"subtitles": record.subtitles} if record.subtitles else {}
-    return json.dumps({"id": record.name} | media | extra | ({"objects": objects} if objects else {}) | {"annotations": annotations})
+    seen = {"objects": objects} if objects else {}
+    return json.dumps({"id": record.name} | media | extra | seen | {"annotations": annotations})
 
 
 class Lines:

@@ -464,8 +464,8 @@ def crowd(seed: int, index: int, seconds: float | None = None) -> World:
         paths: list[Motion] = []
         for mover in movers:
             paths.append(_journey(rng, mover.size, (height, width), seconds, paths))
-        standing = [Thing(str(rng.choice(["house", "box", "tree"])), str(rng.choice(list(COLORS))), float(rng.uniform(0.4, 0.5) * side))
-                    for _ in range(rng.integers(1, 3))]
+        standing = [Thing(str(rng.choice(["house", "box", "tree"])), str(rng.choice(list(COLORS))),
+                          float(rng.uniform(0.4, 0.5) * side)) for _ in range(rng.integers(1, 3))]
         still_at = [rng.uniform(0.25, 0.75, 2) * (width, height) for _ in standing]
         paths += [Motion(place, np.zeros(2), np.zeros(2), np.array([width, height], float), np.zeros(2), np.ones(2)) for place in still_at]
         things = movers + standing
