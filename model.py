@@ -203,6 +203,35 @@ def may_attend(q: Ids, k: Ids) -> Tensor:
     return same & ((k.order <= q.order) | (q.visual & k.visual))
 
 
+class CutMask(NamedTuple):
+    """The mask of packed rows, cut by example: what lies between two examples is neither stored nor computed, so that a
+    pack costs the sum of the squares of their lengths. (For the CPU: it is a loop.)"""
+
+    pieces: list[tuple[int, slice, Tensor]]  # row, from where to where, (1, T', T') bool; padding is a piece as well
+
+    @classmethod
+    def of(cls, ids: Ids) -> "CutMask":
+        """ids (B, T); the tokens of an example are neighbours in its row."""
+        pieces = []
+        for row, example in enumerate(ids.example):
+            ends = example.unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
+            for span in map(slice, [0, *ends], ends):
+                part = Ids(*(field[row:row + 1, span] for field in ids))
+                pieces.append((row, span, may_attend(part, part)))
+        return cls(pieces)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | CutMask) -> Tensor:
+    """q (B, heads, Tq, head_width), k, v (B, kv_heads, Tk, head_width), mask (B, Tq, Tk) -> (B, heads, Tq, head_width)."""
+    if isinstance(mask, Tensor):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
+    rows: list[list[Tensor]] = [[] for _ in q]
+    for row, span, piece in mask.pieces:
+        here = (x[row:row + 1, :, span] for x in (q, k, v))
+        rows[row].append(attend(*here, piece))
+    return torch.cat([torch.cat(row, dim=2) for row in rows])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The language model
 
@@ -231,7 +260,7 @@ class SelfAttention(nn.Module):
         self.q_norm, self.k_norm = (RMSNorm(c.head_width * (1 if c.norm_heads else heads), c.norm_eps)
                                     for heads in (c.heads, c.kv_heads))
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | CutMask, cache: Cache | None) -> Tensor:
         c, split = self.c, lambda y: y.unflatten(-1, (-1, c.head_width)).transpose(1, 2)  # (B, heads, T, head_width)
         q, k, v = self.att_proj(x).split([n * c.head_width for n in (c.heads, c.kv_heads, c.kv_heads)], dim=-1)
         q, k = (norm(y.unflatten(-1, (-1, len(norm.weight)))).flatten(-2)
@@ -240,8 +269,7 @@ class SelfAttention(nn.Module):
         v = split(v)
         if cache is not None:
             k, v = cache.add(self.layer, k, v)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
-        return self.attn_out(out.transpose(1, 2).flatten(2))
+        return self.attn_out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         c = self.c
@@ -271,7 +299,7 @@ class Block(nn.Module):
         self.self_attn, self.mlp = SelfAttention(c, layer), MLP(c)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | CutMask, cache: Cache | None) -> Tensor:
         if self.norm_after:
             x = x + self.dropout(self.attn_norm(self.self_attn(x, positions, mask, cache)))
             return x + self.dropout(self.ff_norm(self.mlp(x)))
@@ -370,7 +398,7 @@ class Molmo(nn.Module):
             x = x.index_add(0, at_patch, patch.to(x.dtype))
         return x.view(*batch.tokens.shape, -1)
 
-    def decode(self, x: Tensor, positions: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:
+    def decode(self, x: Tensor, positions: Tensor, mask: Tensor | CutMask, cache: Cache | None = None) -> Tensor:
         """x (B, T, d) -> hidden states after the last block, before the final norm."""
         for block in self.blocks:
             x = block(x, positions, mask, cache)
@@ -396,7 +424,8 @@ class Molmo(nn.Module):
         """-> hidden states (B, T, d) and what was seen."""
         sight = self.see(batch)
         ids = self.mask_ids(batch)
-        return self.decode(self.inputs(batch, sight), batch.positions, may_attend(ids, ids)), sight
+        mask = CutMask.of(ids) if batch.tokens.device.type == "cpu" else may_attend(ids, ids)
+        return self.decode(self.inputs(batch, sight), batch.positions, mask), sight
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Weighted sums: `token`, `z` (the squared log-normaliser of the head), `patch`, `slot`, `location`; and counts

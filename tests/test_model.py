@@ -14,10 +14,12 @@ from model import (
     PRESETS,
     Answer,
     Batch,
+    CutMask,
     Ids,
     LLMConfig,
     Molmo,
     MolmoConfig,
+    attend,
     generate,
     generate_slowly,
     may_attend,
@@ -281,6 +283,23 @@ def test_mask_equals_a_slow_loop():
                 (qe, qb, qo, qv), (ke, kb, ko, kv) = ([field[b, n] for field in side] for side, n in ((q, i), (k, j)))
                 allowed = qe == ke and kb in (0, qb) and (ko <= qo or (qv and kv))
                 assert bool(mask[b, i, j]) == allowed
+
+
+def test_cut_attention_equals_dense_attention():
+    """Rows with two examples, with one, and with padding: cut by example or not, heads and gradients come out the same,
+    and the pieces cover every token once."""
+    torch.manual_seed(0)
+    example = torch.tensor([[0] * 9 + [1] * 7, [0] * 12 + [-1] * 4, [0] * 16])
+    branch, order = torch.randint(0, 3, (3, 16)), torch.arange(16).expand(3, 16)
+    ids = Ids(example, branch, order, torch.rand(3, 16) < 0.4)
+    cut, dense = CutMask.of(ids), may_attend(ids, ids)
+    assert [(row, span.start, span.stop) for row, span, _ in cut.pieces] == [(0, 0, 9), (0, 9, 16), (1, 0, 12), (1, 12, 16), (2, 0, 16)]
+    q, k, v = (torch.randn(3, heads, 16, 8, requires_grad=True) for heads in (4, 2, 2))
+    one, two = attend(q, k, v, cut), attend(q, k, v, dense)
+    torch.testing.assert_close(one, two)
+    by = torch.randn_like(one)
+    for a, b in zip(torch.autograd.grad(one, (q, k, v), by), torch.autograd.grad(two, (q, k, v), by)):
+        torch.testing.assert_close(a, b)
 
 
 def test_special_tokens_around_pictures_are_visual(model):
