@@ -428,7 +428,7 @@ class Loader:
 
     `state` (the next number, and the numbers that wait in the packer) is all that decides what comes next: a loader made
     with it goes on where that state was. Of `world` loaders number `rank` takes every world-th item. A bad item is
-    named in a warning, once; ValueError after more than MOST_SKIPPED different ones.
+    named in a warning, once; ValueError after more than MOST_SKIPPED different ones, or as many in a row.
     """
 
     examples: Mixture
@@ -448,17 +448,21 @@ class Loader:
         self.packer.pool, numbers = {}, Numbers(state["pool"], state["next"][0], self.world)
         items = DataLoader(self.examples, batch_size=None, sampler=numbers, num_workers=self.workers,
                            worker_init_fn=leave_signals, generator=torch.Generator())  # the model's own stays as it is
-        after, skipped, packs = state["next"][0], set(), []
+        after, skipped, in_a_row, packs = state["next"][0], set(), 0, []
         for number, item in items:
             after = max(after, number + self.world)
             try:
                 if isinstance(item, str):
                     raise ValueError(item)
                 self.packer.add(number, item)
+                in_a_row = 0
             except ValueError as error:
                 skipped.add(str(error))
-                if len(skipped) > self.MOST_SKIPPED:
-                    raise ValueError(f"more than {self.MOST_SKIPPED} examples cannot be used; the last: {error}") from None
+                in_a_row += 1
+                if max(len(skipped), in_a_row) > self.MOST_SKIPPED:
+                    one_after_the_other = " in a row" if len(skipped) <= self.MOST_SKIPPED else ""
+                    raise ValueError(f"more than {self.MOST_SKIPPED} examples{one_after_the_other} cannot be used; "
+                                     f"the last: {error}") from None
                 warnings.warn(f"left out: {error}")
                 continue
             if self.packer.full:

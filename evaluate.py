@@ -291,6 +291,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         lines = args.data and Lines(args.data)
         if args.json and not Path(args.json).absolute().parent.is_dir():
             raise ValueError(f"--json {args.json}: there is no such folder")
+        if args.json and Path(args.json).is_dir():
+            raise ValueError(f"--json {args.json}: a folder, not a file")
         most = args.records or (lines.size if lines else 300)
         model, tokenizer = weights.load(args.checkpoint, args.device)
         views, result = model.config.views, {}

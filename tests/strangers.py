@@ -122,8 +122,13 @@ def record(rng: np.random.Generator, path: Path) -> dict:
 
 
 def main() -> None:
-    out = Path(*sys.argv[1:])
-    out.mkdir(parents=True, exist_ok=True)
+    if len(sys.argv) != 2:
+        sys.exit("strangers.py: give one folder to write to")
+    out = Path(sys.argv[1])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"strangers.py: {error}")
     for seed, (name, count) in enumerate((("train", 200), ("test", 60))):
         rng = np.random.default_rng(seed)
         lines = [json.dumps(record(rng, out / f"{name}-{i}.png")) for i in range(count)]

@@ -415,7 +415,8 @@ def test_no_example_is_lost_or_doubled_in_packs():
 
 
 def test_bad_items_are_named_and_a_limit_stops(monkeypatch):
-    """A line that cannot be used is named in a warning and left out, epoch after epoch; too many different ones end the run."""
+    """A line that cannot be used is named in a warning and left out, epoch after epoch; too many different ones end the run, and a
+    set without a good one does not keep it waiting for ever."""
     mix = mixture({"a": [Numbers("a", 40, bad=(3, 4))]}, {"a": 1})
     with pytest.warns(UserWarning) as warned:
         names = [name for one in [loader(mix)] for _ in islice(one, 6) for name in one.names]
@@ -425,6 +426,8 @@ def test_bad_items_are_named_and_a_limit_stops(monkeypatch):
         assert len(list(islice(loader(mixture({"a": [Numbers("a", 4, bad=(1,))]}, {"a": 1})), 30))) == 30
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="more than 5 examples cannot be used; the last: a.jsonl:.: broken"):
         list(islice(loader(mixture({"a": [Numbers("a", 8, bad=tuple(range(8)))]}, {"a": 1})), 1))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="more than 5 examples in a row cannot be used; the last"):
+        next(iter(loader(mixture({"a": [Numbers("a", 2, bad=(0, 1))]}, {"a": 1}))))
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------------

@@ -244,3 +244,7 @@ def test_the_command_writes_its_settings(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as end:
         evaluate.main(["--data", str(path)])
     assert end.value.code == 2 and f"{path}:3: " in capsys.readouterr().err
+    for place, word in ((tmp_path, "a folder, not a file"), (tmp_path / "none" / "figures.json", "no such folder")):
+        with pytest.raises(SystemExit) as end:
+            evaluate.main(["--json", str(place)])
+        assert end.value.code == 2 and word in capsys.readouterr().err
