@@ -274,6 +274,39 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(quick, tmp_path, monkeypa
         assert losses_of(folder) == losses_of(tmp_path / "whole")
 
 
+SMALL_RUN = """
+import sys
+import train
+train.STAGES["tiny", 2] = train.replace(train.STAGES["tiny", 2], packs=2, tokens=600, pool=3, branches=2, look=0, watch=())
+train.main(["--stage", "2", "--steps", "14", "--workers", "1", "--save-every", "2", *sys.argv[1:]])
+"""
+
+
+def test_kill_9_at_five_random_steps_changes_nothing(tmp_path):
+    """Program and worker killed by the system some moment after a random step, five times, each time in what --resume
+    goes on with: the losses of all steps are those of a run that was left alone."""
+    def start(folder, *more):
+        return subprocess.Popen([sys.executable, "-c", SMALL_RUN, "--out", str(folder), *more], cwd=ROOT, stderr=subprocess.PIPE,
+                                start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    rng, folder = np.random.default_rng(), tmp_path / "killed"
+    whole = start(tmp_path / "whole")
+    for step in sorted(rng.choice(np.arange(1, 12), 5, replace=False)):
+        run, patience = start(folder, "--resume"), time.time() + 120
+        while run.poll() is None and time.time() < patience:
+            metrics = folder / "metrics.jsonl"
+            if metrics.exists() and metrics.read_text().count('"loss"') >= step:
+                break
+            time.sleep(0.01)
+        assert run.poll() is None, run.stderr.read().decode()
+        time.sleep(rng.uniform(0, 0.3))  # a save takes as long
+        os.killpg(run.pid, signal.SIGKILL)
+        assert run.wait() in (0, -signal.SIGKILL)
+    last = start(folder, "--resume")
+    assert (whole.wait(120), last.wait(120)) == (0, 0), last.stderr.read().decode()
+    assert losses_of(folder) == losses_of(tmp_path / "whole") and len(losses_of(folder)) == 14
+
+
 def test_a_kill_between_the_renames_loses_nothing(quick, tmp_path, monkeypatch):
     """Killed when the old checkpoint has lost its name and the new one has none yet: the old one is found again."""
     folder, rename, renamed = tmp_path / "run", weights.os.rename, []
