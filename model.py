@@ -299,12 +299,16 @@ class Block(nn.Module):
         self.self_attn, self.mlp = SelfAttention(c, layer), MLP(c)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | CutMask, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | CutMask, cache: Cache | None, drop: Tensor | None) -> Tensor:
         if self.norm_after:
-            x = x + self.dropout(self.attn_norm(self.self_attn(x, positions, mask, cache)))
-            return x + self.dropout(self.ff_norm(self.mlp(x)))
-        x = x + self.dropout(self.self_attn(self.attn_norm(x), positions, mask, cache))
-        return x + self.dropout(self.mlp(self.ff_norm(x)))
+            x = x + self.dropped(self.attn_norm(self.self_attn(x, positions, mask, cache)), drop)
+            return x + self.dropped(self.ff_norm(self.mlp(x)), drop)
+        x = x + self.dropped(self.self_attn(self.attn_norm(x), positions, mask, cache), drop)
+        return x + self.dropped(self.mlp(self.ff_norm(x)), drop)
+
+    def dropped(self, x: Tensor, at: Tensor | None) -> Tensor:
+        """Dropout at some tokens, (B, T) bool, or at all."""
+        return self.dropout(x) if at is None else torch.where(at[..., None], self.dropout(x), x)
 
 
 class Table(nn.Module):
@@ -398,10 +402,10 @@ class Molmo(nn.Module):
             x = x.index_add(0, at_patch, patch.to(x.dtype))
         return x.view(*batch.tokens.shape, -1)
 
-    def decode(self, x: Tensor, positions: Tensor, mask: Tensor | CutMask, cache: Cache | None = None) -> Tensor:
-        """x (B, T, d) -> hidden states after the last block, before the final norm."""
+    def decode(self, x: Tensor, positions: Tensor, mask: Tensor | CutMask, cache: Cache | None = None, drop: Tensor | None = None) -> Tensor:
+        """x (B, T, d) -> hidden states after the last block, before the final norm; `drop` (B, T) says where dropout acts."""
         for block in self.blocks:
-            x = block(x, positions, mask, cache)
+            x = block(x, positions, mask, cache, drop)
         if cache is not None:
             cache.used += x.shape[1]
         return x
@@ -420,17 +424,17 @@ class Molmo(nn.Module):
         order = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
         return Ids(batch.example_ids, batch.branch_ids, order, self.visual(batch.tokens))
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Sight]:
+    def forward(self, batch: Batch, drop: Tensor | None = None) -> tuple[Tensor, Sight]:
         """-> hidden states (B, T, d) and what was seen."""
         sight = self.see(batch)
         ids = self.mask_ids(batch)
         mask = CutMask.of(ids) if batch.tokens.device.type == "cpu" else may_attend(ids, ids)
-        return self.decode(self.inputs(batch, sight), batch.positions, mask), sight
+        return self.decode(self.inputs(batch, sight), batch.positions, mask, drop=drop), sight
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, drop_responses_only: bool = False) -> dict[str, Tensor]:
         """Weighted sums: `token`, `z` (the squared log-normaliser of the head), `patch`, `slot`, `location`; and counts
         `right` of `choices`. The caller divides by the summed loss weights (of all devices)."""
-        h, sight = self(batch)
+        h, sight = self(batch, batch.loss_weights > 0 if drop_responses_only else None)
         h, targets, weights = h.flatten(0, 1), batch.targets.flatten(), batch.loss_weights.flatten()
         rows = weights.nonzero()[:, 0]
         logits = self.logits(h[rows]).float()

@@ -68,6 +68,7 @@ class Stage:
     branches: int = 10           # questions about a synthetic record
     absent: float = 1.0          # how many of these about things that are not there, relative to synthetic.MIXTURE
     image_crops: int | None = None  # of an image in training; None: as in inference
+    drop_responses_only: bool = False  # dropout acts on what the model learns to say
 
 
 def each(*values):
@@ -77,7 +78,7 @@ def each(*values):
 # SPEC section 6: learning rates of ViT, connector, LLM, pointing head.
 RELEASED = {
     1: Stage(32_000, 128, 2_560, 32, 1, {"image captions": 60, "image pointing": 30, "text": 10}, "paper",
-             each(6e-6, 2e-4, 2e-5, 1e-4), each(2000, 200, 2000, 200), image_crops=8),
+             each(6e-6, 2e-4, 2e-5, 1e-4), each(2000, 200, 2000, 200), image_crops=8, drop_responses_only=True),
     2: Stage(30_000, 128, 16_384, 128, 128, data.RATES, "paper", each(5e-6, 5e-6, 1e-5, 5e-6), each(200, 200, 200, 200),
              image_crops=8),
     3: Stage(2_000, 128, 36_864, 384, 384, data.RATES, "paper", each(5e-6, 5e-6, 1e-5, 5e-6), each(200, 200, 200, 200),
@@ -400,7 +401,7 @@ def train(model: Molmo, tokenizer: Tokenizer, optimisers, stage: Stage, first: i
         totals = Counter()
         for batch, _ in micro:
             with half:
-                losses = model.losses(batch)
+                losses = model.losses(batch, stage.drop_responses_only)
             loss = (sum(losses[name] for name in LOSSES if name in losses) + Z_LOSS * losses["z"]) / divisor
             loss.backward()
             totals.update({name: value.item() for name, value in losses.items()} | {"loss": loss.item()})

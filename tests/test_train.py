@@ -185,6 +185,21 @@ def test_dropout_acts_in_training_only(tiny):
     assert len({loss() for _ in range(3)}) == 1
 
 
+def test_dropout_on_responses_leaves_prompts_alone(tiny):
+    """Where it acts on responses only, hidden states up to the first token of the response keep every bit and later ones
+    do not; Molmo2's first stage is like that."""
+    _, tokenizer = tiny
+    config = train.replace(PRESETS["tiny"], llm=train.replace(PRESETS["tiny"].llm, dropout=0.5))
+    model = Molmo(config).initialize(0)
+    batch = collate([data.example(data.draw("stills", 0, 0, 1), tokenizer, config, np.random.default_rng(0))])
+    with torch.no_grad():
+        one, two = (model(batch, batch.loss_weights > 0)[0][0] for _ in range(2))
+    first = int((batch.loss_weights[0] > 0).nonzero()[0])
+    changed = (one != two).any(-1)
+    assert first > 20 and not changed[:first].any() and changed[first:].all()
+    assert STAGES["molmo2-8b", 1].drop_responses_only and not STAGES["molmo2-8b", 2].drop_responses_only
+
+
 def test_the_z_loss_is_the_squared_normaliser(tiny):
     """Sum over loss tokens of weight times log-sum-exp of the logits, squared; the token loss is torch's cross-entropy."""
     model, tokenizer = tiny
