@@ -11,6 +11,7 @@ Writes a run folder: metrics.jsonl (a line per step and per evaluation), curves.
 bit for bit. SIGTERM and Ctrl-C finish the step, save and end with status 0.
 """
 
+import argparse
 import json
 import math
 import signal
@@ -266,57 +267,77 @@ def stoppable():
             signal.signal(number, handler)
 
 
-def state_of(model: Molmo, optimisers: list[torch.optim.Optimizer], step: int, loader: data.Loader) -> dict[str, np.ndarray]:
-    """All that a run is besides its parameters."""
-    names = {p: name for name, p in model.named_parameters()}
-    state = {f"{i}/{names[p]}/{key}": value.cpu().numpy() for i, optimiser in enumerate(optimisers)
-             for p, values in optimiser.state.items() for key, value in values.items()}
-    waiting = {f"loader {key}": np.array(numbers, np.int64) for key, numbers in loader.state.items()}
-    return state | waiting | {"step": np.array(step), "rng": torch.get_rng_state().numpy()}
+@dataclass
+class Run:
+    """What both phases of a run, the ViT alone and the whole model, need and keep."""
+
+    model: Molmo
+    tokenizer: Tokenizer
+    stage: Stage
+    seed: int
+    settings: dict  # by which --resume knows the run
+    args: argparse.Namespace
+    log: Log
+    asked: list[int]  # signals to stop
+
+    def save(self, module: nn.Module, optimisers: list[torch.optim.Optimizer], step: int, more: dict[str, np.ndarray]):
+        """A checkpoint with all that the run is besides the model's parameters; `step` is the next one."""
+        names = {p: name for name, p in module.named_parameters()}
+        state = {f"{i}/{names[p]}/{key}": value.cpu().numpy() for i, optimiser in enumerate(optimisers)
+                 for p, values in optimiser.state.items() for key, value in values.items()}
+        state |= {"step": np.array(step), "rng": torch.get_rng_state().numpy(), "settings": np.array(json.dumps(self.settings))}
+        weights.save(self.log.folder / "checkpoint", self.model, self.tokenizer, training=state | more)
 
 
-def restore(model: Molmo, optimisers: list[torch.optim.Optimizer], loader: data.Loader, state: dict[str, np.ndarray]):
-    loader.state = {key: state[f"loader {key}"].tolist() for key in ("next", "pool")}
-    parameters = dict(model.named_parameters())
+def restore(module: nn.Module, optimisers: list[torch.optim.Optimizer], state: dict[str, np.ndarray]) -> int:
+    """Optimisers and random numbers as they were saved; -> the next step."""
+    parameters = dict(module.named_parameters())
     for name, array in state.items():
         if "/" in name:
             i, parameter, key = name.split("/")
             value = torch.from_numpy(array).clone()  # in torch's own memory: its alignment decides how sums are grouped
             optimisers[int(i)].state[parameters[parameter]][key] = value if key == "step" else value.to(parameters[parameter].device)
     torch.set_rng_state(torch.from_numpy(state["rng"]))
+    return int(state["step"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. The ViT learns to see
 
 
-def look(model: Molmo, stage: Stage, seed: int, workers: int, log: Log, asked: list[int]):
+def look(run: Run, state: dict[str, np.ndarray] | None):
     """Where the papers load SigLIP 2, `tiny` trains its ViT alone at the beginning of a stage: a linear layer on the
     features, thrown away afterwards, names for each patch the kind and colour of the thing at its middle and of which
     kind of thing it holds the point. Steps count up to 0, where the model takes over."""
-    device = model.vit.positional_embedding.device
-    names = nn.Linear(model.config.vit.feature_width, sum(data.PATCH_CLASSES), device=device)
+    model, stage, args = run.model, run.stage, run.args
+    names = nn.Linear(model.config.vit.feature_width, sum(data.PATCH_CLASSES), device=args.device)
     nn.init.zeros_(names.weight), nn.init.zeros_(names.bias)
     seeing = nn.ModuleDict({"vit": model.vit, "names": names})
-    parts, optimisers = parts_of(seeing), optimizers(seeing, model.config.optimizer)
-    scenes = DataLoader(data.PatchSet(seed, model.config, stage.clips), LOOK_BATCH,
-                        sampler=range(stage.look * LOOK_BATCH), collate_fn=data.collate_patches, num_workers=workers,
-                        worker_init_fn=data.leave_signals, generator=torch.Generator())
-    bar = tqdm(scenes, total=stage.look, desc="the ViT alone", dynamic_ncols=True)
-    for step, (crops, labels) in enumerate(bar):
-        scores = names(model.vit(crops.to(device))).flatten(0, 1)
-        truth = labels.to(device).flatten(0, 1)
+    parts, optimisers, first = parts_of(seeing), optimizers(seeing, model.config.optimizer), -stage.look
+    if state:
+        names.load_state_dict({key: torch.from_numpy(state[f"names {key}"]) for key in ("weight", "bias")})
+        first = restore(seeing, optimisers, state)
+    numbers = range((first + stage.look) * LOOK_BATCH, stage.look * LOOK_BATCH)
+    scenes = DataLoader(data.PatchSet(run.seed, model.config, stage.clips), LOOK_BATCH, sampler=numbers, collate_fn=data.collate_patches,
+                        num_workers=args.workers, worker_init_fn=data.leave_signals, generator=torch.Generator())
+    bar = tqdm(scenes, initial=first + stage.look, total=stage.look, desc="the ViT alone", dynamic_ncols=True)
+    for step, (crops, labels) in enumerate(bar, start=first):
+        scores = names(model.vit(crops.to(args.device))).flatten(0, 1)
+        truth = labels.to(args.device).flatten(0, 1)
         kind, color, pointed = scores.split(data.PATCH_CLASSES, dim=-1)
         loss = sum(F.cross_entropy(s, t) for s, t in zip((kind, color, pointed), truth.T))
         loss.backward()
-        clip(parts, loss.item(), step - stage.look)
-        update(optimisers, dict.fromkeys(PARTS, schedule(LOOK_LR, LOOK_WARMUP, step, stage.look)))
+        clip(parts, loss.item(), step)
+        update(optimisers, dict.fromkeys(PARTS, schedule(LOOK_LR, LOOK_WARMUP, step + stage.look, stage.look)))
         shown = truth[:, 0] > 0
         line = {"naming": loss.item(), "named": (kind.argmax(-1) == truth[:, 0])[shown].float().mean().item()}
-        log.write(step=step - stage.look, **line)
+        run.log.write(step=step, **line)
         bar.set_postfix(line)
-        if asked:
-            break
+        if run.asked or (step + 1) % args.save_every == 0:
+            run.save(seeing, optimisers, step + 1, {f"names {key}": value.cpu().numpy() for key, value in names.state_dict().items()})
+        if run.asked:
+            bar.write(f"stopped {-step - 1} steps before the model takes over: --resume goes on from there")
+            return
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,10 +346,10 @@ def look(model: Molmo, stage: Stage, seed: int, workers: int, log: Log, asked: l
 
 def main(argv: list[str] | None = None):
     with data.one_line("train.py"):
-        run(parse(argv))
+        start(parse(argv))
 
 
-def run(args):
+def start(args: argparse.Namespace):
     stage = STAGES[args.preset, args.stage]
     steps = args.steps or stage.steps
     stage = replace(stage, steps=steps, look=min(stage.look, args.steps or stage.look))
@@ -356,18 +377,12 @@ def run(args):
     loader = make_loader(stage, seed, tokenizer, replace(model.config, views=views), args)
     log = Log(folder, int(state["step"]) if state else None)  # not before bad input is out: it begins a new metrics.jsonl
     with stoppable() as asked:
-        if stage.look and not args.data and not state and "vit" not in args.freeze:
-            look(model, stage, seed, args.workers, log, asked)
-        for part, params in parts_of(model).items():
-            for p in params.values():
-                p.requires_grad_(part not in args.freeze)
-        optimisers = optimizers(model, model.config.optimizer)
-        if state:
-            restore(model, optimisers, loader, state)
-        if asked:
-            print("stopped before the first step: there is nothing to save yet")
-        else:
-            train(model, tokenizer, optimisers, stage, int(state["step"]) if state else 0, loader, log, args, asked, settings)
+        run = Run(model, tokenizer, stage, seed, settings, args, log, asked)
+        if "names weight" in state if state else stage.look and not args.data and "vit" not in args.freeze:
+            look(run, state)
+            state = None
+        if not asked:
+            train(run, loader, state)
 
 
 def same_run(settings: dict, before: dict, folder: Path):
@@ -386,9 +401,16 @@ def make_loader(stage: Stage, seed: int, tokenizer: Tokenizer, config: MolmoConf
     return data.Loader(mixture, Packer(stage.tokens, stage.crops, stage.pool), stage.packs // args.accumulate, stage.weights, args.workers)
 
 
-def train(model: Molmo, tokenizer: Tokenizer, optimisers, stage: Stage, first: int, loader: data.Loader, log: Log, args, asked: list[int],
-          settings: dict):
-    parts, batches = parts_of(model), iter(loader)
+def train(run: Run, loader: data.Loader, state: dict[str, np.ndarray] | None):
+    model, stage, args, parts = run.model, run.stage, run.args, parts_of(run.model)
+    for part, params in parts.items():
+        for p in params.values():
+            p.requires_grad_(part not in args.freeze)
+    optimisers, first = optimizers(model, model.config.optimizer), 0
+    if state:
+        loader.state = {key: state[f"loader {key}"].tolist() for key in ("next", "pool")}
+        first = restore(model, optimisers, state)
+    batches = iter(loader)
     bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=f"stage {args.stage}", dynamic_ncols=True)
     started, tokens = time.time(), 0
     half = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=has_bfloat16(args.device))
@@ -413,23 +435,22 @@ def train(model: Molmo, tokenizer: Tokenizer, optimisers, stage: Stage, first: i
         shown = {name: totals[name] / divisor.item() for name in LOSSES if name in totals}
         if totals["choices"]:  # the share of visual tokens (and of stops) chosen right
             shown["right"] = totals["right"] / totals["choices"]
-        log.write(step=step, loss=totals["loss"], **shown, norms=norms)
+        run.log.write(step=step, loss=totals["loss"], **shown, norms=norms)
         bar.set_postfix({"loss": totals["loss"], **shown, "tokens/s": int(tokens / (time.time() - started))})
 
         # save, evaluate, stop
         last, due = step + 1 == stage.steps, lambda every: (step + 1) % every == 0
-        if last or due(args.save_every) or due(args.eval_every) or asked:  # before evaluating
-            training = state_of(model, optimisers, step + 1, loader) | {"settings": np.array(json.dumps(settings))}
-            weights.save(log.folder / "checkpoint", model, tokenizer, training=training)
-        if asked:
+        if last or due(args.save_every) or due(args.eval_every) or run.asked:  # before evaluating
+            run.save(model, optimisers, step + 1, {f"loader {key}": np.array(numbers, np.int64) for key, numbers in loader.state.items()})
+        if run.asked:
             bar.write(f"stopped after step {step + 1}: --resume goes on from there")
             return
         if (last or due(args.eval_every)) and stage.watch and not args.data:
-            figures = small_evaluation(model, tokenizer, stage.watch)
-            log.write(step=step, **figures)
-            log.draw()
+            figures = small_evaluation(model, run.tokenizer, stage.watch)
+            run.log.write(step=step, **figures)
+            run.log.draw()
             bar.write(f"step {step + 1}: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()))
-    log.draw()
+    run.log.draw()
 
 
 def has_bfloat16(device: str) -> bool:
