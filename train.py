@@ -219,9 +219,15 @@ class Log:
         shares = ["named"] + sorted({k for line in self.lines for k in line if k.endswith((" f1", " hota"))})
         for x, names, scale in ((0, ["naming", "loss", *LOSSES], lambda v: math.log10(max(v, 1e-3))), (width, shares, float)):
             title = "log10 " if scale is not float else ""
-            curves = {title + n: [(line["step"], scale(line[n])) for line in self.lines if n in line] for n in names}
+            curves = {title + n: thinned([(line["step"], scale(line[n])) for line in self.lines if n in line]) for n in names}
             plot(sheet, x, width, height, curves)
         sheet.save(self.folder / "curves.png")
+
+
+def thinned(curve: list[tuple[float, float]], most: int = 240) -> list[tuple[float, float]]:
+    """At most so many points, each the mean of neighbours: what many steps share is not hidden by how they differ."""
+    size = -(-len(curve) // most)
+    return [tuple(map(float, np.mean(curve[i:i + size], axis=0))) for i in range(0, len(curve), size or 1)]
 
 
 def plot(sheet: Image.Image, left: int, width: int, height: int, curves: dict[str, list[tuple[float, float]]]):

@@ -111,6 +111,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(quick, tmp_path, monkey
     assert not (tmp_path / "run/checkpoint").exists()
 
 
+def test_long_curves_are_drawn_as_means():
+    """At most so many points, the means of neighbours in their order; a short curve stays as it is."""
+    assert train.thinned([(i, float(i % 2)) for i in range(10)], 5) == [(0.5 + 2 * i, 0.5) for i in range(5)]
+    assert train.thinned([(1, 2.0), (3, 4.0)]) == [(1, 2.0), (3, 4.0)] and train.thinned([]) == []
+
+
 def test_each_parameter_has_one_part_and_one_optimiser(tiny):
     """Every parameter is stepped once, at its part's learning rate; new token embeddings go with the connector; Muon
     gets matrices that mix channels and no table of rows."""
