@@ -102,8 +102,8 @@ def test_bad_commands_end_in_one_line(argv, said, tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_before_the_step(quick, tmp_path, monkeypatch, capsys):
     """A NaN in the loss ends the run with one line that names the step and the examples, and no checkpoint is written from it."""
     losses = Molmo.losses
-    monkeypatch.setattr(Molmo, "losses", lambda self, batch: {k: v * float("nan") if k == "token" else v
-                                                              for k, v in losses(self, batch).items()})
+    monkeypatch.setattr(Molmo, "losses", lambda self, *batch: {k: v * float("nan") if k == "token" else v
+                                                              for k, v in losses(self, *batch).items()})
     with pytest.raises(SystemExit) as end:
         train.main(["--stage", "1", "--out", str(tmp_path / "run"), *quick])
     said = capsys.readouterr().err.splitlines()[-1]
