@@ -122,13 +122,14 @@ def record(rng: np.random.Generator, path: Path) -> dict:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("strangers.py: give one folder to write to")
-    out = Path(sys.argv[1])
     try:
+        (folder,) = sys.argv[1:]
+        out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        sys.exit(f"strangers.py: {error}")
+    except (ValueError, OSError) as error:
+        reason = error if isinstance(error, OSError) else "give one folder to write to"
+        print(f"strangers.py: {reason}", file=sys.stderr)
+        raise SystemExit(2) from None
     for seed, (name, count) in enumerate((("train", 200), ("test", 60))):
         rng = np.random.default_rng(seed)
         lines = [json.dumps(record(rng, out / f"{name}-{i}.png")) for i in range(count)]
