@@ -2,7 +2,9 @@
 
     patches (N*S, v)   pooling (M, K): which patches each window holds, -1 = empty slot
           |               |
-          +---- gather ---+--> windows (M, K, v)
+          +---- gather ---+--> windows (M, K, v)   past (M, K, v): the same patches, mean of the 4 frames before
+                                  |                  |
+                                  +-- temporal module (VideoMolmo; optional)
                                   |  query = mean of the valid slots, keys = values = the slots
                                   v
                              attention pooling (M, p)  ->  gated projector  ->  visual tokens (M, d)
@@ -15,6 +17,7 @@ M visual tokens of the whole batch, K slots per window, v ViT feature width, p p
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,6 +30,67 @@ class ConnectorConfig:
     output_layer: bool = True  # MolmoPoint drops it: the projector follows at once
 
 
+TEMPORAL = ("none", "add", "concat", "attention")
+
+
+@dataclass(frozen=True)
+class TemporalConfig:
+    """What a frame knows of those before it. (VideoMolmo; SPEC section 5.)"""
+
+    mode: str = "none"      # add: the past is added; concat: it joins the keys of the pooling; attention: cross-attention
+    history: int = 4        # frames before
+    missing: str = "black"  # those before the first are "black" frames, which count in the mean, or "masked"
+    width: int = 1024       # of the attention
+    heads: int = 16
+
+    def __post_init__(self):
+        for name, value, allowed in (("temporal", self.mode, TEMPORAL), ("missing", self.missing, ("black", "masked"))):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def mean_past(features: Tensor, black: Tensor, frames: Tensor, c: TemporalConfig) -> tuple[Tensor, Tensor]:
+    """features (N, S, v), black (S, v) those of a black frame, frames (N,) how many crops right before each one show the
+    same place earlier (-1: an image) -> the mean over the frames before each, (N, S, v), and (N,) bool whether it counts.
+    No gradient goes to the frames before."""
+    features, total, number = features.detach(), torch.zeros_like(features), torch.arange(len(features), device=features.device)
+    seen = torch.zeros_like(frames)
+    for back in range(1, c.history + 1):
+        there = frames >= back
+        earlier = features[torch.where(there, number - back, 0)]
+        total = total + torch.where(there[:, None, None], earlier, black if c.missing == "black" else torch.zeros_like(black))
+        seen = seen + there
+    if c.missing == "black":
+        return total / c.history, torch.ones_like(frames, dtype=torch.bool)
+    return total / seen.clamp(min=1)[:, None, None].to(total.dtype), seen > 0
+
+
+class TemporalAttention(nn.Module):
+    """Every patch looks at its window in the past: cross-attention, added to what is there."""
+
+    def __init__(self, c: TemporalConfig, feature_width: int):
+        super().__init__()
+        self.heads = c.heads
+        self.wq, self.wk, self.wv = (nn.Linear(feature_width, c.width, bias=False) for _ in range(3))
+        self.wo = nn.Linear(c.width, feature_width, bias=False)
+
+    @torch.no_grad()
+    def initialize(self, kind: str, seed: int):
+        """`zero`: at first it adds nothing; `xavier`: as released."""
+        generator = torch.Generator().manual_seed(seed)
+        for linear in (self.wq, self.wk, self.wv, self.wo):
+            nn.init.xavier_normal_(linear.weight, generator=generator)
+        if kind == "zero":
+            self.wo.weight.zero_()
+
+    def forward(self, windows: Tensor, past: Tensor, valid: Tensor) -> Tensor:
+        """windows, past (M, K, v), valid (M, K) -> (M, K, v)."""
+        q, k, v = (w(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (M, heads, K, width / heads)
+                   for w, x in ((self.wq, windows), (self.wk, past), (self.wv, past)))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None, :])
+        return windows + self.wo(out.transpose(1, 2).flatten(2)) * valid[..., None].to(windows.dtype)
+
+
 class AttentionPooling(nn.Module):
     """Masked cross-attention from the mean of a window to its slots."""
 
@@ -36,9 +100,12 @@ class AttentionPooling(nn.Module):
         self.wq, self.wk, self.wv = (nn.Linear(feature_width, c.width) for _ in range(3))
         self.wo = nn.Linear(c.width, c.width) if c.output_layer else nn.Identity()
 
-    def forward(self, windows: Tensor, valid: Tensor) -> Tensor:
-        """windows (M, K, v) with zeros in empty slots, valid (M, K) bool -> (M, p)."""
+    def forward(self, windows: Tensor, valid: Tensor, more: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """windows (M, K, v) with zeros in empty slots, valid (M, K) bool -> (M, p). `more` of both, if given, are keys and
+        values too, without a part in the mean."""
         mean = windows.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None].to(windows.dtype)
+        if more is not None:
+            windows, valid = torch.cat([windows, more[0]], dim=1), torch.cat([valid, more[1]], dim=1)
         q = self.wq(mean).unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (M, heads, 1, p / heads)
         k = self.wk(windows).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (M, heads, K, p / heads)
         v = self.wv(windows).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -64,11 +131,21 @@ def gather_windows(patches: Tensor, pooling: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Connector(nn.Module):
-    def __init__(self, c: ConnectorConfig, feature_width: int, out_width: int):
+    def __init__(self, c: ConnectorConfig, temporal: TemporalConfig, feature_width: int, out_width: int):
         super().__init__()
+        self.mode = temporal.mode
         self.image_pooling_2d = AttentionPooling(c, feature_width)
         self.image_projector = Projector(c, out_width)
+        self.adapter = TemporalAttention(temporal, feature_width) if self.mode == "attention" else None
 
-    def forward(self, windows: Tensor, valid: Tensor) -> Tensor:
-        """windows (M, K, v), valid (M, K) -> visual tokens (M, d). Every window has at least one valid slot."""
-        return self.image_projector(self.image_pooling_2d(windows, valid))
+    def forward(self, windows: Tensor, valid: Tensor, past: Tensor | None = None, known: Tensor | None = None) -> Tensor:
+        """windows (M, K, v), valid (M, K) -> visual tokens (M, d). Every window has at least one valid slot. With a
+        temporal module also past (M, K, v), zeros in empty slots, and known (M,) bool, whether there is a past."""
+        more = None
+        if self.mode == "add":
+            windows = windows + past * known[:, None, None].to(past.dtype)
+        elif self.mode == "concat":
+            more = past, valid & known[:, None]
+        elif self.mode == "attention":
+            windows = torch.where(known[:, None, None], self.adapter(windows, past, valid), windows)
+        return self.image_projector(self.image_pooling_2d(windows, valid, more))

@@ -54,6 +54,7 @@ from tokenizer import Tokenizer
 
 HOME = Path(__file__).resolve().parent
 NONE = "There are none."
+HISTORY = 4  # frames before the one that is asked about (VideoMolmo)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def patch_map(views: Views) -> PatchMap:
 def views_of(record: Record, config: ViewConfig) -> Views:
     if record.times is not None:
         return video_views(record.pictures, record.times, config)
-    return image_views(record.pictures, config) if record.pictures else no_views(config)
+    return image_views(record.pictures, config, record.before) if record.pictures else no_views(config)
 
 
 def trunk(tokenizer: Tokenizer, views: Views, subtitles: str = "") -> np.ndarray:
@@ -195,14 +196,14 @@ def example(record: Record, tokenizer: Tokenizer, config: MolmoConfig, rng: np.r
         answered, rows = answer(annotation, record, views, config)
         turns = annotation.messages or [(question(annotation, record, rng), answered)]
         branches.append(branch(tokenizer, turns, rows, category(annotation, record)))
-    return Example(trunk(tokenizer, views, record.subtitles), views.crops, views.pooling, branches, record.name)
+    return Example(trunk(tokenizer, views, record.subtitles), views.crops, views.pooling, branches, record.name, views.frames)
 
 
 def prompt(tokenizer: Tokenizer, views: Views, question: str, subtitles: str = "") -> Example:
     """A question that waits for its answer. (The last token of a branch is never an input, hence the end token.)"""
     asked = tokenizer.chat_prompt(question) + [tokenizer.eos_id]
     waiting = Branch(np.array(asked), np.zeros(len(asked), bool), np.zeros((0, 3), int))
-    return Example(trunk(tokenizer, views, subtitles), views.crops, views.pooling, [waiting])
+    return Example(trunk(tokenizer, views, subtitles), views.crops, views.pooling, [waiting], frames=views.frames)
 
 
 def read_answer(answer: Answer, tokenizer: Tokenizer, views: Views) -> tuple[str, list[Point]]:
@@ -253,6 +254,17 @@ def album(seed: int, index: int, rng: np.random.Generator, branches: int, masks:
     return Record(f"multi-image points-{index}", pictures, None, objects, [annotated(plural(query)) for query in asked])
 
 
+def glimpse(seed: int, index: int, rng: np.random.Generator, branches: int, masks: bool, absent: float) -> Record:
+    """A frame of a clip with up to HISTORY frames before it, asked about on its own: also what is moving there."""
+    made = synthetic.world(seed, index) if rng.random() < 0.5 else synthetic.crowd(seed, index)
+    last = rng.uniform(0, made.seconds)
+    times = last - np.arange(HISTORY + 1)[::-1] / rng.choice([4.0, 8.0, 16.0])
+    scene = made.film(times[times >= 0] if last > 0 else times[-1:])
+    asked = synthetic.queries(scene, rng, 2, absent, synthetic.MOVING)  # where it can be said clearly
+    asked += synthetic.queries(scene, rng, branches - len(asked), absent, synthetic.POINTING)
+    return scene_record(scene, asked, masks, f"moments-{index}").moment(len(scene.times) - 1, HISTORY)
+
+
 def dialogue(record: Record, rng: np.random.Generator) -> None:
     """Now and then two questions with answers in words become two turns of one chat."""
     spoken = [said for said in record.annotations if said.task == "qa"]
@@ -271,7 +283,7 @@ SCENES = {
     "tracks": (synthetic.tracks, synthetic.TRACKING), "long points": (synthetic.long_clip, synthetic.POINTING),
     "long tracks": (synthetic.long_tracks, synthetic.TRACKING),
 }
-SETS = (*SCENES, "multi-image points", "screens", "text")
+SETS = (*SCENES, "multi-image points", "screens", "text", "moments")
 
 # Category -> its synthetic sets. (SPEC section 6, the table of stage 2.)
 CATEGORIES = {"captions": ("image captions", "video captions"), "image qa": ("image qa",), "video qa": ("video qa",),
@@ -293,6 +305,8 @@ def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, a
     if name == "screens":
         scene = screens.screen(seed, index, float(rng.choice([1.0, 1.5, 2.0], p=[0.7, 0.2, 0.1])))
         return scene_record(scene, screens.queries(scene, rng, branches), masks, title)
+    if name == "moments":
+        return glimpse(seed, index, rng, branches, masks, absent)
     make, shares = SCENES[name]
     scene, text, heard = make(seed, index), "", []
     if name == "video qa" and rng.random() < 0.3:
@@ -335,6 +349,29 @@ class Drawn:
         return record
 
 
+@dataclass
+class Moments:
+    """The videos of a file as single frames, each asked about on its own with the frames before it."""
+
+    lines: Lines
+    seed: int
+
+    FRAMES = 8    # of every video, drawn from those in which something is pointed at
+    RATE = 8.0    # frames a second, if `max_frames` allows
+
+    @property
+    def size(self) -> int:
+        return self.lines.size * self.FRAMES
+
+    def record(self, index: int, config: ViewConfig) -> Record:
+        """As `Lines.record`; ValueError, too, for what is no video or points at nothing."""
+        record = self.lines.record(index // self.FRAMES, replace(config, fps=self.RATE))
+        frames = sorted({frame for thing in record.objects.values() for frame in record.seen(thing.points)})
+        if record.times is None or not frames:
+            raise ValueError(f"{record.name}: no video with points, which is what is asked about frame by frame")
+        return record.moment(int(np.random.default_rng([self.seed, index, 13]).choice(frames)), HISTORY)
+
+
 def synthetic_sets(names: Iterable[str], seed: int, branches: int, absent: float = 1.0) -> dict[str, list[Drawn]]:
     """Category (or the name of one set) -> sets."""
     return {name: [Drawn(one, seed, branches, absent) for one in CATEGORIES.get(name, (name,))] for name in names}
@@ -349,7 +386,7 @@ class Mixture(Dataset):
     own. What cannot be read, or does not fit `max_tokens`, comes as a text that says why.
     """
 
-    sets: dict[str, list[Drawn | Lines]]   # by category
+    sets: dict[str, list[Drawn | Lines | Moments]]   # by category
     rates: dict[str, float]
     seed: int
     tokenizer: Tokenizer
@@ -371,7 +408,7 @@ class Mixture(Dataset):
         self.counts, self._orders = counts.tolist(), {}
 
     @staticmethod
-    def _parts(sets: Sequence[Drawn | Lines]) -> np.ndarray:
+    def _parts(sets: Sequence[Drawn | Lines | Moments]) -> np.ndarray:
         roots = np.sqrt([one.size or NOMINAL for one in sets])
         return roots / roots.sum()
 
@@ -717,7 +754,7 @@ def corpus(n: int, seed: int) -> Iterator[str]:
     turn, and what stands around it."""
     rng, digits = np.random.default_rng([seed, 9]), [f"{half / 2:.1f} " for half in range(61)]
     pieces = ["user", "assistant", "Image 1", "Image 2", "Image 3", '<points coords="', '<tracks coords="', CLOSE_LIST, NONE, *digits]
-    records = (draw(name, seed, index, 8) for index in count() for name in SETS)
+    records = (draw(name, seed, index, 8) for index in count() for name in SETS if name != "moments")  # the words of clips again
     def texts(record: Record) -> Iterator[str]:
         for said in record.annotations:
             alone = (question(said, record, rng), "" if TASKS[said.task].answer else in_words(said))

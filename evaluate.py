@@ -143,7 +143,40 @@ def hota(predicted: Sequence[Point], record: Record, true: Sequence[Point]) -> f
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Asking
+# 2. Masks
+
+
+BOUNDARY = 0.008  # of the diagonal: two boundaries so near are the same
+
+
+def boundary(mask: np.ndarray) -> np.ndarray:
+    """The pixels that differ from the one to the right, below, or both: a line one pixel wide, as DAVIS draws it."""
+    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
+
+
+def region_and_contour(predicted: np.ndarray, true: np.ndarray) -> tuple[float, float]:
+    """J, the intersection over union, and F, the F1 of the boundaries within 0.8% of the diagonal. (DAVIS 2016.)"""
+    one, two = boundary(predicted), boundary(true)
+    near = math.ceil(BOUNDARY * math.hypot(*true.shape)) ** 2
+    if not one.any() or not two.any():
+        contour = float(one.any() == two.any())
+    else:
+        precision = np.mean(squared_distance(~two, rim=False)[one] <= near)
+        recall = np.mean(squared_distance(~one, rim=False)[two] <= near)
+        contour = 2 * precision * recall / max(precision + recall, 1e-9)
+    return iou(predicted, true), float(contour)
+
+
+def j_and_f(predicted: Sequence[dict[int, np.ndarray]], true: Sequence[dict[int, np.ndarray]]) -> dict[int, tuple[float, float]]:
+    """Object -> its J and F, each the mean over all frames; objects are those of the truth, a missing mask is empty."""
+    empty = np.zeros(next(iter(true[0].values())).shape, bool) if true and true[0] else None
+    return {identity: tuple(np.mean([region_and_contour(p.get(identity, empty), t.get(identity, empty)) for p, t in zip(predicted, true)],
+                                    axis=0).tolist()) for identity in (true[0] if true else {})}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Asking
 
 
 @dataclass

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from connector import Connector, ConnectorConfig, gather_windows
+from connector import Connector, ConnectorConfig, TemporalConfig, gather_windows, mean_past
 from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, PointConfig, PointDecoder, PointPredictor, RMSNorm, Sight, frequencies, rope
 from preprocess import ViewConfig
 from tokenizer import EXTRA_TOKENS, RESERVED
@@ -82,6 +82,7 @@ class MolmoConfig:
     views: ViewConfig = field(default_factory=ViewConfig)
     vit: ViTConfig = field(default_factory=ViTConfig)
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    temporal: TemporalConfig = field(default_factory=TemporalConfig)
     llm: LLMConfig = field(default_factory=LLMConfig)
     point: PointConfig = field(default_factory=PointConfig)
     points_as: str = "tokens"  # "tokens": grounding tokens (MolmoPoint); "text": coordinates written out (Molmo2)
@@ -105,7 +106,7 @@ class MolmoConfig:
 
 
 def _build(cls, values: dict, name: str):
-    parts = {"views": ViewConfig, "vit": ViTConfig, "connector": ConnectorConfig, "llm": LLMConfig, "point": PointConfig,
+    parts = {"views": ViewConfig, "vit": ViTConfig, "connector": ConnectorConfig, "temporal": TemporalConfig, "llm": LLMConfig, "point": PointConfig,
              "yarn": Yarn}
     wrong = {f.name for f in fields(cls)} ^ set(values)
     if wrong:
@@ -137,6 +138,7 @@ PRESETS = {
         views=ViewConfig(crop_size=126, margins=(1, 1), max_crops=4, max_frames=16),
         vit=ViTConfig(width=128, layers=5, heads=4, mlp_hidden=512, taps=(-1, -3), grid=9),
         connector=ConnectorConfig(width=128, heads=4, mlp_hidden=256, output_layer=False),
+        temporal=TemporalConfig(width=128, heads=4),
         llm=LLMConfig(vocabulary=768, width=160, layers=4, heads=4, kv_heads=2, head_width=40, mlp_hidden=320,
                       rope_theta=1e4, dropout=0.0),
         point=PointConfig(width=256),
@@ -168,6 +170,7 @@ class Batch:
     crops: Tensor         # (N, S, 3P²) uint8
     pooling: Tensor       # (M, K) into the N*S patches, -1 = empty slot, in the order of the visual tokens
     points: Tensor        # (G, 3) visual token of the batch, slot, location of each <|token_index|>; stops have token -1
+    frames: Tensor        # (N,) how many crops right before each show the same place earlier; -1 = an image
 
     def to(self, device) -> "Batch":
         return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
@@ -341,7 +344,7 @@ class Molmo(nn.Module):
         c = self.config = config
         self.ids = c.token_ids()
         self.vit = ViT(c.vit)
-        self.connector = Connector(c.connector, c.vit.feature_width, c.llm.width)
+        self.connector = Connector(c.connector, c.temporal, c.vit.feature_width, c.llm.width)
         self.wte = Table(c.llm)
         self.blocks = nn.ModuleList(Block(c.llm, layer) for layer in range(c.llm.layers))
         self.ln_f = RMSNorm(c.llm.width, c.llm.norm_eps)
@@ -366,7 +369,17 @@ class Molmo(nn.Module):
                 residual = name.endswith(("wo.weight", "feed_forward.w2.weight", "attn_out.weight", "ff_out.weight"))
                 gain = 0.1 if residual else 2.0 if name.endswith(("patch_embedding.weight", "projector.w2.weight")) else 1.0
                 p.normal_(0, gain * p.shape[1] ** -0.5, generator=generator)
+        if self.connector.adapter is not None:
+            self.connector.adapter.initialize("zero", seed)
         return self
+
+    def with_temporal(self, temporal: TemporalConfig, init: str = "zero", seed: int = 0) -> "Molmo":
+        """The same model with another temporal module, whose attention, if it has one, is new (`TemporalAttention.initialize`)."""
+        made = Molmo(replace(self.config, temporal=temporal))
+        made.load_state_dict({name: p for name, p in self.state_dict().items() if ".adapter." not in name}, strict=False)
+        if made.connector.adapter is not None:
+            made.connector.adapter.initialize(init, seed)
+        return made.to(self.wte.embedding.device, self.wte.embedding.dtype).train(self.training)
 
     def visual(self, tokens: Tensor) -> Tensor:
         """(B, T) bool: picture tokens and the start, end and column tokens around them."""
@@ -377,9 +390,36 @@ class Molmo(nn.Module):
         placeholder = torch.isin(batch.tokens, torch.tensor([self.ids[n] for n in PLACEHOLDERS], device=batch.tokens.device))
         if (count := int(placeholder.sum())) != len(batch.pooling):
             raise ValueError(f"{count} visual placeholder tokens, but {len(batch.pooling)} pool windows")
-        windows, valid = gather_windows(self.vit(batch.crops).flatten(0, 1), batch.pooling)
+        features = self.encode(batch)
+        windows, valid = gather_windows(features.flatten(0, 1), batch.pooling)
+        embeddings = self.connector(windows, valid, *self.remember(features, batch))
         at, indexable = placeholder.flatten().nonzero()[:, 0], batch.tokens[placeholder] == self.ids["<im_patch>"]
-        return Sight.of(windows, valid, self.connector(windows, valid), at, self.owners(batch)[placeholder], indexable)
+        return Sight.of(windows, valid, embeddings, at, self.owners(batch)[placeholder], indexable)
+
+    def encode(self, batch: Batch) -> Tensor:
+        """ViT features (N, S, v). Crops that no visual token reads show the past only: they come without gradient, or, if
+        there is no temporal module, not at all."""
+        read = torch.zeros(len(batch.crops), dtype=torch.bool, device=batch.crops.device)
+        read[batch.pooling[batch.pooling >= 0] // batch.crops.shape[1]] = True
+        if read.all():
+            return self.vit(batch.crops)
+        seen = self.vit(batch.crops[read])
+        features = seen.new_zeros(len(read), *seen.shape[1:]).index_put((read,), seen)
+        if self.config.temporal.mode != "none":
+            with torch.no_grad():
+                features[~read] = self.vit(batch.crops[~read])
+        return features
+
+    def remember(self, features: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        """What the temporal module needs besides the windows themselves: the same windows in the past, and whether there
+        is any; () without such a module."""
+        if self.config.temporal.mode == "none" or not len(features):
+            return ()
+        with torch.no_grad():
+            black = self.vit(torch.zeros_like(batch.crops[:1]))[0]
+        past, known = mean_past(features, black, batch.frames, self.config.temporal)
+        crop = batch.pooling.amax(1) // features.shape[1]
+        return gather_windows(past.flatten(0, 1), batch.pooling)[0], known[crop]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Word embeddings (B, T, d); <im_low> shares <im_patch>'s. (The released inference code: <im_low> has its own,

@@ -86,13 +86,18 @@ class Views:
     layout: list[str]             # special-token spellings one by one, and pieces of plain text
     sizes: list[tuple[int, int]]  # (width, height) per picture, px
     times: list[float] | None     # seconds per frame; None for images
+    frames: np.ndarray            # (N,) how many crops right before this one show the same place earlier; images -1
 
 
 # ---- 1. pictures -> views --------------------------------------------------------------------------------------------
 
-def image_views(images: list[np.ndarray], config: ViewConfig) -> Views:
-    """Views of one or several images, each (H, W, 3) uint8. Raises MediaError on any other array, or none."""
-    views = _Collector(images, config.image_pool, config)
+def image_views(images: list[np.ndarray], config: ViewConfig, before: Sequence[np.ndarray] | None = None) -> Views:
+    """Views of one or several images, each (H, W, 3) uint8. Raises MediaError on any other array, or none.
+
+    With `before`, the one image is a frame of a video and these are the frames before it, oldest first, none at the
+    start. They have crops but no tokens: only a temporal module sees them. (VideoMolmo asks about frames in this way.)
+    """
+    views = _Collector(images, config.image_pool, config, before)
     low = "<im_patch>" if config.low_res_pointing else "<im_low>"
     for number, image in enumerate(images):
         if len(images) > 1:
@@ -121,30 +126,39 @@ def no_views(config: ViewConfig) -> Views:
     """Views of nothing, for text alone."""
     return Views(crops=np.zeros((0, config.grid ** 2, 3 * config.patch_size ** 2), np.uint8), patches=np.zeros((0, 5)),
                  pooling=np.zeros((0, config.image_pool ** 2), np.int64), indexable=np.zeros(0, bool), layout=[], sizes=[],
-                 times=None)
+                 times=None, frames=np.zeros(0, int))
 
 
 class _Collector:
     """The arrays of a Views, growing tiling by tiling; patch ids go on where the last tiling ended."""
 
-    def __init__(self, pictures: list[np.ndarray], pool: int, config: ViewConfig) -> None:
+    def __init__(self, pictures: list[np.ndarray], pool: int, config: ViewConfig,
+                 before: Sequence[np.ndarray] | None = None) -> None:
         if not pictures:
             raise MediaError("no picture was given: give at least one")
         for number, picture in enumerate(pictures):
             if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
                 raise MediaError(f"picture {number} is {picture.dtype} of shape {picture.shape}: "
                                  "give (height, width, 3) uint8 with no side of 0")
-        self.pictures, self.pool, self.config = pictures, pool, config
-        self.crops, self.patches, self.pooling, self.layout = [], [], [], []
+        if before is not None and (len(pictures) > 1 or any(picture.shape != pictures[0].shape for picture in before)):
+            raise MediaError("frames before an image must be of its size, and the image alone")
+        self.pictures, self.pool, self.config, self.before = pictures, pool, config, before
+        self.crops, self.patches, self.pooling, self.layout, self.frames = [], [], [], [], []
         self.patch_count = 0
 
     def add(self, number: int, tiling: tuple[int, int]) -> tuple[int, int]:
         """Cut picture `number` into a tiling of crops; returns the rows and columns of its visual tokens."""
-        crops, boxes = cut(self.pictures[number], tiling, self.config)
-        windows = pool_windows(self.patch_count + patch_map(tiling, self.config), self.pool)
-        self.crops.append(crops)
+        shown = [*(self.before or ()), self.pictures[number]]  # crop by crop, each after what was there before
+        cuts = [cut(picture, tiling, self.config) for picture in shown]
+        boxes, grid = cuts[-1][1].reshape(-1, 1, self.config.grid ** 2, 4), self.config.grid ** 2
+        boxes = np.broadcast_to(boxes, (len(boxes), len(shown), grid, 4)).reshape(-1, 4)
+        ids = patch_map(tiling, self.config)
+        ids = (ids // grid * len(shown) + len(shown) - 1) * grid + ids % grid
+        windows = pool_windows(self.patch_count + ids, self.pool)
+        self.crops.append(np.stack([crops for crops, _ in cuts], axis=1).reshape(-1, *cuts[0][0].shape[1:]))
         self.patches.append(np.column_stack([np.full(len(boxes), number), boxes]))
         self.pooling.append(windows.reshape(-1, self.pool ** 2))
+        self.frames.append(np.tile(np.arange(len(shown)) if self.before is not None else -1, tiling[0] * tiling[1]))
         self.patch_count += len(boxes)
         return windows.shape[:2]
 
@@ -153,7 +167,8 @@ class _Collector:
         indexable = [piece == "<im_patch>" for piece in self.layout if piece in ("<im_patch>", "<im_low>")]
         return Views(crops=np.concatenate(self.crops), patches=np.concatenate(self.patches),
                      pooling=np.concatenate(self.pooling), indexable=np.array(indexable), layout=self.layout,
-                     sizes=[(picture.shape[1], picture.shape[0]) for picture in self.pictures], times=times)
+                     sizes=[(picture.shape[1], picture.shape[0]) for picture in self.pictures], times=times,
+                     frames=np.concatenate(self.frames) if times is None else np.arange(len(self.pictures)))
 
 
 # ---- 2. one picture -> crops and the map of their patches ------------------------------------------------------------

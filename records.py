@@ -21,7 +21,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -89,6 +89,7 @@ class Record:
     objects: dict[int, Object]
     annotations: list[Annotation]
     subtitles: str = ""
+    before: list[np.ndarray] | None = None                  # of an image that is a frame of a video: the frames before it
 
     @property
     def medium(self) -> str:
@@ -108,6 +109,17 @@ class Record:
         off = np.abs(times[after] - moments)
         found = {int(after[i]): values[moments[i]] for i in np.argsort(-off, kind="stable") if off[i] <= AT_A_FRAME}
         return dict(sorted(found.items()))  # of equal keys the last stayed
+
+    def moment(self, frame: int, history: int) -> "Record":
+        """One frame of a video as an image that has frames before it. What was asked about the video is asked about this
+        frame: tracks become points, and what is not in view is not there; answers in words are left out."""
+        here = {i: Object({0: self.seen(thing.points)[frame]}, {0: runs for at, runs in self.seen(thing.masks).items() if at == frame})
+                for i, thing in self.objects.items() if frame in self.seen(thing.points)}
+        said = [replace(one, objects=[i for i in one.objects if i in here], task="point" if one.task in TRACKS else one.task,
+                        question="" if one.task in TRACKS else one.question.replace("this video", "this image"))
+                for one in self.annotations if TASKS[one.task].answer and one.count is None]
+        return Record(f"{self.name}, frame {frame}", [self.pictures[frame]], None, here, said,
+                      before=self.pictures[max(frame - history, 0):frame])
 
     def limited(self, config: ViewConfig) -> "Record":
         """With no more frames than the model looks at."""

@@ -584,7 +584,7 @@ def _ask(scene: Scene, rng: np.random.Generator, task: str, about: str, label: s
     if task not in ("point", "point_count"):
         return Query(task, "", label, targets, "", about)
     template = str(rng.choice(POINT if task == "point" else COUNT))
-    verb = "is" if about in ("size", "position") else "are"
+    verb = "is" if about in ("size", "position", "motion") else "are"
     question = template.format(label=label, medium=_medium(scene), **{"is": verb})
     return Query(task, question, label, targets, "", about)
 
@@ -661,30 +661,45 @@ def _ask_choice(scene: Scene, rng: np.random.Generator) -> Query | None:
     return replace(asked, task="choice", choices=[choices[i] for i in rng.permutation(4)])
 
 
-def motions(scene: Scene) -> list[str]:
-    """What each thing of a clip does from its first to its last moment in view: "moves left", "moves right", "moves up",
-    "moves down", "rests", or "" if that cannot be said clearly."""
-    words, side = [], min(scene.frames.shape[1:3])
+MOTIONS = ("rests", "moves left", "moves right", "moves up", "moves down")
+
+
+def motions(scene: Scene) -> list[tuple[str, ...]]:
+    """What each thing of a clip may be said to do from its first to its last moment in view, of MOTIONS: one if that is
+    clear. Something that moves gets as far as a quarter of the shorter side, in a scene of less than 1.5 seconds a sixth a
+    second; what rests stays within a fifth of that."""
+    words, far = [], min(0.25, (scene.times[-1] - scene.times[0]) / 6) * min(scene.frames.shape[1:3])
     for track in scene.points.transpose(1, 0, 2):
         track = track[np.isfinite(track[:, 0])]
+        if not len(track):
+            words.append(())
+            continue
         (dx, dy), way = track[-1] - track[0], np.abs(track - track[0]).max()
-        along = "moves " + (("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up"))
-        clear = max(abs(dx), abs(dy)) > max(0.25 * side, 1.5 * min(abs(dx), abs(dy)))
-        words.append("rests" if way < 0.05 * side and len(track) > 0.6 * len(scene.times) else along if clear else "")
+        along = {"moves right" if dx > 0 else "moves left": abs(dx), "moves down" if dy > 0 else "moves up": abs(dy)}
+        main, least = max(along, key=along.get), min(along.values())
+        if way < far / 5 and len(track) > 0.6 * len(scene.times):
+            words.append(("rests",))
+        elif along[main] > max(far, 1.5 * least):
+            words.append((main,))
+        else:
+            may = [word for word, reach in along.items() if reach > far / 5] + (["rests"] if along[main] < far else [])
+            words.append(tuple(may) if len(may) > 1 else MOTIONS)
     return words
 
 
 def _ask_motion(scene: Scene, rng: np.random.Generator, task: str) -> Query | None:
-    """Which of several alike is meant is said by how it moves: "cup that moves left"."""
-    does, found = motions(scene), []
+    """Which of several alike is meant is said by how it moves: "cup that moves left". To be tracked, all of them must move
+    clearly; to be pointed at in a moment, none of the others may do what is said."""
+    may, found = motions(scene), []
     for kind in ("", *sorted({thing.kind for thing in scene.things})):
         group = _match(scene, kind)
-        for word in {does[i] for i in group} - {""}:
-            meant = [i for i in group if does[i] == word]
-            if len(group) > 1 and len(meant) == 1 and "" not in [does[i] for i in group]:
+        for word in MOTIONS:
+            meant, others = ([i for i in group if (may[i] == (word,)) == same] for same in (True, False))
+            clear = all(word not in may[i] for i in others) and (task == "point" or all(len(may[i]) == 1 for i in others))
+            if len(group) > 1 and len(meant) == 1 and clear:
                 found.append((f"{kind or 'thing'} that {word}", meant))
     chosen = _choose(rng, sorted(found))
-    return chosen and Query(task, "", *chosen, "", "motion")
+    return chosen and _ask(scene, rng, task, "motion", *chosen)
 
 
 def subtitles(scene: Scene, rng: np.random.Generator) -> tuple[str, list[Query]]:
@@ -719,6 +734,8 @@ POINTING = {key: share for key, share in MIXTURE.items() if key[0].startswith("p
     ("count_point", "kind"): 3, ("count_point", "color+kind"): 3, ("count_point", "none"): 1}
 TRACKING = {("track", "kind"): 6, ("track", "color+kind"): 6, ("track", "all"): 1, ("track", "motion"): 5, ("track", "none"): 2,
             ("track_ends", "kind"): 2, ("track_ends", "color+kind"): 2, ("track_ends", "motion"): 1, ("track_from", "all"): 3}
+
+MOVING = {("point", "motion"): 1}
 
 
 def _query(scene: Scene, rng: np.random.Generator, absent: float, mixture: dict[tuple[str, str], float]) -> Query | None:

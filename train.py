@@ -3,6 +3,7 @@
     python train.py --stage 1                                  # images, from nothing
     python train.py --stage 2 --init runs/stage1/checkpoint    # adds video, tracking, screens, words
     python train.py --stage 3 --init runs/stage2/checkpoint    # longer videos
+    python train.py --stage 4 --init assets/tiny --temporal attention    # VideoMolmo: frame by frame, with a temporal module
     python train.py --stage 2 --resume                         # goes on where a run of stage 2 was stopped or killed
     python train.py --stage 2 --init assets/tiny --data mine.jsonl --steps 500    # your own points (records.py has the format)
 
@@ -33,6 +34,7 @@ from tqdm import tqdm
 
 import data
 import weights
+from connector import TEMPORAL
 from evaluate import evaluate, fresh
 from model import PRESETS, Molmo, MolmoConfig
 from packing import Packer
@@ -84,6 +86,8 @@ RELEASED = {
              image_crops=8),
     3: Stage(2_000, 128, 36_864, 384, 384, data.RATES, "paper", each(5e-6, 5e-6, 1e-5, 5e-6), each(200, 200, 200, 200),
              image_crops=8),
+    # VideoMolmo: 4 epochs of 72,000 frames; every crop comes with those of the four frames before
+    4: Stage(1_125, 256, 2_560, 160, 384, {"moments": 1.0}, "paper", each(5e-6, 5e-6, 1e-5, 5e-6), each(10, 10, 10, 10), image_crops=8),
 }
 TINY = {
     1: Stage(1050, 2, 1024, 20, 16, {"stills": 95, "text": 5}, "uniform", each(2e-4, 2e-3, 2e-3, 2e-3), each(20, 20, 20, 20),
@@ -94,6 +98,7 @@ TINY = {
     3: Stage(800, 1, 2048, 40, 32, {"image points": 18, "multi-image points": 5, "screens": 12, "video points": 14, "tracks": 13,
                                     "captions": 6, "image qa": 6, "video qa": 5, "text": 3, "long points": 9, "long tracks": 9},
              "uniform", each(1e-4, 4e-4, 4e-4, 4e-4), each(20, 20, 20, 20), ("video points", "long points", "long tracks")),
+    4: Stage(600, 2, 1024, 100, 32, {"moments": 1.0}, "uniform", each(2e-4, 8e-4, 8e-4, 8e-4), each(20, 20, 20, 20), ("moments",), branches=5),
 }
 STAGES = {("tiny", n): stage for n, stage in TINY.items()} | {
     (preset, n): stage for preset in PRESETS if preset != "tiny" for n, stage in RELEASED.items()} | {
@@ -104,13 +109,16 @@ STAGES = {("tiny", n): stage for n, stage in TINY.items()} | {
 
 def parse(argv: list[str] | None):
     parser = data.Parser(prog="train.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), required=True)
     parser.add_argument("--preset", default="tiny", choices=sorted({name for name, _ in STAGES}))
     parser.add_argument("--points-as", default="tokens", choices=("tokens", "text"), help="how a new model writes points")
     parser.add_argument("--init", help="checkpoint of the stage before")
     parser.add_argument("--data", help="a JSONL file of your own, in place of the stage's synthetic sets")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the run folder, if there is one")
     parser.add_argument("--freeze", choices=PARTS, action="append", default=[], help="a part that stays as it is")
+    parser.add_argument("--temporal", choices=TEMPORAL, help="a new temporal module (default: what the checkpoint has)")
+    parser.add_argument("--temporal-init", default="zero", choices=("zero", "xavier"))
+    parser.add_argument("--missing", default="black", choices=("black", "masked"), help="what stands for frames before the first")
     parser.add_argument("--out", help="run folder (default: runs/stage<N>)")
     parser.add_argument("--steps", type=data.number(int, 1, 10**9), help="instead of the stage's own number")
     parser.add_argument("--accumulate", type=data.number(int, 1, 10**6), default=1, help="parts of a step, for less memory")
@@ -364,7 +372,8 @@ def start(args: argparse.Namespace):
     seed = args.stage + 100 * args.seed
     folder = Path(args.out or f"runs/stage{args.stage}")
     state = weights.load_training(folder / "checkpoint") if args.resume else None
-    settings = {"stage": args.stage, "seed": args.seed, "steps": steps, "data": args.data, "accumulate": args.accumulate}
+    settings = {"stage": args.stage, "seed": args.seed, "steps": steps, "data": args.data, "accumulate": args.accumulate,
+                "temporal": args.temporal}
     if state:
         same_run(settings, json.loads(str(state.get("settings", "{}"))), folder)
     if args.init or state:
@@ -373,6 +382,9 @@ def start(args: argparse.Namespace):
         tokenizer = Tokenizer.load(HOME / "assets/tokenizer.json")
         config = replace(PRESETS[args.preset], points_as=args.points_as)
         model = Molmo(config).initialize(args.seed).to(args.device)
+    if args.temporal and not state:
+        temporal = replace(model.config.temporal, mode=args.temporal, missing=args.missing)
+        model = model.with_temporal(temporal, args.temporal_init, args.seed)
     views = replace(model.config.views, max_frames=stage.frames)
     model.config = replace(model.config, views=views)
     model.train()
@@ -400,7 +412,8 @@ def same_run(settings: dict, before: dict, folder: Path):
 
 def make_loader(stage: Stage, seed: int, tokenizer: Tokenizer, config: MolmoConfig, args) -> data.Loader:
     if args.data:
-        sets, rates = {args.data: [Lines(args.data)]}, {args.data: 1.0}
+        lines = Lines(args.data)
+        sets, rates = {args.data: [data.Moments(lines, seed) if args.stage == 4 else lines]}, {args.data: 1.0}
     else:
         sets, rates = data.synthetic_sets(stage.rates, seed, stage.branches, stage.absent), stage.rates
     mixture = data.Mixture(sets, rates, seed, tokenizer, config, stage.tokens)

@@ -67,7 +67,7 @@ def look(seed: int, images: int = 0, frames: int = 0, sides: tuple[int, int] = (
         return image_views(pictures, CONFIG.views)
     if frames:
         return video_views(pictures, [0.5 * i for i in range(frames)], CONFIG.views)
-    return Views(np.zeros((0, 25, 588), np.uint8), np.zeros((0, 5)), np.zeros((0, 4), np.int64), np.zeros(0, bool), [], [], None)
+    return Views(np.zeros((0, 25, 588), np.uint8), np.zeros((0, 5)), np.zeros((0, 4), np.int64), np.zeros(0, bool), [], [], None, np.zeros(0, int))
 
 
 def pointed(views: Views, rng: np.random.Generator, lists: int = 1, most: int = 4) -> tuple[list[str], np.ndarray]:

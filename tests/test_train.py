@@ -172,7 +172,7 @@ def test_stage_table_holds_the_papers_numbers():
     """Of SPEC section 6: steps, tokens, frames, learning rates; every preset has its three stages."""
     assert STAGES["molmopoint-8b", 2].steps == 22_000 and STAGES["molmopoint-8b", 2].packs == 160
     assert [STAGES["molmopoint-vid-4b", n].steps for n in (2, 3)] == [6_000, 800]
-    assert {key for key in STAGES} == {(preset, n) for preset in PRESETS for n in (1, 2, 3)}
+    assert {key for key in STAGES} == {(preset, n) for preset in PRESETS for n in (1, 2, 3, 4)}
     for n, (steps, tokens, vit, connector, llm, warmup) in {1: (32_000, 2560, 6e-6, 2e-4, 2e-5, 2000), 2: (30_000, 16_384, 5e-6, 5e-6, 1e-5, 200),
                                                            3: (2_000, 36_864, 5e-6, 5e-6, 1e-5, 200)}.items():
         row = STAGES["molmo2-8b", n]

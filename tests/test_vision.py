@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from connector import Connector, ConnectorConfig, gather_windows
+from connector import Connector, ConnectorConfig, TemporalAttention, TemporalConfig, gather_windows, mean_past
 from vit import ViT, ViTConfig
 
 VIT = ViTConfig(width=12, layers=4, heads=3, mlp_hidden=20, taps=(-2, -4), grid=3, patch_size=2)
@@ -142,7 +142,7 @@ def slow_connector(w: dict, heads: int, patches: np.ndarray, pooling: np.ndarray
 
 
 def connector(output_layer: bool) -> Connector:
-    return scrambled(Connector(ConnectorConfig(width=6, heads=2, mlp_hidden=10, output_layer=output_layer), 8, 5), 4)
+    return scrambled(Connector(ConnectorConfig(width=6, heads=2, mlp_hidden=10, output_layer=output_layer), TemporalConfig(), 8, 5), 4)
 
 
 IMAGE_WINDOWS = [[0, 1, 5, 6], [2, -1, 7, -1], [-1, -1, -1, 11], [3, 4, 8, 9], [-1, 10, -1, 0]]  # 2x2
@@ -191,3 +191,110 @@ def test_pixels_are_normalised_before_they_are_rounded():
         torch.nn.init.zeros_(vit.positional_embedding)
         vit(crops)
     assert torch.equal(seen[0], ((crops.float() / 255 - 0.5) / 0.5).bfloat16())
+
+
+# ---- through time --------------------------------------------------------------------------------------------------------
+
+
+def slow_past(features, black, frames, c):
+    """One crop after the other, from the definition."""
+    rows, known = [], []
+    for n, frame in enumerate(frames.tolist()):
+        before = [features[n - back] if frame >= back else black for back in range(1, c.history + 1)
+                  if frame >= back or c.missing == "black"]
+        rows.append(torch.stack(before).mean(0) if before else torch.zeros_like(black))
+        known.append(bool(before))
+    return torch.stack(rows), torch.tensor(known)
+
+
+@pytest.mark.parametrize("missing", ["black", "masked"])
+def test_the_past_is_the_mean_of_the_frames_before(missing):
+    """Against a loop, on an image, two videos (one longer than the history) and an image again: no history crosses from
+    one to the other, and black frames count in the mean."""
+    torch.manual_seed(0)
+    c, frames = TemporalConfig("attention", missing=missing), torch.tensor([-1, -1, 0, 1, 2, 3, 4, 5, 0, 1, -1])
+    features, black = torch.randn(11, 6, 5), torch.randn(6, 5)
+    past, known = mean_past(features, black, frames, c)
+    wanted, there = slow_past(features, black, frames, c)
+    torch.testing.assert_close(past, wanted)
+    assert torch.equal(known, there) and known.all() == (missing == "black")
+
+
+def test_no_gradient_goes_through_the_past():
+    """The frames before only lend their features."""
+    features = torch.randn(3, 4, 5, requires_grad=True)
+    past, _ = mean_past(features, torch.zeros(4, 5), torch.arange(3), TemporalConfig("add"))
+    assert not past.requires_grad
+    again, _ = mean_past(features.flip(0), torch.zeros(4, 5), torch.arange(3), TemporalConfig("add", history=2))
+    first, _ = mean_past(features[[1, 2, 0]], torch.zeros(4, 5), torch.arange(3), TemporalConfig("add", history=2))
+    torch.testing.assert_close(again[2], first[2])  # the order of the frames before does not matter
+
+
+def test_temporal_attention_equals_a_slow_loop():
+    """Window by window and head by head: queries from the frame, keys and values from the past, what comes out is added;
+    empty slots are neither keys nor changed."""
+    c = TemporalConfig("attention", width=12, heads=3)
+    adapter = TemporalAttention(c, 8)
+    adapter.initialize("xavier", 0)
+    torch.manual_seed(1)
+    valid = torch.tensor([[True] * 4, [True, False, True, False]])
+    windows, past = (torch.randn(2, 4, 8) * valid[..., None] for _ in range(2))
+    with torch.no_grad():
+        got = adapter(windows, past, valid)
+        for m in range(2):
+            q, k, v = (w(x[m]).view(4, 3, 4) for w, x in ((adapter.wq, windows), (adapter.wk, past), (adapter.wv, past)))
+            for slot in range(4):
+                heads = []
+                for head in range(3):
+                    weight = torch.stack([q[slot, head] @ k[other, head] / 2 for other in range(4)])
+                    heads.append(weight.masked_fill(~valid[m], -torch.inf).softmax(0) @ v[:, head])
+                wanted = windows[m, slot] + (adapter.wo(torch.cat(heads)) if valid[m, slot] else 0)
+                torch.testing.assert_close(got[m, slot], wanted)
+
+
+@pytest.mark.parametrize("mode", ["add", "concat", "attention"])
+def test_each_mode_is_its_formula(mode):
+    """add: the past is added; concat: it stands among the keys of the pooling, not in its mean; attention: before the
+    pooling; where nothing is known of the past, the connector is as without."""
+    plain = scrambled(Connector(ConnectorConfig(width=6, heads=2, mlp_hidden=10), TemporalConfig(), 8, 5), 4)
+    made = scrambled(Connector(ConnectorConfig(width=6, heads=2, mlp_hidden=10), TemporalConfig(mode, width=4, heads=2), 8, 5), 4)
+    made.load_state_dict(plain.state_dict(), strict=False)
+    torch.manual_seed(2)
+    valid = torch.tensor([[True] * 4, [True, True, False, False], [True] * 4])
+    windows, past = (torch.randn(3, 4, 8).double() * valid[..., None] for _ in range(2))
+    known = torch.tensor([True, True, False])
+    with torch.no_grad():
+        got = made(windows, valid, past, known)
+        alone = plain(windows, valid)
+        assert torch.equal(got[2], alone[2]) and not torch.isclose(got[:2], alone[:2]).all(-1).any()
+        if mode == "add":
+            torch.testing.assert_close(got[:2], plain(windows + past, valid)[:2])
+        if mode == "attention":
+            torch.testing.assert_close(got[:2], plain(made.adapter(windows, past, valid), valid)[:2])
+        if mode == "concat":
+            pool = plain.image_pooling_2d
+            for m in (0, 1):
+                keys = torch.cat([windows[m][valid[m]], past[m][valid[m]]])
+                q = pool.wq(windows[m][valid[m]].mean(0)).view(2, 3)
+                heads = [(pool.wk(keys).view(-1, 2, 3)[:, h] @ q[h] / 3**0.5).softmax(0) @ pool.wv(keys).view(-1, 2, 3)[:, h] for h in (0, 1)]
+                torch.testing.assert_close(got[m], plain.image_projector(pool.wo(torch.cat(heads))))
+
+
+def test_zero_init_is_no_module_bit_for_bit():
+    """At its first step the attention adds exactly nothing; with Xavier it does not."""
+    plain = scrambled(Connector(ConnectorConfig(width=6, heads=2, mlp_hidden=10), TemporalConfig(), 8, 5), 4)
+    made = Connector(ConnectorConfig(width=6, heads=2, mlp_hidden=10), TemporalConfig("attention", width=4, heads=2), 8, 5).double()
+    made.load_state_dict(plain.state_dict(), strict=False)
+    windows, past = (torch.randn(3, 9, 8).double() for _ in range(2))
+    valid, known = torch.ones(3, 9, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
+    with torch.no_grad():
+        for kind, same in (("zero", True), ("xavier", False)):
+            made.adapter.initialize(kind, 0)
+            assert torch.equal(made(windows, valid, past, known), plain(windows, valid)) == same
+
+
+def test_modes_that_do_not_exist_are_refused():
+    """With the names of those that do."""
+    for wrong in ({"mode": "sum"}, {"missing": "white"}):
+        with pytest.raises(ValueError, match="must be one of"):
+            TemporalConfig(**wrong)

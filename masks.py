@@ -1,0 +1,345 @@
+"""Masks through time: a few points become a mask of every object in every frame.
+
+    points at an anchor ------ segment ------> masks there        anchors: every k-th frame, where the model was asked
+
+    anchor a                                               anchor b
+       mask ==== propagate ====>  left    left    left      (mask)
+      (mask)     right   right    right  <== propagate ==== mask
+         |         |       |        |                         |
+       its own   fused   fused    fused                    its own
+
+Between two anchors each object has two masks: one carried forward from the left, one carried back from the right. If they
+agree, their intersection counts; if not, their union; if one is empty, the other. (VideoMolmo, temporal mask fusion; SPEC
+section 5. There the objects of an anchor have no names; here they keep them from anchor to anchor, because the carried
+masks say who is who, and every object is fused on its own.)
+
+    segment, Growing   one point, or points through time -> masks, by colour and motion, without weights
+    fuse, through_time the fusion
+    annotate           the way back: masks -> points
+
+n objects, H x W pixels.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Protocol
+
+import numpy as np
+
+Points = Mapping[int, tuple[float, float]]  # id -> x, y in pixels
+Masks = dict[int, np.ndarray]               # id -> (H, W) bool
+
+
+class Propagator(Protocol):
+    """Carries objects from one frame to another. Every call begins with a fresh memory."""
+
+    def __call__(self, frames: Sequence[np.ndarray], start: int, points: Points, stop: int) -> Iterator[Masks]:
+        """frames (H, W, 3) uint8, points in frame `start` -> the masks in frames start, start ± 1, ..., stop."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Tools on masks
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union; of two empty masks 1."""
+    union = np.count_nonzero(a | b)
+    return np.count_nonzero(a & b) / union if union else 1.0
+
+
+def shifted(mask: np.ndarray, dx: int, dy: int) -> np.ndarray:
+    """The mask moved by whole pixels; what leaves the frame is gone."""
+    height, width = mask.shape
+    moved = np.zeros_like(mask)
+    if abs(dx) < width and abs(dy) < height:
+        moved[max(dy, 0):height + min(dy, 0), max(dx, 0):width + min(dx, 0)] = \
+            mask[max(-dy, 0):height + min(-dy, 0), max(-dx, 0):width + min(-dx, 0)]
+    return moved
+
+
+def squared_distance(mask: np.ndarray, rim: bool = True) -> np.ndarray:
+    """(H, W) float: the squared distance of every pixel of the mask to the nearest pixel outside of it (inf if there is
+    none); with `rim` all that is beyond the picture is outside. Exact: first along the columns, then the lower envelope of
+    parabolas along the rows."""
+    inside = np.pad(mask, 1) if rim else mask
+    place = np.arange(inside.shape[0], dtype=float)[:, None]
+    above = np.maximum.accumulate(np.where(inside, -np.inf, place), axis=0)
+    below = np.minimum.accumulate(np.where(inside, np.inf, place)[::-1], axis=0)[::-1]
+    column = np.minimum(place - above, below - place) ** 2
+    apart = (np.arange(inside.shape[1])[:, None] - np.arange(inside.shape[1])) ** 2.0
+    found = np.stack([(row + apart).min(1) for row in column])
+    return found[1:-1, 1:-1] if rim else found
+
+
+def grown(mask: np.ndarray, radius: int) -> np.ndarray:
+    """The mask and all that is within `radius` pixels of it, along rows and columns (a square)."""
+    for axis in (0, 1):
+        sums = np.cumsum(np.pad(mask.astype(np.int32), [(radius + 1, radius) if a == axis else (0, 0) for a in (0, 1)]), axis=axis)
+        size = mask.shape[axis]
+        mask = np.take(sums, np.arange(size) + 2 * radius + 1, axis) > np.take(sums, np.arange(size), axis)
+    return mask
+
+
+def flood(seeds: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """The allowed pixels that are connected (4 neighbours) to allowed seeds.
+
+    Runs of allowed pixels in a row, then in a column, are filled at once, so that it takes as many rounds as a path has
+    bends, not pixels.
+    """
+    reached = seeds & allowed
+    while True:
+        before = np.count_nonzero(reached)
+        for axis in (1, 0):
+            a, r = (x if axis else x.T for x in (allowed, reached))
+            ids = np.cumsum(np.diff(a.astype(np.int8), axis=1, prepend=np.int8(0)) == 1, axis=1, dtype=np.int64)
+            ids += np.arange(len(a))[:, None] * (a.shape[1] + 1)  # the number of the run, in all rows
+            hit = np.zeros(a.shape[0] * (a.shape[1] + 1) + 1, bool)
+            hit[ids[r]] = True
+            r = a & hit[ids]
+            reached = r if axis else r.T
+        if np.count_nonzero(reached) == before:
+            return reached
+
+
+def smooth(frame: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 -> float32 0..1, the mean of 3 x 3 pixels."""
+    x = np.pad(frame.astype(np.float32) / 255, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    x = x[:-2] + x[1:-1] + x[2:]
+    return (x[:, :-2] + x[:, 1:-1] + x[:, 2:]) / 9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. From a point to a mask, and from frame to frame, without weights
+
+TOLERANCES = (0.03, 0.06, 0.1, 0.15, 0.2)  # largest difference of a channel of `hue` to the point's
+HOLE = 0.15      # of the region: enclosed spots smaller than this belong to it
+LARGEST = 0.5    # of the picture: what is larger is not an object
+
+
+def hue(frame: np.ndarray) -> np.ndarray:
+    """(H, W, 4): red, green and blue in relation to each other, so that the lit and the shaded side of a thing are much
+    alike, and a little of its brightness."""
+    picture = smooth(frame)
+    light = picture.sum(-1, keepdims=True)
+    return np.concatenate([picture / (light + 0.3), light / 30], axis=-1)
+
+
+def segment(frame: np.ndarray, x: float, y: float) -> np.ndarray:
+    """The object at a point: the connected region of the hue there. Of several tolerances that one counts whose region
+    stands out most from what is right beside it."""
+    picture, (height, width) = hue(frame), frame.shape[:2]
+    row, column = min(max(int(y), 0), height - 1), min(max(int(x), 0), width - 1)
+    seed = np.zeros((height, width), bool)
+    seed[row, column] = True
+    off = np.abs(picture - picture[row, column]).max(-1)
+    best, contrast = seed, -1.0
+    for tolerance in TOLERANCES:
+        region = flood(seed, off <= tolerance)
+        beside = grown(region, 2) & ~region
+        if np.count_nonzero(region) > LARGEST * region.size or not beside.any():
+            break
+        stands_out = off[beside].mean() - off[region].mean()
+        if stands_out > contrast:
+            best, contrast = region, stands_out
+    return filled(best)
+
+
+def filled(region: np.ndarray) -> np.ndarray:
+    """With its small holes."""
+    rows, columns = np.nonzero(region.any(1))[0], np.nonzero(region.any(0))[0]
+    window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    outside = np.pad(~region[window], 1, constant_values=True)
+    rim = np.zeros_like(outside)
+    rim[0] = True
+    holes = ~region[window] & ~flood(rim, outside)[1:-1, 1:-1]
+    result, left = region.copy(), holes.copy()
+    while left.any():
+        start = np.zeros_like(left)
+        start[np.unravel_index(left.argmax(), left.shape)] = True
+        hole = flood(start, left)
+        left &= ~hole
+        if np.count_nonzero(hole) < HOLE * np.count_nonzero(region):
+            result[window] |= hole
+    return result
+
+
+BINS = 12        # of a colour histogram, per channel
+REACH = 0.25     # of the shorter side: the farthest an object goes from one frame to the next
+LOST = 0.05      # of its area: an object that shows less is not there
+FAITH = 0.2      # in the velocity: what a displacement as far off as the reach costs, in shares of the object
+
+
+@dataclass
+class Look:
+    """What is remembered of one object: its colours against those around it, and where all of it was last."""
+
+    odds: np.ndarray      # (BINS ** 3,) log of how much more often the object has a colour than what is not the object
+    shape: np.ndarray     # (H, W) bool, hidden parts as well
+    velocity: np.ndarray  # (2,) pixels a frame: dx, dy
+    area: int
+
+
+def colors(picture: np.ndarray) -> np.ndarray:
+    """(H, W, 3) -> (H, W) number of the bin."""
+    bins = np.minimum((picture * BINS).astype(np.int64), BINS - 1)
+    return (bins[..., 0] * BINS + bins[..., 1]) * BINS + bins[..., 2]
+
+
+def odds(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Log odds of the colours, each counted for its neighbours too."""
+    number, sides = colors(picture), []
+    for part in (mask, ~mask):
+        table = np.bincount(number[part], minlength=BINS ** 3).reshape(BINS, BINS, BINS).astype(np.float64)
+        for axis in range(3):
+            padded = np.pad(table, [(1, 1) if a == axis else (0, 0) for a in range(3)])
+            table = sum(w * np.take(padded, np.arange(BINS) + i, axis) for i, w in enumerate((0.25, 1.0, 0.25)))
+        sides.append(table.ravel() / max(table.sum(), 1) + 1e-5)
+    return np.log(sides[0] / sides[1])
+
+
+def motion(likely: np.ndarray, shape: np.ndarray, expected: np.ndarray, reach: int) -> tuple[int, int]:
+    """dx, dy by which the shape covers most of the likely pixels and leaves out those right beside it, less a little for
+    the way from where it was expected: what is hidden counts neither for nor against. All displacements at once, by
+    Fourier transforms, in a window."""
+    rows, columns = np.nonzero(shape.any(1))[0], np.nonzero(shape.any(0))[0]
+    window = (slice(max(rows[0] - reach, 0), rows[-1] + reach + 1), slice(max(columns[0] - reach, 0), columns[-1] + reach + 1))
+    inside, there = shape[window], likely[window].astype(np.float32)
+    wanted = inside - 0.5 * (grown(inside, 2) & ~inside)
+    size = [2 * side for side in inside.shape]  # room, so that nothing comes back in on the other side
+    score = np.fft.irfft2(np.conj(np.fft.rfft2(wanted, size)) * np.fft.rfft2(there, size), size) / np.count_nonzero(inside)
+    dy, dx = (np.fft.fftfreq(n, 1 / n).round().astype(int) for n in size)
+    score -= FAITH * (np.hypot(dx[None] - expected[0], dy[:, None] - expected[1]) / reach) ** 2
+    score[np.abs(dy) > reach] = score[:, np.abs(dx) > reach] = -np.inf
+    row, column = np.unravel_index(score.argmax(), score.shape)
+    return int(dx[column]), int(dy[row])
+
+
+class Growing:
+    """The propagator without weights. In every frame the object is first moved as a whole to where it fits best, and its
+    region then grows anew there among the pixels that have its colours rather than those around it."""
+
+    def __call__(self, frames: Sequence[np.ndarray], start: int, points: Points, stop: int) -> Iterator[Masks]:
+        step = 1 if stop >= start else -1
+        picture = smooth(frames[start])
+        masks = {identity: segment(frames[start], *place) for identity, place in points.items()}
+        looks = {identity: Look(odds(picture, mask), mask, np.zeros(2), np.count_nonzero(mask)) for identity, mask in masks.items()}
+        yield masks
+        for number in range(start + step, stop + step, step):
+            picture = smooth(frames[number])
+            yield {identity: self.follow(look, picture) for identity, look in looks.items()}
+
+    @staticmethod
+    def follow(look: Look, picture: np.ndarray) -> np.ndarray:
+        """The object's mask in the next picture; what is remembered of it moves along."""
+        if not look.shape.any():
+            return look.shape
+        reach = max(2, round(REACH * min(look.shape.shape)))
+        likely = look.odds[colors(picture)] > 0
+        moved = motion(likely, look.shape, look.velocity, reach)
+        shape = shifted(look.shape, *moved)
+        mask = flood(shape & likely, likely & grown(shape, 3))
+        shown = np.count_nonzero(mask)
+        if shown < LOST * look.area:  # hidden: it goes on as before
+            look.shape = shifted(look.shape, *np.rint(look.velocity).astype(int))
+            return np.zeros_like(mask)
+        look.velocity = 0.5 * look.velocity + 0.5 * np.array(moved)
+        look.shape = filled(mask) if shown > 0.8 * np.count_nonzero(shape) else shape
+        return filled(mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Fusion
+
+
+def _agreed(left: np.ndarray, right: np.ndarray, threshold: float) -> np.ndarray:
+    if not left.any() or not right.any():
+        return left | right
+    return left & right if iou(left, right) >= threshold else left | right
+
+
+FUSIONS: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
+    "fused": _agreed,
+    "left": lambda left, right, _: left,
+    "right": lambda left, right, _: right,
+    "intersection": lambda left, right, _: left & right,
+    "union": lambda left, right, _: left | right,
+    "larger": lambda left, right, _: left if np.count_nonzero(left) >= np.count_nonzero(right) else right,
+    "smaller": lambda left, right, _: left if np.count_nonzero(left) <= np.count_nonzero(right) else right,
+}
+THRESHOLD = 0.7  # intersection over union of two masks that agree
+SAME = 0.5       # of two masks of one object
+
+
+def same_objects(left: Sequence[Masks], right: Sequence[Masks]) -> dict[int, int]:
+    """Objects of the right anchor -> those of the left one that they are. `left` and `right` hold the masks carried from
+    either anchor, both from the left anchor's frame to the right one's; pairs are taken by the better of their two
+    agreements (at the left anchor, at the right one), best first."""
+    agreement = {(a, b): max(iou(left[end][a], right[end][b]) for end in (0, -1) if left[end][a].any() and right[end][b].any())
+                 for a in left[0] for b in right[0]
+                 if any(left[end][a].any() and right[end][b].any() for end in (0, -1))}
+    found: dict[int, int] = {}
+    for (a, b), score in sorted(agreement.items(), key=lambda pair: (-pair[1], pair[0])):
+        if score > SAME and b not in found and a not in found.values():
+            found[b] = a
+    return found
+
+
+def through_time(frames: Iterable[np.ndarray], ask: Callable[[int, Sequence[np.ndarray]], Points], every: int,
+                 propagate: Propagator, how: str = "fused", threshold: float = THRESHOLD, named: bool = False,
+                 history: int = 4) -> Iterator[Masks]:
+    """Frames (H, W, 3) -> the masks in each of them, in order, keyed by object.
+
+    `ask(i, [.., frame i])` gives the points in frame i, asked for every so many frames; it also gets up to `history`
+    frames before it. With `named` their ids name objects in the whole clip; otherwise they only count, and an object
+    keeps the id under which it first came. No more frames are held than lie between two anchors (and the history).
+    """
+    fusion, recent, window, fresh = FUSIONS[how], deque(maxlen=history + 1), [], count(1)
+    points: Points = {}
+    for index, frame in enumerate(frames):
+        if window and frame.shape != window[0].shape:
+            raise ValueError(f"frame {index} is {frame.shape[1]}x{frame.shape[0]}, those before are "
+                             f"{window[0].shape[1]}x{window[0].shape[0]}")
+        recent.append(frame)
+        window.append(frame)
+        if index % every:
+            continue
+        asked = ask(index, list(recent))
+        if len(window) == 1:  # the first anchor
+            points = asked if named else {next(fresh): place for place in asked.values()}
+            continue
+        left = list(propagate(window, 0, points, len(window) - 1))
+        right = list(propagate(window, len(window) - 1, asked, 0))[::-1]
+        names = {b: b for b in asked} if named else same_objects(left, right)
+        names = {b: names[b] if b in names else next(fresh) for b in asked}
+        carried = [{names[b]: mask for b, mask in masks.items()} for masks in right]
+        empty = np.zeros(frame.shape[:2], bool)
+        yield left[0]
+        for one, two in zip(left[1:-1], carried[1:-1]):
+            yield {i: fusion(one.get(i, empty), two.get(i, empty), threshold) for i in sorted(one.keys() | two.keys())}
+        points, window = {names[b]: place for b, place in asked.items()}, [frame]
+    if window:
+        yield from propagate(window, 0, points, len(window) - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The way back: from a mask to a point
+
+CANDIDATES = 10
+
+
+def annotate(frame: np.ndarray, mask: np.ndarray, rng: np.random.Generator,
+             segmenter: Callable[[np.ndarray, float, float], np.ndarray] = segment) -> tuple[float, float]:
+    """x, y of the point whose own mask is most like the one given: candidates are drawn the more often the farther they
+    lie from the mask's edge. ValueError if the mask is empty. (VideoMolmo, semi-automatic annotation.)"""
+    if not mask.any():
+        raise ValueError("an empty mask has no point")
+    if mask.shape != frame.shape[:2]:
+        raise ValueError(f"a mask of {mask.shape[1]}x{mask.shape[0]} on a picture of {frame.shape[1]}x{frame.shape[0]}")
+    weight = np.sqrt(squared_distance(mask)).ravel()
+    drawn = rng.choice(weight.size, min(CANDIDATES, np.count_nonzero(weight)), replace=False, p=weight / weight.sum())
+    places = [(column + 0.5, row + 0.5) for row, column in zip(*np.unravel_index(drawn, mask.shape))]
+    return max(places, key=lambda place: iou(segmenter(frame, *place), mask))
