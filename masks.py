@@ -13,18 +13,20 @@ agree, their intersection counts; if not, their union; if one is empty, the othe
 section 5. There the objects of an anchor have no names; here they keep them from anchor to anchor, because the carried
 masks say who is who, and every object is fused on its own.)
 
-    segment, Growing   one point, or points through time -> masks, by colour and motion, without weights
-    fuse, through_time the fusion
+    segment, Growing   a point, or points through time -> masks, by colour and motion, without weights
+    Sam2               the same by SAM 2
+    through_time       anchors, both directions, fusion, identities
     annotate           the way back: masks -> points
 
 n objects, H x W pixels.
 """
 
-import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -252,7 +254,64 @@ class Growing:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Fusion
+# 3. The same with SAM 2
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Sam2:
+    """SAM 2 from the `transformers` package, with weights from a folder of yours; each call is a session of its own, so
+    that neither anchors nor directions know of each other. (Ravi et al., arXiv 2408.00714.) ValueError if the package or
+    the weights are missing."""
+
+    def __init__(self, folder: str | os.PathLike, device: str = "cpu", dtype: str = "float32"):
+        try:
+            import torch
+            from transformers import Sam2VideoModel
+        except ImportError:
+            raise ValueError("SAM 2 needs one more package: pip install -r requirements-sam2.txt") from None
+        if not (Path(folder) / "config.json").is_file():
+            raise ValueError(f"{folder}: no folder with a SAM 2 model (config.json, model.safetensors)")
+        try:
+            model = Sam2VideoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=getattr(torch, dtype))
+        except Exception as error:  # a damaged file or another model
+            raise ValueError(f"{folder}: cannot be read as a SAM 2 model ({str(error).strip().splitlines()[0]})") from None
+        self.model, self.device = model.to(device).eval(), device
+
+    def prepared(self, frames: Sequence[np.ndarray]):
+        """Frames (H, W, 3) uint8 -> (T, 3, side, side), normalised."""
+        import torch
+        from torch.nn.functional import interpolate
+        side = self.model.config.image_size
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        pixels = [torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float() for frame in frames]
+        pixels = [(interpolate(one, (side, side), mode="bilinear", antialias=True) / 255 - mean) / std for one in pixels]
+        return torch.cat(pixels).to(self.model.dtype)
+
+    def __call__(self, frames: Sequence[np.ndarray], start: int, points: Points, stop: int) -> Iterator[Masks]:
+        import torch
+        from torch.nn.functional import interpolate
+        from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
+        step, (height, width), side = 1 if stop >= start else -1, frames[start].shape[:2], self.model.config.image_size
+        if not points:
+            yield from ({} for _ in range(start, stop + step, step))
+            return
+        session = Sam2VideoInferenceSession(self.prepared(frames), height, width, inference_device=self.device,
+                                            dtype=self.model.dtype)
+        for identity, (x, y) in points.items():
+            place = torch.tensor([[[[x * side / width, y * side / height]]]], dtype=self.model.dtype)
+            session.add_point_inputs(session.obj_id_to_idx(identity), start,
+                                     {"point_coords": place, "point_labels": torch.ones(1, 1, 1, dtype=torch.int32)})
+        session.obj_with_new_inputs = list(points)  # before anything is carried, the points' own frame must be run with them
+        for number in range(start, stop + step, step):
+            with torch.inference_mode():
+                found = self.model(session, frame_idx=number, reverse=step < 0)
+                masks = interpolate(found.pred_masks.float(), (height, width), mode="bilinear")[:, 0] > 0
+            yield dict(zip(found.object_ids, masks.cpu().numpy()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Fusion
 
 
 def _agreed(left: np.ndarray, right: np.ndarray, threshold: float) -> np.ndarray:
@@ -326,7 +385,7 @@ def through_time(frames: Iterable[np.ndarray], ask: Callable[[int, Sequence[np.n
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. The way back: from a mask to a point
+# 5. The way back: from a mask to a point
 
 CANDIDATES = 10
 
