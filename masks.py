@@ -268,10 +268,12 @@ class Sam2:
         try:
             import torch
             from transformers import Sam2VideoModel
+            from transformers.utils.logging import disable_progress_bar
         except ImportError:
             raise ValueError("SAM 2 needs one more package: pip install -r requirements-sam2.txt") from None
         if not (Path(folder) / "config.json").is_file():
             raise ValueError(f"{folder}: no folder with a SAM 2 model (config.json, model.safetensors)")
+        disable_progress_bar()
         try:
             model = Sam2VideoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=getattr(torch, dtype))
         except Exception as error:  # a damaged file or another model
