@@ -45,6 +45,7 @@ from pointing import (
     grounded_points,
     grounding_targets,
     read_text,
+    write_tags,
     write_text,
 )
 from preprocess import ViewConfig, Views, image_views, no_views, video_views, write_video
@@ -126,7 +127,12 @@ def answer(annotation: Annotation, record: Record, views: Views, config: MolmoCo
         return str(n) if n else NONE, none
     if not points:
         return NONE, none
-    if config.points_as == "text":
+    if config.points_as == "tags":
+        if len(views.sizes) > 1:
+            raise ValueError(f"{record.name}: tags mark points in one picture, not in {len(views.sizes)}: ask frame by frame")
+        pieces, rows = [write_tags(points, views.sizes[0], annotation.label)], none
+        ids = [point.id for point in points]
+    elif config.points_as == "text":
         pieces, rows = [write_text(points, places(views.times, len(views.sizes)), views.sizes, annotation.label, tracks)], none
         ids = [point.id for point in points]
     else:

@@ -3,24 +3,28 @@
     python evaluate.py --checkpoint assets/tiny                            # fresh stills and clips
     python evaluate.py --checkpoint CKPT --set screens "video tracking"    # other synthetic sets
     python evaluate.py --checkpoint CKPT --data FILE.jsonl                 # your own
+    python evaluate.py --checkpoint CKPT --set vpos-synthetic              # masks, in five worlds never trained on
+    python evaluate.py --checkpoint CKPT --davis FOLDER --sam2 FOLDER      # Refer-DAVIS-17, MeViS, Ref-YouTube-VOS
+    python evaluate.py --set occlusions --oracle --fusion fused left right intersection union larger smaller
 
 Points: a predicted point is a hit if it lies inside the visible mask of the object it was matched to (where no mask is
 known: within 5% of the picture's longer side of its point); predictions and objects are matched one to one by least
 total distance (Hungarian). P = hits / predicted, R = hits / true, and F1. Counting: the number of distinct ids (of a
 question for a number alone: the number), exact, or close: off by 1 + a twentieth at most. Tracks: P, R, F1 over the
 frames at whole seconds, and HOTA over all frames. "None" is recognised by an answer without points and numbers. Words:
-exact match, and F1 of the words.
+exact match, and F1 of the words. Masks (VideoMolmo: every so-many-th frame is asked about on its own): J, F and J&F, with the
+masks of all that is meant in one.
 
 The figures are means over questions (SPEC section 7). Synthetic records come from seeds that training never uses.
 """
 
 import json
+import math
 import re
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +32,11 @@ import torch
 from tqdm import tqdm
 
 import data
+import synthetic
+import vpos
 import weights
+from davis import Sequences
+from masks import FUSIONS, Growing, Propagator, Sam2, dilated, iou, through_time
 from model import Molmo, generate
 from packing import collate
 from pointing import Point
@@ -146,7 +154,7 @@ def hota(predicted: Sequence[Point], record: Record, true: Sequence[Point]) -> f
 # 2. Masks
 
 
-BOUNDARY = 0.008  # of the diagonal: two boundaries so near are the same
+BOUNDARY = 0.008  # of the diagonal: two edges so near are the same
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:
@@ -156,23 +164,20 @@ def boundary(mask: np.ndarray) -> np.ndarray:
 
 
 def region_and_contour(predicted: np.ndarray, true: np.ndarray) -> tuple[float, float]:
-    """J, the intersection over union, and F, the F1 of the boundaries within 0.8% of the diagonal. (DAVIS 2016.)"""
+    """J, the intersection over union, and F, the F1 of the edges within 0.8% of the diagonal; 1 if both masks are empty.
+    (DAVIS 2016.)"""
     one, two = boundary(predicted), boundary(true)
-    near = math.ceil(BOUNDARY * math.hypot(*true.shape)) ** 2
+    near = math.ceil(BOUNDARY * math.hypot(*true.shape))
     if not one.any() or not two.any():
-        contour = float(one.any() == two.any())
-    else:
-        precision = np.mean(squared_distance(~two, rim=False)[one] <= near)
-        recall = np.mean(squared_distance(~one, rim=False)[two] <= near)
-        contour = 2 * precision * recall / max(precision + recall, 1e-9)
-    return iou(predicted, true), float(contour)
+        return iou(predicted, true), float(one.any() == two.any())
+    precision, recall = dilated(two, near)[one].mean(), dilated(one, near)[two].mean()
+    return iou(predicted, true), float(2 * precision * recall / max(precision + recall, 1e-9))
 
 
-def j_and_f(predicted: Sequence[dict[int, np.ndarray]], true: Sequence[dict[int, np.ndarray]]) -> dict[int, tuple[float, float]]:
-    """Object -> its J and F, each the mean over all frames; objects are those of the truth, a missing mask is empty."""
-    empty = np.zeros(next(iter(true[0].values())).shape, bool) if true and true[0] else None
-    return {identity: tuple(np.mean([region_and_contour(p.get(identity, empty), t.get(identity, empty)) for p, t in zip(predicted, true)],
-                                    axis=0).tolist()) for identity in (true[0] if true else {})}
+def j_and_f(predicted: Sequence[np.ndarray], true: Sequence[np.ndarray]) -> dict[str, float]:
+    """J, F and their mean over the frames of one object."""
+    j, f = np.mean([region_and_contour(p, t) for p, t in zip(predicted, true, strict=True)], axis=0).tolist()
+    return {"J": j, "F": f, "J&F": (j + f) / 2}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,7 +209,7 @@ def ask(model: Molmo, tokenizer: Tokenizer, asked: list[Asked]) -> None:
     """Answers a batch of questions in place, all of them with tracks or none."""
     device = next(model.parameters()).device
     batch = collate([data.prompt(tokenizer, a.views, a.question, a.record.subtitles) for a in asked]).to(device)
-    longest = LONGEST[asked[0].annotation.task in TRACKS] * (1 + (model.config.points_as == "text"))
+    longest = LONGEST[asked[0].annotation.task in TRACKS] * (1 + (model.config.points_as != "tokens"))
     for a, answer in zip(asked, generate(model, batch, data.spelling(tokenizer), longest)):
         a.text, a.points = data.read_answer(answer, tokenizer, a.views)
         a.figures = {"answers cut": answer.finish_reason == "length"}
@@ -242,7 +247,66 @@ def fresh(name: str, count: int, config: ViewConfig, seed: int = EVALUATION_SEED
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Figures
+# 4. Frame by frame (VideoMolmo): points in every so-many-th frame, masks in all of them
+
+
+@dataclass
+class Between:
+    """How masks come about."""
+
+    propagate: Propagator
+    every: int                # frames from one that is asked about to the next
+    fusions: Sequence[str]    # the first one's J, F and J&F are given, of others J&F
+    oracle: bool = False      # the true points instead of the model's
+
+
+def frame_by_frame(model: Molmo, tokenizer: Tokenizer, record: Record, how: Between, seed: int, batch: int = 24) -> list[Asked]:
+    """Every question about a video, asked about single frames; figures of points and numbers are means over these
+    frames, those of masks over all. The masks of all objects meant make one."""
+    anchors, shape = range(0, len(record.pictures), how.every), record.pictures[0].shape[:2]
+    asked = list(questions((record.moment(anchor, data.HISTORY) for anchor in anchors), model, seed))
+    for some in (asked[i:i + batch] for i in range(0, len(asked), batch)):
+        if not how.oracle:
+            ask(model, tokenizer, some)
+    meant = [said for said in record.annotations if TASKS[said.task].answer and said.count is None]
+    results = []
+    for number, said in enumerate(meant):
+        here = asked[number::len(meant)]
+        for a in here:
+            if how.oracle:
+                a.points = data.pointed(a.record, a.annotation)
+            a.figures |= scores(a)
+        points = {anchor: {p.id: (p.x, p.y) for p in a.points} for anchor, a in zip(anchors, here)}
+        figures = summarize(here)
+        figures.pop("questions")
+        if said.objects:
+            seen = [record.seen(record.objects[i].masks) for i in said.objects]
+            true = [union([runs[frame].mask() for runs in seen if frame in runs], shape) for frame in range(len(record.pictures))]
+            for fusion in how.fusions:
+                found = through_time(record.pictures, lambda i, _: points[i], anchors, how.propagate, fusion, named=how.oracle)
+                measured = j_and_f([union(masks.values(), shape) for masks in found], true)
+                figures |= measured if fusion == how.fusions[0] else {f"J&F {fusion}": measured["J&F"]}
+        results.append(Asked(None, said, None, here[0].question, figures=figures))
+    return results
+
+
+def union(masks: Iterable[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    return np.logical_or.reduce([np.zeros(shape, bool), *masks])
+
+
+def occlusions(seed: int, index: int) -> Record:
+    """A crowd that passes behind things and behind each other, each of them asked for on its own."""
+    scene = synthetic.tracks(seed, index, fps=6.0)
+    record = data.scene_record(scene, [], True, f"occlusions-{index}")
+    record.annotations = [Annotation("point", f"{scene.things[i].name} {i}", [i]) for i in record.objects]
+    return record
+
+
+MASK_SETS = {"vpos-synthetic": vpos.record, "occlusions": occlusions}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Figures
 
 
 def scores(a: Asked) -> dict[str, float]:
@@ -304,43 +368,68 @@ def by_kind_of_question(asked: Sequence[Asked]) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. The command
+# 6. The command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with data.one_line("evaluate.py"):
         parser = data.Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
         parser.add_argument("--checkpoint", default=HOME / "assets/tiny", help="a folder written by train.py")
-        parser.add_argument("--set", nargs="+", choices=data.SETS, default=["stills", "clips"], metavar="SET",
-                            help=f"synthetic sets: {', '.join(data.SETS)} (default: stills clips)")
+        parser.add_argument("--set", nargs="+", choices=[*data.SETS, *MASK_SETS], default=["stills", "clips"], metavar="SET",
+                            help=f"synthetic sets: {', '.join([*data.SETS, *MASK_SETS])} (default: stills clips)")
         parser.add_argument("--data", help="a JSONL file instead")
+        parser.add_argument("--davis", metavar="FOLDER", help="a folder laid out as DAVIS instead (davis.py says how)")
+        parser.add_argument("--expressions", metavar="FILE", help="of that folder (default: its meta_expressions.json)")
+        parser.add_argument("--every", type=data.number(int, 1, 10**6), default=6, help="for masks: frames between two questions")
+        parser.add_argument("--fusion", nargs="+", choices=list(FUSIONS), default=["fused"], metavar="NAME",
+                            help=f"for masks: {', '.join(FUSIONS)} (default: fused)")
+        parser.add_argument("--oracle", action="store_true", help="for masks: from the true points, not from the model's")
+        parser.add_argument("--sam2", metavar="FOLDER", help="for masks: SAM 2 with these weights (default: without weights)")
         parser.add_argument("--records", type=data.number(int, 1, 10**6),
-                            help="of each set (default: 300, three questions each; of a file all)")
+                            help="of each set (default: 300, three questions each, with masks 50; of a file all)")
         parser.add_argument("--seed", type=data.number(int, 0, 2**32), default=EVALUATION_SEED)
         parser.add_argument("--batch", type=data.number(int, 1, 10**4), default=24, help="questions at a time")
         parser.add_argument("--json", help="also write figures and settings to this file")
         parser.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
         args = parser.parse_args(argv)
-        lines = args.data and Lines(args.data)
+        if args.data and args.davis:
+            raise ValueError("--data and --davis: give one of them")
+        given = Lines(args.data) if args.data else Sequences(args.davis, args.expressions) if args.davis else None
         if args.json and not Path(args.json).absolute().parent.is_dir():
             raise ValueError(f"--json {args.json}: there is no such folder")
         if args.json and Path(args.json).is_dir():
             raise ValueError(f"--json {args.json}: a folder, not a file")
-        most = args.records or (lines.size if lines else 300)
+        most = min(args.records or given.size, given.size) if given else args.records or (50 if set(args.set) <= set(MASK_SETS) else 300)
+        between = Between(Sam2(args.sam2, args.device) if args.sam2 else Growing(), args.every, args.fusion, args.oracle)
         model, tokenizer = weights.load(args.checkpoint, args.device)
         views, result = model.config.views, {}
         settings = {
             "checkpoint": str(args.checkpoint), "seed": args.seed, "records": most,
             "prompts": "each task's own wordings, no system prompt",
-            "points read from": {"tokens": "grounding tokens", "text": "coordinates"}[model.config.points_as],
+            "points read from": {"tokens": "grounding tokens", "text": "coordinates", "tags": "tags"}[model.config.points_as],
             "crops": views.max_crops, "frames": views.max_frames, "fps": views.fps, "batch": args.batch,
             "longest answer": LONGEST[False], "with tracks": LONGEST[True],
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "device": args.device}
+        if args.davis or set(args.set) & set(MASK_SETS):
+            settings |= {"temporal module": model.config.temporal.mode, "asked every": f"{args.every} frames, each with {data.HISTORY} before it",
+                         "points": "true" if args.oracle else "the model's",
+                         "masks by": f"SAM 2 ({args.sam2})" if args.sam2 else "colour and motion", "fusion": args.fusion[0]}
         print(", ".join(f"{name} {value}" for name, value in settings.items()))
-        for name in [args.data] if lines else args.set:
-            records = (lines.record(i, views) for i in range(lines.size)) if lines else fresh(name, most, views, args.seed)
-            bar = tqdm(islice(records, most), total=most, desc=name, leave=False, dynamic_ncols=True)
-            figures, asked = evaluate(model, tokenizer, bar, args.seed, args.batch)
+        for name in [args.data or args.davis] if given else args.set:
+            masks = name in MASK_SETS or bool(args.davis)
+            if given:
+                records = (given.record(i, views) for i in range(most))
+            elif masks:
+                records = (MASK_SETS[name](args.seed, i) for i in range(most))
+            else:
+                records = fresh(name, most, views, args.seed)
+            bar = tqdm(records, total=most, desc=name, leave=False, dynamic_ncols=True)
+            if masks:
+                model.eval()
+                asked = [a for record in bar for a in frame_by_frame(model, tokenizer, record, between, args.seed, args.batch)]
+                figures = summarize(asked)
+            else:
+                figures, asked = evaluate(model, tokenizer, bar, args.seed, args.batch)
             result[name] = {"all": dict(figures), "by question": by_kind_of_question(asked)}
             print(f"{name}, {figures.pop('questions')} questions")
             for title, table in (("all", figures), ("by question", result[name]["by question"])):

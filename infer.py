@@ -3,12 +3,16 @@
     python infer.py street.jpg "Point to the cups."
     python infer.py before.png after.png "How many cups are there?"
     python infer.py clip.mp4 "Point to the red cup."
+    python infer.py clip.mp4 "Point to the red cup." --per-frame    # each sampled frame is asked about on its own
+    python infer.py clip.mp4 "segment the red cup" --masks          # and what is pointed at is followed through all frames
 
     files --look--> views --ask--> answer --read_answer--> text, points --annotate--> out/clip.points.mp4 (or .png)
                                                               '---------------------> out/clip.points.json
+                                             with --masks: points --through_time--> out/clip.masks.mp4, out/clip.masks/*.png
 
 A point of a video belongs to one moment, the frame in which the model points: its marker appears with that frame, stays
 for half a second and fades out in another half. All frames are written, at their average rate, without the sound.
+Frame by frame, a video may be as long as it likes: it is never in memory as a whole (VideoMolmo; masks.py has the rest).
 
 Bad input ends in one line on stderr and exit status 2 (MOLMO_TRACEBACK=1 in the environment shows the traceback).
 """
@@ -19,7 +23,9 @@ import os
 import re
 import sys
 import tempfile
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby, islice
@@ -29,9 +35,11 @@ from time import perf_counter
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 import data
 import weights
+from masks import Growing, Masks, Points, Propagator, Sam2, shifted, through_time
 from model import Answer, Molmo, generate, sampler
 from packing import collate
 from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, Point
@@ -45,13 +53,16 @@ from preprocess import (
     is_video,
     read_image,
     read_video,
+    sample_times,
     video_views,
     write_video,
 )
+from records import Runs
 from tokenizer import Tokenizer
 
 HOME = Path(__file__).resolve().parent
 SHOWN, FADING = 1.0, 0.5  # seconds: how long a point of a video has a marker, and how much of that it fades
+MOST_ROWS = 40            # of points on the terminal; the JSON has all
 
 
 # ---- 1. what is asked ------------------------------------------------------------------------------------------------
@@ -64,6 +75,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", default=HOME / "assets/tiny", help="a folder written by train.py")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default: %(default)s)")
     parser.add_argument("--json", choices=["-"], help="print the result as JSON and nothing else")
+    parser.add_argument("--per-frame", action="store_true", help="ask about every sampled frame of a video on its own")
+    parser.add_argument("--masks", action="store_true", help="the same, and a mask of every object in every frame of the video")
+    parser.add_argument("--sam2", metavar="FOLDER", help="for masks: SAM 2 with these weights (default: colour and motion)")
     parser.add_argument("--max-frames", type=data.number(int, 1, 10_000), help="at most so many are sampled from a video")
     parser.add_argument("--fps", type=data.number(float, 0.001, 1000), help="frames sampled per second of a video")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: as in the checkpoint)")
@@ -77,6 +91,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError("the prompt is empty: ask something")
     if len(args.media) > 1 and any(map(is_video, args.media)):
         raise ValueError("a video must come alone: give one video, or images only")
+    args.per_frame |= args.masks
+    if args.per_frame and not is_video(args.media[0]):
+        raise ValueError(f"{args.media[0]}: --{'masks' if args.masks else 'per-frame'} is for videos")
     nearest = next(folder for folder in (args.out, *args.out.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"--out {args.out}: {nearest} is no folder that can be written to: give another")
@@ -87,11 +104,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @dataclass
 class Media:
-    """What was given. `images` is empty for a video, `frame_times` (seconds of all its frames) for images."""
+    """What was given. `images` is empty for a video, `frame_times` (seconds of all its frames) and `times` (of those that
+    are pictures to the model) for images."""
     paths: list[str]
-    views: Views
     images: list[np.ndarray]
     frame_times: list[float]
+    times: list[float]
 
     @property
     def names(self) -> list[str]:
@@ -102,14 +120,19 @@ class Media:
             names.append(next(name for name in candidates if name not in names))
         return names
 
+    @property
+    def rate(self) -> float:
+        """Frames a second, on average."""
+        return (len(self.frame_times) - 1) / self.frame_times[-1] if self.frame_times[-1] else 1.0
 
-def look(paths: list[str], config: ViewConfig) -> Media:
+
+def look(paths: list[str], config: ViewConfig) -> tuple[Media, Views]:
     """Read one or several images, or one video. Raises MediaError."""
     if is_video(paths[0]):
         views = video_views(*read_video(paths[0], config.fps, config.max_frames), config)
-        return Media(paths, views, [], frame_times(paths[0]))
+        return Media(paths, [], frame_times(paths[0]), views.times), views
     images = [read_image(path) for path in paths]
-    return Media(paths, image_views(images, config), images, [])
+    return Media(paths, images, [], []), image_views(images, config)
 
 
 def ask(model: Molmo, tokenizer: Tokenizer, views: Views, args: argparse.Namespace) -> Answer:
@@ -135,6 +158,79 @@ def readable(text: str, points: Sequence[Point], views: Views) -> str:
         return ";".join(places[picture] + "".join(map(written, group)) for picture, group in by_picture)
 
     return GROUNDING_RUN.sub(coordinates, text)
+
+
+def sentence(model: Molmo, tokenizer: Tokenizer, views: Views, args: argparse.Namespace) -> tuple[Answer, str, list[Point]]:
+    """The answer, in readable words, and its points."""
+    answer = ask(model, tokenizer, views, args)
+    text, points = data.read_answer(answer, tokenizer, views)
+    return answer, readable(text, points, views) if answer.rows else text, points
+
+
+class FrameByFrame:
+    """A video asked about frame by frame, each sampled frame on its own with the frames right before it; with `--masks`,
+    what is pointed at is followed through all frames. (VideoMolmo.) Streams: the file is never in memory as a whole."""
+
+    def __init__(self, model: Molmo, tokenizer: Tokenizer, config: ViewConfig, args: argparse.Namespace):
+        self.model, self.tokenizer, self.config, self.args = model, tokenizer, config, args
+        times = frame_times(args.media[0])
+        most = args.max_frames or len(times)
+        self.sampled = sorted(set(displayed_at(times, sample_times(times[-1], config.fps, most))))
+        self.media = Media(args.media, [], times, [times[number] for number in self.sampled])
+        self.answers: list[Answer] = []
+        self.said: list[dict] = []            # what was said about each sampled frame
+        self.points: list[Point] = []
+        self.masks: list[dict] = []
+
+    def ask(self, number: int, recent: Sequence[np.ndarray]) -> dict[int, tuple[float, float]]:
+        """Ask about the last of some frames, number `number` of the file; -> the places of its points."""
+        answer, text, points = sentence(self.model, self.tokenizer, image_views([recent[-1]], self.config, recent[:-1]), self.args)
+        self.answers.append(answer)
+        self.said.append({"frame": number, "time": round(self.media.frame_times[number], 3), "text": text})
+        return {order: (point.x, point.y) for order, point in enumerate(points, start=1)}
+
+    def tell(self, number: int, points: Points) -> None:
+        self.points += [Point(identity, self.sampled.index(number), x, y) for identity, (x, y) in sorted(points.items())]
+
+    def frames(self) -> Iterator[np.ndarray]:
+        frames = frames_of(self.media.paths[0])
+        return tqdm((frame for _, frame in frames), total=len(self.media.frame_times), desc="frames", leave=False, disable=None)
+
+    def point(self) -> None:
+        recent = deque(maxlen=data.HISTORY + 1)
+        for number, frame in enumerate(self.frames()):
+            recent.append(frame)
+            if number in self.sampled:
+                self.tell(number, self.ask(number, list(recent)))
+
+    def follow(self, propagate: Propagator, folder: Path) -> None:
+        """Write NAME.masks.mp4 and, into NAME.masks, a PNG of object numbers for every frame."""
+        shown, name = deque(), self.media.names[0]
+        (folder / f"{name}.masks").mkdir()
+
+        def kept() -> Iterator[np.ndarray]:
+            for frame in self.frames():
+                shown.append(frame)  # until its masks are known
+                yield frame
+
+        def painted() -> Iterator[np.ndarray]:
+            for number, masks in enumerate(through_time(kept(), self.ask, set(self.sampled), propagate, tell=self.tell)):
+                covered = {identity: Runs.of(mask) for identity, mask in masks.items() if mask.any()}
+                self.masks.append({"frame": number, "time": round(self.media.frame_times[number], 3), "objects": [
+                    {"id": identity, "size": runs.size, "counts": runs.counts} for identity, runs in covered.items()]})
+                frame = shown.popleft()
+                numbered(masks, frame.shape[:2]).save(folder / f"{name}.masks/{number:05}.png")
+                yield paint(frame, masks)
+
+        write_video(folder / f"{name}.masks.mp4", painted(), self.media.rate)
+
+    def result(self) -> dict:
+        """A part of the report. Without masks nobody says who is who: the count is that of the frame with most points."""
+        counts = Counter(point.picture for point in self.points)
+        count = len({point.id for point in self.points}) if self.args.masks else max(counts.values(), default=0)
+        return {"text": "\n".join(f"{said['time']:7.1f} s  {said['text']}" for said in self.said), "count": count,
+                "finish_reason": "length" if any(a.finish_reason == "length" for a in self.answers) else "stop",
+                "frames": self.said} | ({"masks": self.masks} if self.args.masks else {})
 
 
 # ---- 3. points -> pictures -------------------------------------------------------------------------------------------
@@ -177,19 +273,46 @@ def fade(age: float) -> float:
 
 def annotated_frames(media: Media, points: Sequence[Point]) -> Iterator[np.ndarray]:
     for seconds, frame in frames_of(media.paths[0]):
-        marks = [(point, fade(seconds - media.views.times[point.picture])) for point in points]
+        marks = [(point, fade(seconds - media.times[point.picture])) for point in points]
         yield draw(frame, [mark for mark in marks if mark[1] > 0])
 
 
 def annotate(media: Media, points: Sequence[Point], folder: Path) -> None:
     """Write the clip or the pictures with their markers to `folder`."""
     if media.frame_times:
-        last = media.frame_times[-1]
-        rate = (len(media.frame_times) - 1) / last if last else 1.0
-        write_video(folder / f"{media.names[0]}.points.mp4", annotated_frames(media, points), rate)
+        write_video(folder / f"{media.names[0]}.points.mp4", annotated_frames(media, points), media.rate)
     for picture, image in enumerate(media.images):
         marks = [(point, 1.0) for point in points if point.picture == picture]
         Image.fromarray(draw(image, marks)).save(folder / f"{media.names[picture]}.points.png")
+
+
+def color(identity: int) -> tuple[int, int, int]:
+    """Of an object: neighbouring numbers are far apart on the colour wheel."""
+    return tuple(round(255 * part) for part in hsv_to_rgb(identity * 0.381966 % 1, 0.85, 1.0)) if identity else (0, 0, 0)
+
+
+PALETTE = [part for identity in range(256) for part in color(identity)]
+
+
+def numbered(masks: Masks, shape: tuple[int, int]) -> Image.Image:
+    """Masks as a picture of object numbers, 0 = none; where two overlap the higher number stands."""
+    numbers = np.zeros(shape, np.uint8 if max(masks, default=0) < 256 else np.uint16)
+    for identity, mask in sorted(masks.items()):
+        numbers[mask] = identity
+    image = Image.fromarray(numbers)
+    if numbers.dtype == np.uint8:
+        image.putpalette(PALETTE)
+    return image
+
+
+def paint(frame: np.ndarray, masks: Masks) -> np.ndarray:
+    """A frame (H, W, 3) uint8 with every object in its colour, half transparent, and a light edge."""
+    painted = frame.copy()
+    for identity, mask in sorted(masks.items()):
+        painted[mask] = (painted[mask].astype(np.uint16) + color(identity)) // 2
+        inside = mask & shifted(mask, 1, 0) & shifted(mask, -1, 0) & shifted(mask, 0, 1) & shifted(mask, 0, -1)
+        painted[mask & ~inside] = 255
+    return painted
 
 
 # ---- 4. the report ---------------------------------------------------------------------------------------------------
@@ -198,7 +321,7 @@ def describe(point: Point, media: Media) -> dict:
     """A point as it is reported: images count from 1, frames of the file from 0."""
     where = {"image": point.picture + 1, "time": None, "frame": None}
     if media.frame_times:
-        seconds = media.views.times[point.picture]
+        seconds = media.times[point.picture]
         where = {"image": None, "time": round(seconds, 3), "frame": displayed_at(media.frame_times, [seconds])[0]}
     return {"id": point.id, **where, "x": round(point.x, 1), "y": round(point.y, 1)}
 
@@ -209,7 +332,8 @@ def table(result: dict) -> str:
     if result["points"]:
         place = "image" if result["points"][0]["time"] is None else "time"
         lines.append(f"{'id':>4} {place:>8} {'x':>8} {'y':>8}")
-        lines += [f"{p['id']:4} {p[place]:8} {p['x']:8.1f} {p['y']:8.1f}" for p in result["points"]] + [""]
+        lines += [f"{p['id']:4} {p[place]:8} {p['x']:8.1f} {p['y']:8.1f}" for p in result["points"][:MOST_ROWS]]
+        lines += [f"... and {len(result['points']) - MOST_ROWS} more"] * (len(result["points"]) > MOST_ROWS) + [""]
     return "\n".join([*lines, f"count: {result['count']}", f"finish reason: {result['finish_reason']}",
                       f"{timing['tokens']} tokens, {timing['tokens_per_second']} tokens/s"])
 
@@ -232,35 +356,45 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         # 2. The model
         model, tokenizer = weights.load(args.checkpoint, args.device, args.dtype and getattr(torch, args.dtype))
+        propagate = Sam2(args.sam2, args.device) if args.sam2 else Growing()
         given = {"max_frames": args.max_frames, "fps": args.fps}
         config = replace(model.config.views, **{name: value for name, value in given.items() if value is not None})
         timing["load"] = lap()
 
-        # 3. What it sees
-        media = look(args.media, config)
+        # 3. What it sees; a video frame by frame is seen as it is asked about
+        if args.per_frame:
+            asked = FrameByFrame(model, tokenizer, config, args)
+            media = asked.media
+        else:
+            media, views = look(args.media, config)
         timing["preprocess"] = lap()
 
         # 4. What it answers
-        answer = ask(model, tokenizer, media.views, args)
-        text, points = data.read_answer(answer, tokenizer, media.views)
-        if answer.rows:
-            text = readable(text, points, media.views)
-        timing["generate"] = lap()  # the prompt included
-        timing["tokens"] = len(answer.tokens)
-        timing["tokens_per_second"] = round(len(answer.tokens) / max(timing["generate"], 1e-3), 1)
-
-        # 5. The results: all of them, or none
-        result = {"media": args.media, "prompt": args.prompt, "text": text,
-                  "points": [describe(point, media) for point in points], "count": len({point.id for point in points}),
-                  "finish_reason": answer.finish_reason, "timing": timing}
         args.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".infer-", dir=args.out) as fresh:
-            annotate(media, points, Path(fresh))
+            folder = Path(fresh)
+            if args.per_frame:
+                asked.follow(propagate, folder) if args.masks else asked.point()
+                points, answers, said = asked.points, asked.answers, asked.result()
+            else:
+                answer, text, points = sentence(model, tokenizer, views, args)
+                answers, said = [answer], {"text": text, "count": len({point.id for point in points}),
+                                           "finish_reason": answer.finish_reason}
+            timing["generate"] = lap()  # the prompt included
+            timing["tokens"] = sum(len(answer.tokens) for answer in answers)
+            timing["tokens_per_second"] = round(timing["tokens"] / max(timing["generate"], 1e-3), 1)
+
+            # 5. The results: all of them, or none
+            annotate(media, points, folder)
             timing["draw"] = lap()
-            (Path(fresh) / f"{media.names[0]}.points.json").write_text(json.dumps(result, indent=1) + "\n")
+            result = {"media": args.media, "prompt": args.prompt, "text": said.pop("text"),
+                      "points": [describe(point, media) for point in points], **said, "timing": timing}
+            (folder / f"{media.names[0]}.points.json").write_text(json.dumps(result, indent=None if args.masks else 1) + "\n")
             written = [os.path.join(args.out, name) for name in sorted(os.listdir(fresh))]
             for path in written:
-                os.replace(os.path.join(fresh, os.path.basename(path)), path)
+                if os.path.isdir(path):  # masks of an earlier run
+                    os.replace(path, folder / ".before")
+                os.replace(folder / os.path.basename(path), path)
 
         # 6. The report
         sys.stdout.reconfigure(errors="replace")  # an answer may hold characters that the terminal has not

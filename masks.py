@@ -23,13 +23,15 @@ n objects, H x W pixels.
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from math import isqrt
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
 Points = Mapping[int, tuple[float, float]]  # id -> x, y in pixels
 Masks = dict[int, np.ndarray]               # id -> (H, W) bool
@@ -63,27 +65,50 @@ def shifted(mask: np.ndarray, dx: int, dy: int) -> np.ndarray:
     return moved
 
 
-def squared_distance(mask: np.ndarray, rim: bool = True) -> np.ndarray:
-    """(H, W) float: the squared distance of every pixel of the mask to the nearest pixel outside of it (inf if there is
-    none); with `rim` all that is beyond the picture is outside. Exact: first along the columns, then the lower envelope of
-    parabolas along the rows."""
-    inside = np.pad(mask, 1) if rim else mask
-    place = np.arange(inside.shape[0], dtype=float)[:, None]
-    above = np.maximum.accumulate(np.where(inside, -np.inf, place), axis=0)
-    below = np.minimum.accumulate(np.where(inside, np.inf, place)[::-1], axis=0)[::-1]
-    column = np.minimum(place - above, below - place) ** 2
-    apart = (np.arange(inside.shape[1])[:, None] - np.arange(inside.shape[1])) ** 2.0
-    found = np.stack([(row + apart).min(1) for row in column])
-    return found[1:-1, 1:-1] if rim else found
+def box(mask: np.ndarray, margin: int = 0) -> tuple[slice, slice]:
+    """Rows and columns of the smallest box around a mask that is not empty, and a margin as far as the picture reaches."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return tuple(slice(max(found[0] - margin, 0), found[-1] + 1 + margin) for found in (rows, columns))
+
+
+def squared_distance(mask: np.ndarray) -> np.ndarray:
+    """(H, W) float: the squared distance of every pixel of the mask to the nearest pixel outside of it; all that is beyond
+    the picture is outside. Exact: first along the columns, then the lower envelope of parabolas along the rows."""
+    distance = np.zeros(mask.shape)
+    if mask.any():
+        inside = np.pad(mask[box(mask)], 1)
+        place = np.arange(len(inside), dtype=float)[:, None]
+        above = np.maximum.accumulate(np.where(inside, -np.inf, place), axis=0)
+        below = np.minimum.accumulate(np.where(inside, np.inf, place)[::-1], axis=0)[::-1]
+        column = np.minimum(place - above, below - place) ** 2
+        apart = (np.arange(inside.shape[1])[:, None] - np.arange(inside.shape[1])) ** 2.0
+        distance[box(mask)] = np.stack([(row + apart).min(1) for row in column])[1:-1, 1:-1]
+    return distance
+
+
+def deepest(mask: np.ndarray) -> tuple[float, float]:
+    """x, y of the middle of the pixel farthest from the edge of a mask that is not empty."""
+    row, column = np.unravel_index(squared_distance(mask).argmax(), mask.shape)
+    return float(column + 0.5), float(row + 0.5)
+
+
+def wider(mask: np.ndarray, radius: int) -> np.ndarray:
+    """The mask and all that is within `radius` pixels of it along its rows."""
+    sums = np.cumsum(np.pad(mask.astype(np.int32), ((0, 0), (radius + 1, radius))), axis=1)
+    return sums[:, 2 * radius + 1:] > sums[:, :mask.shape[1]]
 
 
 def grown(mask: np.ndarray, radius: int) -> np.ndarray:
-    """The mask and all that is within `radius` pixels of it, along rows and columns (a square)."""
-    for axis in (0, 1):
-        sums = np.cumsum(np.pad(mask.astype(np.int32), [(radius + 1, radius) if a == axis else (0, 0) for a in (0, 1)]), axis=axis)
-        size = mask.shape[axis]
-        mask = np.take(sums, np.arange(size) + 2 * radius + 1, axis) > np.take(sums, np.arange(size), axis)
-    return mask
+    """The mask and all that is within `radius` pixels of it along rows and columns: a square."""
+    return wider(wider(mask, radius).T, radius).T
+
+
+def dilated(mask: np.ndarray, radius: int) -> np.ndarray:
+    """The mask and all that is within `radius` pixels of it: a disc."""
+    result = np.zeros_like(mask)
+    for down in range(-radius, radius + 1):
+        result |= shifted(wider(mask, isqrt(radius**2 - down**2)), 0, down)
+    return result
 
 
 def flood(seeds: np.ndarray, allowed: np.ndarray) -> np.ndarray:
@@ -152,8 +177,7 @@ def segment(frame: np.ndarray, x: float, y: float) -> np.ndarray:
 
 def filled(region: np.ndarray) -> np.ndarray:
     """With its small holes."""
-    rows, columns = np.nonzero(region.any(1))[0], np.nonzero(region.any(0))[0]
-    window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    window = box(region)
     outside = np.pad(~region[window], 1, constant_values=True)
     rim = np.zeros_like(outside)
     rim[0] = True
@@ -169,6 +193,7 @@ def filled(region: np.ndarray) -> np.ndarray:
     return result
 
 
+LONGEST_SIDE = 400  # pixels; larger frames are shrunk by a whole number
 BINS = 12        # of a colour histogram, per channel
 REACH = 0.25     # of the shorter side: the farthest an object goes from one frame to the next
 LOST = 0.05      # of its area: an object that shows less is not there
@@ -207,8 +232,7 @@ def motion(likely: np.ndarray, shape: np.ndarray, expected: np.ndarray, reach: i
     """dx, dy by which the shape covers most of the likely pixels and leaves out those right beside it, less a little for
     the way from where it was expected: what is hidden counts neither for nor against. All displacements at once, by
     Fourier transforms, in a window."""
-    rows, columns = np.nonzero(shape.any(1))[0], np.nonzero(shape.any(0))[0]
-    window = (slice(max(rows[0] - reach, 0), rows[-1] + reach + 1), slice(max(columns[0] - reach, 0), columns[-1] + reach + 1))
+    window = box(shape, reach)
     inside, there = shape[window], likely[window].astype(np.float32)
     wanted = inside - 0.5 * (grown(inside, 2) & ~inside)
     size = [2 * side for side in inside.shape]  # room, so that nothing comes back in on the other side
@@ -225,14 +249,19 @@ class Growing:
     region then grows anew there among the pixels that have its colours rather than those around it."""
 
     def __call__(self, frames: Sequence[np.ndarray], start: int, points: Points, stop: int) -> Iterator[Masks]:
-        step = 1 if stop >= start else -1
-        picture = smooth(frames[start])
-        masks = {identity: segment(frames[start], *place) for identity, place in points.items()}
-        looks = {identity: Look(odds(picture, mask), mask, np.zeros(2), np.count_nonzero(mask)) for identity, mask in masks.items()}
-        yield masks
+        step, (height, width) = 1 if stop >= start else -1, frames[start].shape[:2]
+        factor = -(-max(height, width) // LONGEST_SIDE)
+        small = lambda frame: np.asarray(Image.fromarray(frame).reduce(factor)) if factor > 1 else frame
+        large = lambda mask: mask.repeat(factor, 0).repeat(factor, 1)[:height, :width]
+        frame = small(frames[start])
+        picture, looks = smooth(frame), {}
+        for identity, (x, y) in points.items():
+            mask = segment(frame, x / factor, y / factor)
+            looks[identity] = Look(odds(picture, mask), mask, np.zeros(2), np.count_nonzero(mask))
+        yield {identity: large(look.shape) for identity, look in looks.items()}
         for number in range(start + step, stop + step, step):
-            picture = smooth(frames[number])
-            yield {identity: self.follow(look, picture) for identity, look in looks.items()}
+            picture = smooth(small(frames[number]))
+            yield {identity: large(self.follow(look, picture)) for identity, look in looks.items()}
 
     @staticmethod
     def follow(look: Look, picture: np.ndarray) -> np.ndarray:
@@ -349,39 +378,47 @@ def same_objects(left: Sequence[Masks], right: Sequence[Masks]) -> dict[int, int
     return found
 
 
-def through_time(frames: Iterable[np.ndarray], ask: Callable[[int, Sequence[np.ndarray]], Points], every: int,
+def through_time(frames: Iterable[np.ndarray], ask: Callable[[int, Sequence[np.ndarray]], Points], anchors: Container[int],
                  propagate: Propagator, how: str = "fused", threshold: float = THRESHOLD, named: bool = False,
-                 history: int = 4) -> Iterator[Masks]:
+                 history: int = 4, tell: Callable[[int, Points], None] = lambda *_: None) -> Iterator[Masks]:
     """Frames (H, W, 3) -> the masks in each of them, in order, keyed by object.
 
-    `ask(i, [.., frame i])` gives the points in frame i, asked for every so many frames; it also gets up to `history`
-    frames before it. With `named` their ids name objects in the whole clip; otherwise they only count, and an object
-    keeps the id under which it first came. No more frames are held than lie between two anchors (and the history).
+    `ask(i, [.., frame i])` gives the points in frame i, for the first frame and those of `anchors` (range(0, 100, 5), say);
+    it also gets up to `history` frames before it. With `named` their ids name objects in the whole clip; otherwise they
+    only count, and an object keeps the id under which it first came, also if some anchor does not show it while it can be
+    followed (it has no mask at that anchor: anchors keep what was said). `tell(i, points)` says who is who in the end. No
+    more frames are held than lie between two anchors (and the history).
+    ValueError if a frame has another size.
     """
     fusion, recent, window, fresh = FUSIONS[how], deque(maxlen=history + 1), [], count(1)
-    points: Points = {}
+    points, lost = {}, {}  # at the last anchor; those not pointed at there that came from before it, followed for their ids
     for index, frame in enumerate(frames):
         if window and frame.shape != window[0].shape:
             raise ValueError(f"frame {index} is {frame.shape[1]}x{frame.shape[0]}, those before are "
                              f"{window[0].shape[1]}x{window[0].shape[0]}")
         recent.append(frame)
         window.append(frame)
-        if index % every:
+        if index and index not in anchors:
             continue
         asked = ask(index, list(recent))
         if len(window) == 1:  # the first anchor
             points = asked if named else {next(fresh): place for place in asked.values()}
+            tell(index, points)
             continue
-        left = list(propagate(window, 0, points, len(window) - 1))
+        left = list(propagate(window, 0, {**lost, **points}, len(window) - 1))
         right = list(propagate(window, len(window) - 1, asked, 0))[::-1]
         names = {b: b for b in asked} if named else same_objects(left, right)
         names = {b: names[b] if b in names else next(fresh) for b in asked}
+        missed = {i: mask for i, mask in left[-1].items() if i not in names.values() and mask.any()}
+        left = [{i: mask for i, mask in masks.items() if i in points} for masks in left]
         carried = [{names[b]: mask for b, mask in masks.items()} for masks in right]
         empty = np.zeros(frame.shape[:2], bool)
         yield left[0]
         for one, two in zip(left[1:-1], carried[1:-1]):
             yield {i: fusion(one.get(i, empty), two.get(i, empty), threshold) for i in sorted(one.keys() | two.keys())}
         points, window = {names[b]: place for b, place in asked.items()}, [frame]
+        lost = {} if named else {i: deepest(mask) for i, mask in missed.items()}
+        tell(index, points)
     if window:
         yield from propagate(window, 0, points, len(window) - 1)
 

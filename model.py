@@ -31,6 +31,7 @@ from tokenizer import EXTRA_TOKENS, RESERVED
 from vit import ViT, ViTConfig
 
 PLACEHOLDERS = ("<im_patch>", "<im_low>")  # one per visual token
+POINTS_AS = ("tokens", "text", "tags")
 VISUAL_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<im_low>",
                  "<frame_start>", "<frame_end>")  # these see each other in both directions
 
@@ -85,12 +86,13 @@ class MolmoConfig:
     temporal: TemporalConfig = field(default_factory=TemporalConfig)
     llm: LLMConfig = field(default_factory=LLMConfig)
     point: PointConfig = field(default_factory=PointConfig)
-    points_as: str = "tokens"  # "tokens": grounding tokens (MolmoPoint); "text": coordinates written out (Molmo2)
+    points_as: str = "tokens"  # "tokens": grounding tokens (MolmoPoint); "text": coordinates written out (Molmo2); "tags":
+    #                            percent, of one picture (Molmo-1, VideoMolmo)
     optimizer: str = "adamw"   # "adamw" as in the papers; "muon" for the matrices of small models trained from nothing
 
     def __post_init__(self):
-        if self.points_as not in ("tokens", "text"):
-            raise ValueError(f"points_as must be 'tokens' or 'text', not {self.points_as!r}")
+        if self.points_as not in POINTS_AS:
+            raise ValueError(f"points_as must be one of {', '.join(POINTS_AS)}, not {self.points_as!r}")
 
     def token_ids(self) -> dict[str, int]:
         """Extra token -> id: they follow the base vocabulary."""

@@ -361,6 +361,17 @@ def write_text(points: Sequence[Point], places: Sequence[str], sizes, label: str
     return f'<{tag} coords="{";".join(listed)}">{label}</{tag}>'
 
 
+def write_tags(points: Sequence[Point], size: tuple[int, int], label: str) -> str:
+    """Points of one picture (width, height) as Molmo-1 and VideoMolmo write them, in percent with one decimal:
+    `<point x="12.5" y="3.0" alt="cup">cup</point>`, or of several `<points x1=.. y1=.. x2=.. y2=.. alt=..>`."""
+    percent = lambda value, side: min(max(round(100 * value / side, 1), 0.0), 100.0)
+    places = sorted((percent(p.x, size[0]), percent(p.y, size[1])) for p in points)
+    numbers = [""] if len(places) == 1 else range(1, len(places) + 1)
+    written = " ".join(f'x{n}="{x:.1f}" y{n}="{y:.1f}"' for n, (x, y) in zip(numbers, places))
+    tag, alt = "point" if len(places) == 1 else "points", label.replace('"', "'")
+    return f'<{tag} {written} alt="{alt}">{label}</{tag}>'
+
+
 _LIST = re.compile(r'<(points|tracks) coords="([^"<>]*)">[^<>]*</(?:\1|point)>', re.ASCII)
 _GROUP = re.compile(r"(\d{1,6}(?:\.\d)?)((?: \d{1,6} (?:\d{3}|1000) (?:\d{3}|1000))+)", re.ASCII)
 _OLD = re.compile(r"<points?((?: [xy]\d*=\"[^\"<>]*\")+)(?: alt=\"[^\"<>]*\")?>[^<>]*</points?>")

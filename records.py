@@ -55,6 +55,20 @@ class Runs(NamedTuple):
         return np.repeat(values, self.counts).reshape(self.size, order="F")
 
 
+def decompress(text: str) -> list[int]:
+    """COCO's compressed run lengths: numbers in base 32, lowest digits first, a character from "0" on for each, with 32
+    added if more follow; from the fourth number on only the difference to the last but one is written."""
+    counts, value, shift = [], 0, 0
+    for digit in (ord(character) - 48 for character in text):
+        value |= (digit & 31) << shift
+        shift += 5
+        if not digit & 32:
+            value -= (digit & 16) << (shift - 4)  # the sign
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value, shift = 0, 0
+    return counts
+
+
 @dataclass
 class Object:
     """Somebody or something. Keys are moments: the number of an image from 0, or seconds of a video."""
@@ -278,9 +292,8 @@ def _xy(place: dict) -> tuple[float, float]:
 
 def _runs(place: dict) -> Runs:
     size, counts = [take({"size": side}, "size", int) for side in take(place, "size", list)], place.get("counts")
-    if isinstance(counts, str):
-        raise ValueError("'counts' is compressed: give it as a list of numbers")
-    whole = [take({"counts": count}, "counts", int) for count in take(place, "counts", list)]
+    listed = decompress(counts) if isinstance(counts, str) else take(place, "counts", list)
+    whole = [take({"counts": count}, "counts", int) for count in listed]
     if len(size) != 2 or min(whole, default=0) < 0 or sum(whole) != size[0] * size[1]:
         raise ValueError(f"a mask's 'counts' add up to {sum(whole)}, its 'size' is {size}")
     return Runs(tuple(size), tuple(whole))

@@ -36,7 +36,7 @@ import data
 import weights
 from connector import TEMPORAL
 from evaluate import evaluate, fresh
-from model import PRESETS, Molmo, MolmoConfig
+from model import POINTS_AS, PRESETS, Molmo, MolmoConfig
 from packing import Packer
 from records import Lines
 from tokenizer import Tokenizer
@@ -111,7 +111,7 @@ def parse(argv: list[str] | None):
     parser = data.Parser(prog="train.py", description=__doc__.split("\n")[0])
     parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), required=True)
     parser.add_argument("--preset", default="tiny", choices=sorted({name for name, _ in STAGES}))
-    parser.add_argument("--points-as", default="tokens", choices=("tokens", "text"), help="how a new model writes points")
+    parser.add_argument("--points-as", default="tokens", choices=POINTS_AS, help="how a new model writes points")
     parser.add_argument("--init", help="checkpoint of the stage before")
     parser.add_argument("--data", help="a JSONL file of your own, in place of the stage's synthetic sets")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the run folder, if there is one")

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from masks import squared_distance
+from masks import deepest
 from records import Annotation, Object, Record, Runs
 
-HEIGHT, WIDTH = 144, 192
+HEIGHT, WIDTH, FPS = 144, 192, 6.0
 PAINT = {"red": (196, 44, 52), "green": (52, 150, 74), "blue": (52, 92, 204), "yellow": (232, 205, 62), "orange": (236, 132, 40),
          "purple": (128, 60, 162), "white": (240, 240, 236), "black": (28, 28, 32)}
 SMALLEST = 20  # pixels that a thing must show in a frame to have a point there
@@ -272,7 +272,7 @@ WORLDS = {"cells": cells, "desk": desk, "road": road, "recording": recording, "a
 # 4. Filmed and asked about
 
 
-def film(name: str, seed: int, index: int, fps: float = 2.0) -> tuple[World, np.ndarray, np.ndarray, np.ndarray]:
+def film(name: str, seed: int, index: int, fps: float = FPS) -> tuple[World, np.ndarray, np.ndarray, np.ndarray]:
     """-> the world, times (T,), frames (T, H, W, 3) uint8, masks (T, n, H, W) bool; a pure function of its arguments."""
     world = WORLDS[name](np.random.default_rng([seed, index, 11, list(WORLDS).index(name)]))
     times = np.arange(int(world.seconds * fps) + 1) / fps
@@ -289,14 +289,9 @@ def record(seed: int, index: int) -> Record:
     world, times, frames, masks = film(name, seed, index // len(WORLDS))
     objects, plural = {}, lambda kind: {"box": "boxes"}.get(kind, kind + "s")
     for i in range(len(world.things)):
-        points, covered = {}, {}
-        for t, mask in zip(times.tolist(), masks[:, i]):
-            if mask.sum() >= SMALLEST:
-                row, column = np.unravel_index(squared_distance(mask).argmax(), mask.shape)
-                points[t], covered[t] = (column + 0.5, row + 0.5), Runs.of(mask)
-        if points:
-            area = masks[:, i].sum((1, 2))
-            objects[i] = Object(points, covered, min((t for t in points), key=lambda t: area[int(t * 2 + 0.5)] < 0.6 * area.max()))
+        shown = {t: mask for t, mask in zip(times.tolist(), masks[:, i]) if mask.sum() >= SMALLEST}
+        if shown:
+            objects[i] = Object({t: deepest(mask) for t, mask in shown.items()}, {t: Runs.of(mask) for t, mask in shown.items()})
     asked: dict[str, list[int]] = {}
     for i in objects:
         color, kind = world.things[i]

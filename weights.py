@@ -17,14 +17,14 @@ import os
 import re
 import shutil
 import zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import data
-from connector import ConnectorConfig
+from connector import ConnectorConfig, TemporalConfig
 from model import LLMConfig, Molmo, MolmoConfig, Yarn
 from pointing import PointConfig
 from preprocess import ViewConfig
@@ -240,7 +240,8 @@ def released_config(folder: str | Path) -> MolmoConfig:
             connector=_released_connector(connector, pointing),
             llm=_released_llm(text, top),
             point=_released_point(top, text) if pointing else PointConfig(),
-            points_as="tokens" if pointing else "text",
+            points_as="tokens" if pointing else top("points_as", default="text"),
+            temporal=TemporalConfig(**top("temporal", default=asdict(TemporalConfig()))),
         )
         crop = vit("image_default_input_size", "image_size", default=[378, 378])[0]
         return replace(config, views=_released_views(folder, crop, config.vit.patch_size, pointing))
@@ -520,6 +521,10 @@ def _released_files(config: MolmoConfig, tokenizer: Tokenizer) -> dict[str, dict
         entries |= {"patch_embed_dim": config.point.width, "token_prediction_rotary_theta": config.point.rope_theta,
                     "token_prediction_rotary": "one_d", "patch_location": "3x3", "no_more_points_class": True,
                     "embed_selected_vit_patch": "linear", "embed_location": False, "layer_norm_x": True, "norm_logits": True}
+    if config.temporal.mode != "none":  # these two are ours: no released model has them
+        entries["temporal"] = asdict(config.temporal)
+    if config.points_as == "tags":
+        entries["points_as"] = "tags"
     size, normal = {"height": views.crop_size, "width": views.crop_size}, {
         "do_resize": True, "resample": 2, "do_convert_rgb": True, "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}

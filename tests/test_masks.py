@@ -5,7 +5,7 @@ import pytest
 
 import masks
 import synthetic
-from masks import FUSIONS, Growing, annotate, flood, grown, iou, same_objects, segment, shifted, squared_distance, through_time
+from masks import FUSIONS, Growing, annotate, deepest, dilated, flood, grown, iou, same_objects, segment, shifted, squared_distance, through_time
 
 
 def random_mask(seed: int, share: float = 0.6, shape=(31, 43)) -> np.ndarray:
@@ -37,6 +37,23 @@ def test_distances_are_those_to_the_nearest_pixel_outside(share):
     rows, columns = np.nonzero(~np.pad(mask, 1))
     wanted = [[((rows - y - 1) ** 2 + (columns - x - 1) ** 2).min() if mask[y, x] else 0 for x in range(43)] for y in range(31)]
     assert np.array_equal(squared_distance(mask), wanted)
+
+
+def test_the_deepest_pixel_is_farthest_from_the_edge():
+    """Of a disc that the picture cuts off, it is not the middle of the disc."""
+    rows, columns = np.mgrid[:20, :30]
+    mask = (columns - 4) ** 2 + (rows - 10) ** 2 <= 64
+    x, y = deepest(mask)
+    assert y == 10.5 and 5 <= x <= 7 and squared_distance(mask)[10, int(x)] == squared_distance(mask).max()
+
+
+@pytest.mark.parametrize("radius", [0, 1, 2, 5])
+def test_dilated_is_the_disc_around_every_pixel(radius):
+    """By shifting the mask everywhere in a disc."""
+    mask = random_mask(4, 0.02)
+    steps = range(-radius, radius + 1)
+    wanted = np.any([shifted(mask, x, y) for x in steps for y in steps if x * x + y * y <= radius * radius], axis=0)
+    assert np.array_equal(dilated(mask, radius), wanted)
 
 
 @pytest.mark.parametrize("radius", [0, 1, 4])
@@ -172,7 +189,7 @@ def test_every_frame_has_its_masks(length, every):
         asked.append((index, [int(f[0, 0, 0]) for f in recent]))
         return {5: (2.5, 1.5), 9: (0.5, 0.5)}
 
-    found = list(through_time(iter(frames), ask, every, Script()))
+    found = list(through_time(iter(frames), ask, range(0, 99, every), Script()))
     assert len(found) == length and all(list(m) == [1, 2] and m[1][1, 2] and m[2][0, 0] for m in found)
     assert asked == [(i, list(range(max(i - 4, 0), i + 1))) for i in range(0, length, every)]
 
@@ -182,7 +199,7 @@ def test_nothing_at_an_anchor():
     any object give frames without any."""
     frames = [np.zeros((4, 4, 3), np.uint8)] * 9
     there = lambda shown: lambda index, _: {1: (1.5, 1.5)} if index in shown else {}
-    sizes = lambda shown: [sum(m.any() for m in masks.values()) for masks in through_time(frames, there(shown), 4, Script(), named=True)]
+    sizes = lambda shown: [sum(m.any() for m in masks.values()) for masks in through_time(frames, there(shown), range(0, 9, 4), Script(), named=True)]
     assert sizes({0, 4, 8}) == [1] * 9
     assert sizes({0}) == [1, 1, 1, 1, 0, 0, 0, 0, 0] and sizes({4}) == [0, 1, 1, 1, 1, 1, 1, 1, 0] and sizes({8}) == [0] * 5 + [1] * 4
     assert sizes(set()) == [0] * 9
@@ -197,13 +214,22 @@ def test_objects_keep_their_ids_from_anchor_to_anchor():
         points = [middle(truth[index, n]) for n in (0, 1) if truth[index, n].sum() > 60]
         return dict(enumerate(points[::-1] if index % 2 else points))
 
-    found = list(through_time(frames, ask, 5, Growing()))
+    found = list(through_time(frames, ask, range(0, 13, 5), Growing()))
     at = lambda t, n: max(found[t], key=lambda i: iou(found[t][i], truth[t, n]))
     assert [at(t, 0) for t in (0, 2, 10, 12)] == [1] * 4 and [at(t, 1) for t in (0, 5, 10, 12)] == [2] * 4
     assert {i for masks in found for i in masks} == {1, 2}
     late = lambda index, _: {0: middle(truth[index, 1])} | ({1: middle(truth[index, 0])} if index >= 9 else {})
-    found = list(through_time(frames, late, 3, Growing()))
+    found = list(through_time(frames, late, range(0, 13, 3), Growing()))
     assert list(found[0]) == [1] and list(found[12]) == [1, 2] and at(12, 0) == 2
+
+
+def test_an_object_overlooked_at_an_anchor_keeps_its_id():
+    """It is followed through that anchor, where it has no mask, and known again at the next one."""
+    frames, told = [np.full((4, 4, 3), t, np.uint8) for t in range(9)], {}
+    ask = lambda index, _: {0: (2.5, 1.5), 1: (0.5, 0.5)} if index != 4 else {0: (0.5, 0.5)}
+    found = list(through_time(frames, ask, range(0, 9, 4), Script(), tell=told.__setitem__))
+    assert told == {0: {1: (2.5, 1.5), 2: (0.5, 0.5)}, 4: {2: (0.5, 0.5)}, 8: {1: (2.5, 1.5), 2: (0.5, 0.5)}}
+    assert [list(masks) for masks in found] == [[1, 2]] * 4 + [[2]] + [[1, 2]] * 4
 
 
 def test_the_better_of_two_agreements_counts():
@@ -219,7 +245,7 @@ def test_frames_of_another_size_are_refused():
     """With both sizes and the number of the frame."""
     frames = [np.zeros((4, 6, 3), np.uint8), np.zeros((4, 5, 3), np.uint8)]
     with pytest.raises(ValueError, match="frame 1 is 5x4, those before are 6x4"):
-        list(through_time(frames, lambda *_: {}, 4, Script()))
+        list(through_time(frames, lambda *_: {}, range(0, 9, 4), Script()))
 
 
 def test_fusing_both_directions_beats_either():
@@ -229,7 +255,7 @@ def test_fusing_both_directions_beats_either():
         scene = synthetic.tracks(3, index, fps=4.0, seconds=3.0)
         there = lambda t, _: {i: tuple(map(float, p)) for i, p in enumerate(scene.points[t]) if not np.isnan(p[0])}
         for how in scores:
-            for t, found in enumerate(through_time(scene.frames, there, 4, Growing(), how, named=True)):
+            for t, found in enumerate(through_time(scene.frames, there, range(0, 99, 4), Growing(), how, named=True)):
                 scores[how] += [iou(found.get(i, mask & False), mask) for i, mask in enumerate(scene.masks[t]) if mask.any()]
     means = {how: np.mean(values) for how, values in scores.items()}
     assert max(means, key=means.get) == "fused" and min(means, key=means.get) == "intersection", means

@@ -1,0 +1,157 @@
+"""Videos with masks and expressions in folders as DAVIS has them, read as records.
+
+    FOLDER/JPEGImages/SEQUENCE/00000.jpg ...     the frames, in natural order (2 comes before 10)
+    FOLDER/Annotations/SEQUENCE/00000.png ...    a mask for every frame: each pixel the number of its object, 0 = none
+    FOLDER/meta_expressions.json                 {"videos": {SEQUENCE: {"expressions": {"0": {"exp": "a dog", "obj_id": "1"}},
+                                                                        "frames": ["00000", ...]}}}
+
+So come Ref-YouTube-VOS and, in the conversion that goes with it, Refer-DAVIS-17 (there may be a folder of the resolution,
+480p, above the sequences). MeViS has no Annotations: its expressions name several objects (a list of "anno_id"), whose
+masks are in mask_dict.json, compressed run lengths for every frame. "frames" may be missing: all of them.
+
+Nothing is ever written here.
+"""
+
+import json
+import os
+import re
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from preprocess import MediaError, ViewConfig, read_image
+from records import Annotation, Object, Record, Runs, decompress, only, take
+
+FPS = 6.0  # the frames bear no times; that of YouTube-VOS
+
+
+def natural(name: str) -> list:
+    """A key by which frame2 comes before frame10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
+
+
+def numbered(path: Path) -> np.ndarray:
+    """A picture of object numbers -> (H, W) int."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            if image.mode not in ("P", "L", "1", "I;16", "I"):
+                raise MediaError(f"{path}: colours ({image.mode}), not numbers of objects: give a PNG with a palette or in grey")
+            return np.array(image).astype(int)
+    except OSError as error:
+        raise MediaError(f"{path}: cannot be read as a mask ({error})") from None
+
+
+class Sequences:
+    """All sequences that have expressions. ValueError, with the path, where something is missing or does not fit."""
+
+    def __init__(self, folder: str | os.PathLike, expressions: str | os.PathLike | None = None):
+        self.folder, self.file = Path(folder), Path(expressions or Path(folder) / "meta_expressions.json")
+        values = self._json(self.file)
+        self.videos = take(values, "videos", dict) if isinstance(values, dict) else {}
+        if not self.videos:
+            raise ValueError(f"{self.file}: names no videos")
+        self.names = sorted(self.videos, key=natural)
+        self.size = len(self.names)
+
+    @staticmethod
+    def _json(path: Path):
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+    @cached_property
+    def runs(self) -> dict:
+        """MeViS: annotation -> run lengths or None for every frame."""
+        return self._json(self.folder / "mask_dict.json")
+
+    def _files(self, kind: str, sequence: str) -> dict[str, Path]:
+        """Stem -> file, in natural order."""
+        places = [self.folder / kind / sequence, *sorted((self.folder / kind).glob(f"*/{sequence}"))]
+        place = next((place for place in places if place.is_dir()), None)
+        if place is None:
+            raise ValueError(f"{self.folder / kind}: has no folder {sequence}")
+        return {path.stem: path for path in sorted(place.iterdir(), key=lambda path: natural(path.name)) if not path.name.startswith(".")}
+
+    def record(self, index: int, config: ViewConfig | None = None) -> Record:
+        """A sequence with an annotation per expression; object numbers are the dataset's. All frames are read."""
+        sequence = self.names[index]
+        try:
+            return self._record(sequence)
+        except ValueError as error:
+            where = "" if str(self.folder) in str(error) else f"{self.file}: {sequence}: "
+            raise ValueError(f"{where}{error}") from None
+
+    def _record(self, sequence: str) -> Record:
+        said = only(self.videos[sequence], "expressions", "frames", "vid_id")
+        files = self._files("JPEGImages", sequence)
+        names = take(said, "frames", list, []) or list(files)
+        if missing := [name for name in names if name not in files]:
+            raise ValueError(f"{self.folder}: {sequence} has no frame {missing[0]}")
+        if not names:
+            raise ValueError(f"{self.folder}: {sequence} has no frames")
+        pictures = [read_image(files[name]) for name in names]
+        for name, picture in zip(names, pictures):
+            if picture.shape != pictures[0].shape:
+                raise ValueError(f"{files[name]}: {picture.shape[1]}x{picture.shape[0]}, the frames before are "
+                                 f"{pictures[0].shape[1]}x{pictures[0].shape[0]}")
+        expressions = take(said, "expressions", dict)
+        several = any("anno_id" in one for one in expressions.values())
+        shape, times = pictures[0].shape[:2], [n / FPS for n in range(len(names))]
+        masks = self._listed(expressions, len(names), shape) if several else self._drawn(sequence, names, shape)
+        objects = {}
+        for identity, found in masks.items():
+            covered = {times[frame]: Runs.of(mask) for frame, mask in found.items() if mask.any()}
+            points = {times[frame]: inner(mask) for frame, mask in found.items() if mask.any()}
+            objects[identity] = Object(points, covered)
+        annotations = []
+        for key in sorted(expressions, key=natural):
+            meant = expressions[key].get("anno_id" if several else "obj_id")
+            meant = [int(one) for one in (meant if isinstance(meant, list) else [meant]) if str(one).isdigit()]
+            if not meant:
+                raise ValueError(f"expression {key} names no object: this part of the set cannot be scored")
+            if unknown := [one for one in meant if one not in objects]:
+                raise ValueError(f"expression {key}: no mask has an object {unknown[0]}")
+            annotations.append(Annotation("point", take(expressions[key], "exp", str), meant))
+        return Record(sequence, pictures, times, objects, annotations)
+
+    def _drawn(self, sequence: str, names: list[str], shape: tuple[int, int]) -> dict[int, dict[int, np.ndarray]]:
+        """Object -> frame -> mask, from pictures."""
+        files, found = self._files("Annotations", sequence), {}
+        for frame, name in enumerate(names):
+            if name not in files:
+                raise ValueError(f"{self.folder}: {sequence} has no mask for frame {name}")
+            numbers = numbered(files[name])
+            if numbers.shape != shape:
+                raise ValueError(f"{files[name]}: {numbers.shape[1]}x{numbers.shape[0]}, its frame is {shape[1]}x{shape[0]}")
+            for identity in np.unique(numbers[(numbers > 0) & (numbers != 255)]).tolist():  # 255: nobody's, between two
+                found.setdefault(identity, {})[frame] = numbers == identity
+        return found
+
+    def _listed(self, expressions: dict, length: int, shape: tuple[int, int]) -> dict[int, dict[int, np.ndarray]]:
+        """The same from run lengths."""
+        found = {}
+        for identity in {int(one) for said in expressions.values() for one in said.get("anno_id", ())}:
+            listed = self.runs.get(str(identity))
+            if listed is None or len(listed) != length:
+                raise ValueError(f"{self.folder / 'mask_dict.json'}: annotation {identity} has "
+                                 f"{'no masks' if listed is None else f'{len(listed)} masks for {length} frames'}")
+            found[identity] = {}
+            for frame, runs in enumerate(listed):
+                if runs is not None:
+                    counts = runs["counts"]
+                    mask = Runs(tuple(runs["size"]), tuple(decompress(counts) if isinstance(counts, str) else counts))
+                    if mask.size != shape:
+                        raise ValueError(f"{self.folder / 'mask_dict.json'}: annotation {identity} has a mask of "
+                                         f"{mask.size[1]}x{mask.size[0]}, its frame is {shape[1]}x{shape[0]}")
+                    found[identity][frame] = mask.mask()
+        return found
+
+
+def inner(mask: np.ndarray) -> tuple[float, float]:
+    """x, y of the pixel of a mask that is nearest to its middle."""
+    rows, columns = np.nonzero(mask)
+    nearest = np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2)
+    return float(columns[nearest] + 0.5), float(rows[nearest] + 0.5)
