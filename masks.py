@@ -18,6 +18,8 @@ masks say who is who, and every object is fused on its own.)
     through_time       anchors, both directions, fusion, identities
     annotate           the way back: masks -> points
 
+    python masks.py annotate FILE.jsonl     # writes FILE.points.jsonl, with a point for every mask
+
 n objects, H x W pixels.
 """
 
@@ -32,6 +34,10 @@ from typing import Protocol
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
+
+from preprocess import ViewConfig
+from records import Lines, dump
 
 Points = Mapping[int, tuple[float, float]]  # id -> x, y in pixels
 Masks = dict[int, np.ndarray]               # id -> (H, W) bool
@@ -117,7 +123,12 @@ def flood(seeds: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     Runs of allowed pixels in a row, then in a column, are filled at once, so that it takes as many rounds as a path has
     bends, not pixels.
     """
-    reached = seeds & allowed
+    result = np.zeros_like(allowed)
+    if not (seeds & allowed).any():
+        return result
+    window = box(allowed)
+    allowed = allowed[window]
+    reached = seeds[window] & allowed
     while True:
         before = np.count_nonzero(reached)
         for axis in (1, 0):
@@ -129,7 +140,8 @@ def flood(seeds: np.ndarray, allowed: np.ndarray) -> np.ndarray:
             r = a & hit[ids]
             reached = r if axis else r.T
         if np.count_nonzero(reached) == before:
-            return reached
+            result[window] = reached
+            return result
 
 
 def smooth(frame: np.ndarray) -> np.ndarray:
@@ -232,12 +244,13 @@ def motion(likely: np.ndarray, shape: np.ndarray, expected: np.ndarray, reach: i
     """dx, dy by which the shape covers most of the likely pixels and leaves out those right beside it, less a little for
     the way from where it was expected: what is hidden counts neither for nor against. All displacements at once, by
     Fourier transforms, in a window."""
-    window = box(shape, reach)
-    inside, there = shape[window], likely[window].astype(np.float32)
+    room = reach + 2  # around the shape, so that nothing comes back in on the other side
+    inside, there = np.pad(shape, room), np.pad(likely, room)
+    window = box(inside, room)
+    inside, there = inside[window], there[window]
     wanted = inside - 0.5 * (grown(inside, 2) & ~inside)
-    size = [2 * side for side in inside.shape]  # room, so that nothing comes back in on the other side
-    score = np.fft.irfft2(np.conj(np.fft.rfft2(wanted, size)) * np.fft.rfft2(there, size), size) / np.count_nonzero(inside)
-    dy, dx = (np.fft.fftfreq(n, 1 / n).round().astype(int) for n in size)
+    score = np.fft.irfft2(np.conj(np.fft.rfft2(wanted)) * np.fft.rfft2(there), inside.shape) / np.count_nonzero(inside)
+    dy, dx = (np.fft.fftfreq(n, 1 / n).round().astype(int) for n in inside.shape)
     score -= FAITH * (np.hypot(dx[None] - expected[0], dy[:, None] - expected[1]) / reach) ** 2
     score[np.abs(dy) > reach] = score[:, np.abs(dx) > reach] = -np.inf
     row, column = np.unravel_index(score.argmax(), score.shape)
@@ -260,16 +273,16 @@ class Growing:
             looks[identity] = Look(odds(picture, mask), mask, np.zeros(2), np.count_nonzero(mask))
         yield {identity: large(look.shape) for identity, look in looks.items()}
         for number in range(start + step, stop + step, step):
-            picture = smooth(small(frames[number]))
-            yield {identity: large(self.follow(look, picture)) for identity, look in looks.items()}
+            bins = colors(smooth(small(frames[number])))
+            yield {identity: large(self.follow(look, bins)) for identity, look in looks.items()}
 
     @staticmethod
-    def follow(look: Look, picture: np.ndarray) -> np.ndarray:
-        """The object's mask in the next picture; what is remembered of it moves along."""
+    def follow(look: Look, bins: np.ndarray) -> np.ndarray:
+        """The object's mask in the next picture, given by its colours; what is remembered of it moves along."""
         if not look.shape.any():
             return look.shape
         reach = max(2, round(REACH * min(look.shape.shape)))
-        likely = look.odds[colors(picture)] > 0
+        likely = look.odds[bins] > 0
         moved = motion(likely, look.shape, look.velocity, reach)
         shape = shifted(look.shape, *moved)
         mask = flood(shape & likely, likely & grown(shape, 3))
@@ -427,6 +440,7 @@ def through_time(frames: Iterable[np.ndarray], ask: Callable[[int, Sequence[np.n
 # 5. The way back: from a mask to a point
 
 CANDIDATES = 10
+FRAMES_PER_SECOND = 10.0  # of a video, to find those that have masks
 
 
 def annotate(frame: np.ndarray, mask: np.ndarray, rng: np.random.Generator,
@@ -441,3 +455,51 @@ def annotate(frame: np.ndarray, mask: np.ndarray, rng: np.random.Generator,
     drawn = rng.choice(weight.size, min(CANDIDATES, np.count_nonzero(weight)), replace=False, p=weight / weight.sum())
     places = [(column + 0.5, row + 0.5) for row, column in zip(*np.unravel_index(drawn, mask.shape))]
     return max(places, key=lambda place: iou(segmenter(frame, *place), mask))
+
+
+def annotate_file(path: str, out: Path, segmenter: Callable[[np.ndarray, float, float], np.ndarray], seed: int) -> None:
+    """Every mask in a JSONL file (records.py) gives a point to its object; the file `out` holds all lines with them."""
+    lines, fits, part = Lines(path), [], out.with_name(f".{out.name}.part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            for index in tqdm(range(lines.size), desc="annotate", leave=False, disable=None):
+                line = lines.line(index, ViewConfig(fps=FRAMES_PER_SECOND, max_frames=100_000), pointless=True)
+                record, rng = line.record, np.random.default_rng([seed, index])
+                for thing in record.objects.values():
+                    at = {moment: record.pictures[record.picture(moment)] for moment in thing.masks}
+                    found = {moment: annotate(at[moment], runs.mask(), rng, segmenter)
+                             for moment, runs in thing.masks.items() if any(runs.counts[1::2])}
+                    fits += [iou(segmenter(at[moment], *place), thing.masks[moment].mask()) for moment, place in found.items()]
+                    thing.points |= found
+                    if not thing.points:
+                        raise ValueError(f"{path}:{index + 1}: an object has empty masks only")
+                near = lambda media: os.path.relpath(media, out.parent)
+                file.write(dump(record, list(map(near, line.images)), line.video and near(line.video)) + "\n")
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+    print(f"wrote {out}: {lines.size} lines, {len(fits)} points; their own masks fit the given ones with an IoU of {np.mean(fits or [0]):.3f}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    import data  # a later room, for the manners of its commands
+    with data.one_line("masks.py"):
+        parser = data.Parser(prog="masks.py", description="Turns masks into points.")
+        command = parser.add_subparsers(dest="command", required=True, parser_class=data.Parser).add_parser("annotate")
+        command.add_argument("file", metavar="FILE.jsonl", help="objects with masks, with or without points")
+        command.add_argument("--out", type=Path, help="default: FILE.points.jsonl, in the same folder")
+        command.add_argument("--sam2", metavar="FOLDER", help="segment by SAM 2 with these weights (default: by colour)")
+        command.add_argument("--seed", type=data.number(int, 0, 2**32), default=0)
+        args = parser.parse_args(argv)
+        out = args.out or Path(args.file).with_suffix(".points.jsonl")
+        if not out.absolute().parent.is_dir() or out.is_dir():
+            raise ValueError(f"--out {out}: {'a folder' if out.is_dir() else 'its folder does not exist'}: give a file")
+        if out.absolute() == Path(args.file).absolute():
+            raise ValueError(f"--out {out}: the file itself: give another")
+        sam2 = Sam2(args.sam2) if args.sam2 else None
+        by_sam2 = lambda frame, x, y: next(sam2([frame], 0, {1: (x, y)}, 0))[1]
+        annotate_file(args.file, out, by_sam2 if sam2 else segment, args.seed)
+
+
+if __name__ == "__main__":
+    main()

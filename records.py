@@ -224,9 +224,10 @@ class Line:
         else:
             record.pictures = [read_image(path) for path in self.images]
         for identity, thing in record.objects.items():
-            if record.times and max(thing.points) > record.times[-1] + AT_A_FRAME:
-                raise ValueError(f"object {identity}: a point at {max(thing.points):g} s, the video ends at {record.times[-1]:g} s")
-            if record.times and not record.seen(thing.points):
+            said = thing.points or thing.masks
+            if record.times and max(said) > record.times[-1] + AT_A_FRAME:
+                raise ValueError(f"object {identity}: a point at {max(said):g} s, the video ends at {record.times[-1]:g} s")
+            if record.times and not record.seen(said):
                 raise ValueError(f"object {identity}: none of the {len(record.times)} frames looked at is within "
                                  f"{AT_A_FRAME} s of its points: give more of them, or a shorter video")
             for moment, (x, y) in thing.points.items():
@@ -240,8 +241,8 @@ class Line:
         return record
 
 
-def parse(text: str, name: str, folder: Path) -> Line:
-    """A line of JSON -> a record. ValueError says what is wrong with it."""
+def parse(text: str, name: str, folder: Path, pointless: bool = False) -> Line:
+    """A line of JSON -> a record. ValueError says what is wrong with it. `pointless`: masks will do in place of points."""
     try:
         values = json.loads(text)
     except RecursionError:
@@ -257,12 +258,13 @@ def parse(text: str, name: str, folder: Path) -> Line:
         identity = take(only(listed, "id", "points", "masks", "shown"), "id", int)
         if identity in objects:
             raise ValueError(f"two objects have the id {identity}")
-        points = {moment(place): _xy(place) for place in take(listed, "points", list)}
-        if len(points) < len(listed["points"]) or video is None and len(points) > 1:
+        places = take(listed, "points", list, [] if pointless and listed.get("masks") else REQUIRED)
+        points = {moment(place): _xy(place) for place in places}
+        if len(points) < len(places) or video is None and len(points) > 1:
             raise ValueError(f"object {identity} has two points {'at one moment' if video else 'in images'}: "
                              "give each thing an id of its own")
         masks = {moment(place): _runs(place) for place in take(listed, "masks", list, [])}
-        if not points:
+        if not points and not (pointless and masks):
             raise ValueError(f"object {identity} has no points")
         shown = take(listed, "shown", float, None)
         objects[identity] = Object(points, masks, shown)
@@ -392,13 +394,18 @@ class Lines:
             raise ValueError(f"{path}: holds no lines")
         self.size = len(self.at)
 
-    def record(self, index: int, config: ViewConfig) -> Record:
-        """ValueError or MediaError that begins with file and line."""
+    def line(self, index: int, config: ViewConfig, pointless: bool = False) -> Line:
+        """The line, its pictures read. ValueError or MediaError that begins with file and line."""
         number, start, length = self.at[index]
         with open(self.path, "rb") as file:
             file.seek(start)
             text = file.read(length)
         try:
-            return parse(text.decode("utf-8"), f"{self.path.stem}-{number}", self.path.parent).load(config)
+            line = parse(text.decode("utf-8"), f"{self.path.stem}-{number}", self.path.parent, pointless)
+            line.load(config)
+            return line
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.path}:{number}: {error}") from None
+
+    def record(self, index: int, config: ViewConfig) -> Record:
+        return self.line(index, config).record

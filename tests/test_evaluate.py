@@ -9,6 +9,8 @@ import pytest
 
 import data
 import evaluate
+import masks
+import vpos
 from evaluate import Asked, hota, hungarian, matched, precision_recall_f1, scores, summarize, words_f1
 from pointing import Point
 from records import Annotation, Object, Record, Runs
@@ -248,3 +250,105 @@ def test_the_command_writes_its_settings(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit) as end:
             evaluate.main(["--json", str(place)])
         assert end.value.code == 2 and word in capsys.readouterr().err
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------------
+
+
+def slow_contour(predicted: np.ndarray, true: np.ndarray) -> float:
+    """DAVIS's F from its definition, pixel by pixel: an edge pixel differs from its right, lower or lower right neighbour; it
+    is matched if the other mask has an edge pixel within 0.8% of the diagonal, rounded up."""
+    height, width = true.shape
+    def edge(mask):
+        at = lambda y, x: mask[min(y, height - 1), min(x, width - 1)]
+        return [(y, x) for y in range(height) for x in range(width) if len({at(y, x), at(y, x + 1), at(y + 1, x), at(y + 1, x + 1)}) > 1]
+    one, two, near = edge(predicted), edge(true), np.ceil(0.008 * np.hypot(height, width))
+    if not one or not two:
+        return float(len(one) == len(two))
+    close = lambda some, others: np.mean([any((y - v) ** 2 + (x - u) ** 2 <= near**2 for v, u in others) for y, x in some])
+    precision, recall = close(one, two), close(two, one)
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+@pytest.mark.parametrize("shape", [(24, 31), (90, 140)])
+def test_region_and_contour_equal_their_definitions(shape):
+    """On blobs that agree, overlap, miss each other, touch the rim, are empty or full."""
+    rows, columns = np.mgrid[:shape[0], :shape[1]]
+    disc = lambda x, y, r: (columns - x * shape[1]) ** 2 + (rows - y * shape[0]) ** 2 < (r * shape[0]) ** 2
+    nothing, ragged = np.zeros(shape, bool), np.random.default_rng(0).random(shape) < 0.5
+    masks = [disc(0.4, 0.5, 0.3), disc(0.42, 0.5, 0.3), disc(0.6, 0.5, 0.25), disc(0.02, 0.1, 0.3), nothing, ~nothing, disc(0.5, 0.5, 0.3) & ragged]
+    for one in masks:
+        for two in masks:
+            j, f = evaluate.region_and_contour(one, two)
+            assert j == ((one & two).sum() / (one | two).sum() if (one | two).any() else 1)
+            assert f == pytest.approx(slow_contour(one, two), abs=1e-12)
+
+
+def test_j_and_f_are_means_over_frames():
+    """And J&F is the mean of both; frames without the object count 1 if none was found."""
+    square = np.zeros((30, 30), bool)
+    square[5:15, 5:15] = True
+    found = evaluate.j_and_f([square, ~square & False, square], [square, ~square & False, ~square & False])
+    assert found == pytest.approx({"J": 2 / 3, "F": 2 / 3, "J&F": 2 / 3})
+
+
+def between(**changes) -> evaluate.Between:
+    return replace(evaluate.Between(masks.Growing(), 6, ["fused"]), **changes)
+
+
+def test_frames_are_asked_about_one_by_one(tiny, monkeypatch):
+    """Every sixth frame with the four before it, each question there; figures are those of the frames together, also in
+    those where nothing is left to be found; the same for every size of batch."""
+    monkeypatch.setattr(evaluate, "LONGEST", {False: 24, True: 24})
+    model, tokenizer = tiny
+    record, seen = vpos.record(3, 1), []
+    real = evaluate.ask
+    monkeypatch.setattr(evaluate, "ask", lambda model, tokenizer, some: [seen.append(a.record) for a in some] and real(model, tokenizer, some))
+    answers = evaluate.frame_by_frame(model, tokenizer, record, between(), 0)
+    anchors = range(0, len(record.pictures), 6)
+    assert len(answers) == len(record.annotations) and len(seen) == len(answers) * len(anchors)
+    for moment, anchor in zip(seen[::len(answers)], anchors):
+        assert np.array_equal(moment.pictures[0], record.pictures[anchor]) and len(moment.before) == min(anchor, 4)
+        assert all(np.array_equal(a, b) for a, b in zip(moment.before[::-1], record.pictures[anchor - 1::-1]))
+    again = evaluate.frame_by_frame(model, tokenizer, record, between(), 0, batch=1)
+    assert [a.figures for a in answers] == [a.figures for a in again]
+    assert all(("J&F" in a.figures) == bool(a.annotation.objects) for a in answers)
+
+
+def test_true_points_score_full_marks_and_their_masks_well(tiny):
+    """With the true points P, R, F1 and counts are perfect, and nothing is found where nothing is; a question about some
+    objects is measured on all of them together."""
+    for index in range(5):
+        answers = evaluate.frame_by_frame(*tiny, vpos.record(3, index), between(oracle=True), 0)
+        for a in answers:
+            wanted = {"precision", "recall", "f1", "count exact"} if a.annotation.objects else {"none recognised"}
+            assert all(a.figures[name] == 1 for name in wanted & a.figures.keys()) and wanted & a.figures.keys()
+        assert np.mean([a.figures["J&F"] for a in answers if "J&F" in a.figures]) > 0.5
+
+
+def test_occlusions_ask_for_each_thing_alone():
+    """With its mask in every frame in which it is seen."""
+    record = evaluate.occlusions(3, 0)
+    assert [said.objects for said in record.annotations] == [[i] for i in record.objects] and len(record.objects) > 3
+    assert len(record.times) > 12 and all(thing.masks for thing in record.objects.values())
+
+
+def test_fusing_both_directions_beats_the_rest(tiny):
+    """On a crowd whose members pass behind each other, with the true points at the anchors: the table's order at its ends."""
+    ways = ["fused", "left", "right", "intersection"]
+    answers = evaluate.frame_by_frame(*tiny, evaluate.occlusions(3, 0), between(oracle=True, fusions=ways), 0)
+    figures = summarize(answers)
+    scores = {way: figures["J&F" if way == "fused" else f"J&F {way}"] for way in ways}
+    assert min(scores, key=scores.get) == "intersection" and scores["fused"] > max(scores["left"], scores["right"]), scores
+
+
+def test_masks_from_the_command(capsys, monkeypatch):
+    """`--set vpos-synthetic` prints how the masks came about and the figures of every world."""
+    monkeypatch.setattr(evaluate, "LONGEST", {False: 16, True: 16})
+    evaluate.main(["--set", "vpos-synthetic", "--records", "1", "--every", "9"])
+    out = capsys.readouterr().out
+    assert "asked every 9 frames, each with 4 before it" in out and "temporal module none" in out and "J&F" in out and "point_count/cells" in out
+    for words, said in ((["--sam2", "nowhere"], "SAM 2"), (["--data", "a", "--davis", "b"], "give one of them")):
+        with pytest.raises(SystemExit) as end:
+            evaluate.main(["--set", "vpos-synthetic", *words])
+        assert end.value.code == 2 and said in capsys.readouterr().err

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 import masks
-import synthetic
 from masks import FUSIONS, Growing, annotate, deepest, dilated, flood, grown, iou, same_objects, segment, shifted, squared_distance, through_time
 
 
@@ -246,19 +245,6 @@ def test_frames_of_another_size_are_refused():
     frames = [np.zeros((4, 6, 3), np.uint8), np.zeros((4, 5, 3), np.uint8)]
     with pytest.raises(ValueError, match="frame 1 is 5x4, those before are 6x4"):
         list(through_time(frames, lambda *_: {}, range(0, 9, 4), Script()))
-
-
-def test_fusing_both_directions_beats_either():
-    """On crowds that pass behind each other, with true points at the anchors: fused masks fit best, intersections worst."""
-    scores = {how: [] for how in ("fused", "left", "right", "intersection")}
-    for index in (0, 1):
-        scene = synthetic.tracks(3, index, fps=4.0, seconds=3.0)
-        there = lambda t, _: {i: tuple(map(float, p)) for i, p in enumerate(scene.points[t]) if not np.isnan(p[0])}
-        for how in scores:
-            for t, found in enumerate(through_time(scene.frames, there, range(0, 99, 4), Growing(), how, named=True)):
-                scores[how] += [iou(found.get(i, mask & False), mask) for i, mask in enumerate(scene.masks[t]) if mask.any()]
-    means = {how: np.mean(values) for how, values in scores.items()}
-    assert max(means, key=means.get) == "fused" and min(means, key=means.get) == "intersection", means
 
 
 # ---- masks to points -----------------------------------------------------------------------------------------------------
