@@ -370,11 +370,14 @@ class Moments:
         return self.lines.size * self.FRAMES
 
     def record(self, index: int, config: ViewConfig) -> Record:
-        """As `Lines.record`; ValueError, too, for what is no video or points at nothing."""
+        """As `Lines.record`; an image with frames before it as it is. ValueError, too, for what is neither or points at
+        nothing."""
         record = self.lines.record(index // self.FRAMES, replace(config, fps=self.RATE))
+        if record.before is not None:
+            return record
         frames = sorted({frame for thing in record.objects.values() for frame in record.seen(thing.points)})
         if record.times is None or not frames:
-            raise ValueError(f"{record.name}: no video with points, which is what is asked about frame by frame")
+            raise ValueError(f"{record.name}: no video with points, and no image with 'before': nothing to ask frame by frame")
         return record.moment(int(np.random.default_rng([self.seed, index, 13]).choice(frames)), HISTORY)
 
 
@@ -738,7 +741,7 @@ def write_set(name: str, folder: Path, n: int, seed: int, branches: int) -> Path
     lines, stem = [], name.replace(" ", "-")
     for index in range(n):
         record = draw(name, seed, index, branches, masks=True)
-        images, video = [], None
+        images, video, before = [], None, None
         if record.times is not None:
             video = f"{stem}-{index}.mp4"
             grown = [(0, side % 2) for side in record.pictures[0].shape[:2]]  # as write_video grows odd sides
@@ -749,7 +752,11 @@ def write_set(name: str, folder: Path, n: int, seed: int, branches: int) -> Path
             for number, picture in enumerate(record.pictures):
                 images.append(f"{stem}-{index}-{number + 1}.png")
                 Image.fromarray(picture).save(folder / images[-1])
-        lines.append(dump(record, images, video))
+        if record.before is not None:
+            before = [f"{stem}-{index}-before{len(record.before) - number}.png" for number in range(len(record.before))]
+            for path, picture in zip(before, record.before):
+                Image.fromarray(picture).save(folder / path)
+        lines.append(dump(record, images, video, before))
     part = folder / f"{stem}.jsonl.part"
     part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return part.replace(folder / f"{stem}.jsonl")

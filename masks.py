@@ -474,7 +474,8 @@ def annotate_file(path: str, out: Path, segmenter: Callable[[np.ndarray, float, 
                     if not thing.points:
                         raise ValueError(f"{path}:{index + 1}: an object has empty masks only")
                 near = lambda media: os.path.relpath(media, out.parent)
-                file.write(dump(record, list(map(near, line.images)), line.video and near(line.video)) + "\n")
+                before = None if line.before is None else list(map(near, line.before))
+                file.write(dump(record, list(map(near, line.images)), line.video and near(line.video), before) + "\n")
         os.replace(part, out)
     finally:
         part.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 One line of a JSONL file is one record, paths are relative to the file:
 
     {"images": ["desk.jpg"],                      or "video": "street.mp4", or neither for text alone
+     "before": ["frame3.jpg", "frame4.jpg"],      of one image that is a frame of a video: the frames before it, oldest first
      "subtitles": "0.0 hello",                    plain text that follows the pictures
      "objects": [{"id": 1,
                   "points": [{"x": 212, "y": 80.5}],                         pixels; + "image": from 1, or "time": seconds
@@ -215,6 +216,7 @@ class Line:
     record: Record
     images: list[Path]
     video: Path | None
+    before: list[Path] | None = None
 
     def load(self, config: ViewConfig) -> Record:
         """Reads the pictures. MediaError or ValueError if they cannot be read or do not fit what is said about them."""
@@ -223,6 +225,11 @@ class Line:
             record.pictures, record.times = read_video(self.video, config.fps, config.max_frames)
         else:
             record.pictures = [read_image(path) for path in self.images]
+            record.before = None if self.before is None else [read_image(path) for path in self.before]
+            for path, picture in zip(self.before or [], record.before or []):
+                if picture.shape != record.pictures[0].shape:
+                    raise ValueError(f"{path}: {picture.shape[1]}x{picture.shape[0]}, the frame after it is "
+                                     f"{record.pictures[0].shape[1]}x{record.pictures[0].shape[0]}")
         for identity, thing in record.objects.items():
             said = thing.points or thing.masks
             if record.times and max(said) > record.times[-1] + AT_A_FRAME:
@@ -247,11 +254,14 @@ def parse(text: str, name: str, folder: Path, pointless: bool = False) -> Line:
         values = json.loads(text)
     except RecursionError:
         raise ValueError("brackets in brackets in brackets") from None
-    values = only(values, "id", "images", "video", "subtitles", "objects", "annotations")
+    values = only(values, "id", "images", "video", "before", "subtitles", "objects", "annotations")
     if "images" in values and "video" in values:
         raise ValueError("'images' and 'video': give one of them")
     images = [folder / take({"images": path}, "images", str) for path in take(values, "images", list, [])]
     video = folder / take(values, "video", str) if "video" in values else None
+    before = [folder / take({"before": path}, "before", str) for path in take(values, "before", list)] if "before" in values else None
+    if before is not None and len(images) != 1:
+        raise ValueError(f"'before' goes with one image, not with {len(images) or 'none'}")
     moment = lambda place: _moment(place, len(images), video is not None)
     objects: dict[int, Object] = {}
     for listed in take(values, "objects", list, []):
@@ -273,7 +283,7 @@ def parse(text: str, name: str, folder: Path, pointless: bool = False) -> Line:
     if not annotations:
         raise ValueError("'annotations' is empty")
     record = Record(str(values.get("id", name)), [], None, objects, annotations, take(values, "subtitles", str, ""))
-    return Line(record, images, video)
+    return Line(record, images, video, before)
 
 
 def _moment(place: dict, images: int, video: bool) -> float:
@@ -349,7 +359,7 @@ def _annotation(said: dict, objects: dict[int, Object], named: frozenset[int], m
     return made
 
 
-def dump(record: Record, images: Sequence[str] = (), video: str | None = None) -> str:
+def dump(record: Record, images: Sequence[str] = (), video: str | None = None, before: Sequence[str] | None = None) -> str:
     """A record as a line of JSON, with the names of its files: the inverse of `parse`."""
     place = (lambda moment: {"time": moment}) if video else lambda moment: {"image": int(moment) + 1}
     objects = []
@@ -370,7 +380,7 @@ def dump(record: Record, images: Sequence[str] = (), video: str | None = None) -
             written["messages"] = [{"role": role, "content": text} for turn in said.messages for role, text in zip(roles, turn)]
         annotations.append(written)
     media = {"video": video} if video else {"images": list(images)} if images else {}
-    extra = {"subtitles": record.subtitles} if record.subtitles else {}
+    extra = ({} if before is None else {"before": list(before)}) | ({"subtitles": record.subtitles} if record.subtitles else {})
     seen = {"objects": objects} if objects else {}
     return json.dumps({"id": record.name} | media | extra | seen | {"annotations": annotations})
 

@@ -521,7 +521,7 @@ def _released_files(config: MolmoConfig, tokenizer: Tokenizer) -> dict[str, dict
         entries |= {"patch_embed_dim": config.point.width, "token_prediction_rotary_theta": config.point.rope_theta,
                     "token_prediction_rotary": "one_d", "patch_location": "3x3", "no_more_points_class": True,
                     "embed_selected_vit_patch": "linear", "embed_location": False, "layer_norm_x": True, "norm_logits": True}
-    if config.temporal.mode != "none":  # these two are ours: no released model has them
+    if config.temporal != TemporalConfig():  # these two are ours: no released model has them
         entries["temporal"] = asdict(config.temporal)
     if config.points_as == "tags":
         entries["points_as"] = "tags"

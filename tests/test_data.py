@@ -42,8 +42,7 @@ def answered(record: Record, said: Annotation, config: MolmoConfig) -> tuple[str
 # ---- every task, both forms --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["tokens", "text"])
-@pytest.mark.parametrize("name", data.SETS)
+@pytest.mark.parametrize("name, form", [*((name, form) for name in data.SETS for form in ("tokens", "text")), ("stills", "tags"), ("moments", "tags")])
 def test_the_true_answer_scores_full_marks(form, name):
     """Written, tokenised, decoded, read back and measured, every true answer of every set is right; but for tracked things that
     share a patch, or show less of themselves than the ninth of one."""
@@ -492,3 +491,58 @@ def test_bad_commands_end_in_one_line(argv, said, tmp_path, monkeypatch, capsys)
     err = capsys.readouterr().err
     assert end.value.code == 2 and said in err and err.startswith("data.py: ") and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+# ---- moments ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_moment_is_what_its_frame_shows():
+    """One frame as an image, with those before it; points, masks and counts are of what is in view there; tracks become
+    points and words are left out."""
+    record = data.draw("tracks", 4, 2, 8, masks=True)
+    record.annotations += [Annotation("qa", question="Who?", answer="Me."), Annotation("count", "cups", count=3)]
+    hidden = 0
+    for frame in range(len(record.pictures)):
+        here = record.moment(frame, 4)
+        assert here.times is None and len(here.pictures) == 1 and here.pictures[0] is record.pictures[frame]
+        assert [id(picture) for picture in here.before] == [id(picture) for picture in record.pictures[max(0, frame - 4):frame]]
+        assert len(here.annotations) == len(record.annotations) - 2
+        for said, one in zip(record.annotations, here.annotations):
+            assert one.task == "point" and one.objects == [i for i in said.objects if frame in record.seen(record.objects[i].points)]
+            hidden += len(one.objects) < len(said.objects)
+        for identity, thing in here.objects.items():
+            assert thing.points == {0: record.seen(record.objects[identity].points)[frame]}
+            assert np.array_equal(thing.masks[0].mask(), record.seen(record.objects[identity].masks)[frame].mask())
+    assert hidden and record.moment(0, 4).before == []
+
+
+def test_moments_ask_what_moves():
+    """Among their questions are some about motion, which the frame alone cannot answer, and all of them are about one image
+    with up to four frames before it."""
+    records = [data.draw("moments", 5, index, 5) for index in range(40)]
+    said = [one for record in records for one in record.annotations]
+    assert sum(one.about == "motion" for one in said) > 10 and len(said) > 120
+    assert all(record.times is None and len(record.pictures) == 1 and len(record.before) <= 4 for record in records)
+    assert sum(len(record.before) == 4 for record in records) > 25
+    assert not any("video" in one.question for one in said)
+
+
+def test_videos_of_a_file_become_moments(tmp_path):
+    """Eight frames of each, drawn from those with points; an image among them is named."""
+    lines = Lines(data.write_set("clips", tmp_path, 2, 0, 3))
+    moments = data.Moments(lines, 0)
+    assert moments.size == 16
+    for index in range(16):
+        record = moments.record(index, VIEWS)
+        assert record.times is None and record.objects and record.before is not None and record.name.startswith(f"clips-{index // 8}")
+    assert len({moments.record(index, VIEWS).name for index in range(8)}) > 2
+    stills = Lines(data.write_set("stills", tmp_path, 1, 0, 3))
+    with pytest.raises(ValueError, match="no video with points"):
+        data.Moments(stills, 0).record(0, VIEWS)
+
+
+def test_tags_are_for_one_picture():
+    """In a video they cannot say where: the message says what to do."""
+    record = next(evaluate.fresh("clips", 1, VIEWS))
+    with pytest.raises(ValueError, match="ask frame by frame"):
+        data.example(record, TOKENIZER, replace(PRESETS["tiny"], points_as="tags"), np.random.default_rng(0))

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from PIL import Image
 import data
 import infer
 import weights
+from masks import iou
 from model import PRESETS, Answer, Molmo
 from pointing import Point, grounded_pieces, grounding_targets, read_text, write_text
 from preprocess import frames_of, image_views, read_image, read_video, video_views, write_video
+from records import Runs
 
 VIEWS = PRESETS["tiny"].views
 GREY = 128
@@ -302,6 +305,10 @@ def refused(outcome, *reasons):
     (["wide.png", "Hello.", "--seed", "1e3"], "--seed"),
     (["wide.png", "Hello.", "--json", "file.json"], "--json"),
     (["wide.png", "Hello.", "--colour", "red"], "--colour"),
+    (["wide.png", "Hello.", "--masks"], "wide.png: --masks is for videos"),
+    (["wide.png", "tall.png", "Hello.", "--per-frame"], "--per-frame is for videos"),
+    (["text.mp4", "Hello.", "--masks"], "text.mp4: cannot be read as a video"),
+    (["clip.mp4", "Hello.", "--masks", "--sam2", "nowhere"], "SAM 2"),
 ])
 def test_bad_input_ends_in_one_line(run, media, tmp_path, monkeypatch, words, reason):
     """Exit status 2, one line that names the culprit, and nothing is written."""
@@ -367,3 +374,123 @@ def test_cut_off_video_is_used_with_a_warning(run, media, tmp_path, monkeypatch)
     assert status == 0 and json.loads(out)["finish_reason"] == "stop"
     assert err.startswith("infer.py: warning: ") and "cut.mp4: ends early" in err and err.count("\n") == 1
     assert 10 < len(list(frames_of(tmp_path / "out/cut.points.mp4"))) < 25
+
+
+# ---- frame by frame ----------------------------------------------------------------------------------------------------
+
+
+def walk(path, frames: int = 30, fps: float = 10, size=(120, 160)) -> np.ndarray:
+    """A red square that walks to the right on grey and a blue one that stands; -> their masks (T, 2, H, W)."""
+    truth, shown = np.zeros((frames, 2, *size), bool), []
+    for t in range(frames):
+        truth[t, 0, 20:50, 10 + 3 * t:40 + 3 * t] = truth[t, 1, 70:100, 60:90] = True
+        frame = np.full((*size, 3), 200, np.uint8)
+        frame[truth[t, 0]], frame[truth[t, 1]] = (200, 30, 30), (30, 60, 190)
+        shown.append(frame)
+    write_video(path, iter(shown), fps)
+    return truth
+
+
+def will_point(monkeypatch, tokenizer, places, label="cups"):
+    """The model points at places(number of the question); -> the batches it was asked about."""
+    asked = []
+
+    def generate(model, batch, *_):
+        views = image_views([np.zeros((120, 160, 3), np.uint8)], VIEWS)
+        rows, ids = grounding_targets([Point(i, 0, x, y) for i, (x, y) in enumerate(places(len(asked)), start=1)], data.patch_map(views))
+        asked.append(batch)
+        if not len(rows):
+            return [Answer(tokenizer.encode("There are none."), [], "stop")]
+        return [Answer(tokenizer.encode_layout(grounded_pieces(ids, label)), [*rows.tolist(), [-1, -1, -1]], "stop")]
+
+    monkeypatch.setattr(infer, "generate", generate)
+    return asked
+
+
+def middles(truth: np.ndarray):
+    """The middles of two masks, but of the red one only if it is in view; in the order of the answer, by place."""
+    return [(float(columns.mean()) + 0.5, float(rows.mean()) + 0.5) for rows, columns in map(np.nonzero, truth) if len(rows)]
+
+
+def test_each_sampled_frame_is_asked_about_with_those_before_it(run, media, tmp_path, tiny, monkeypatch):
+    """Half-second steps of a clip of three seconds: seven questions, each about one image; the frames right before it come
+    as crops without tokens, none for the first frame; points keep their moments."""
+    truth = walk(media / "walk.mp4")
+    asked = will_point(monkeypatch, tiny[1], lambda n: middles(truth[min(5 * n, 29)]))
+    status, out, err = run(media / "walk.mp4", "Point to the cups.", "--per-frame", "--json", "-")
+    result = json.loads(out)
+    assert (status, err) == (0, "") and len(asked) == 7 and result["count"] == 2
+    alone = image_views([np.zeros((120, 160, 3), np.uint8)], VIEWS)
+    for number, batch in enumerate(asked):
+        past = min(5 * number, 4)
+        assert len(batch.crops) == (1 + past) * len(alone.crops) and len(batch.pooling) == len(alone.pooling)
+        assert batch.frames.tolist() == list(range(past + 1)) * len(alone.crops)
+    assert [said["frame"] for said in result["frames"]] == [0, 5, 10, 15, 20, 25, 29]
+    assert [(p["frame"], p["time"]) for p in result["points"][::2]] == [(0, 0), (5, 0.5), (10, 1), (15, 1.5), (20, 2), (25, 2.5), (29, 2.9)]
+    assert result["text"].splitlines()[1].split("  ")[-1].startswith('<points coords="1 1 ') and "masks" not in result
+    assert tree(tmp_path / "out") == {"walk.points.json", "walk.points.mp4"}
+
+
+def test_masks_of_every_frame_are_written(run, media, tmp_path, tiny, monkeypatch):
+    """An overlay, a PNG of object numbers and run lengths for each of the thirty frames, all telling the same, close to the
+    truth; ids stay though the answers change their order; a second run replaces the first."""
+    truth = walk(media / "walk.mp4")
+    for _ in range(2):
+        will_point(monkeypatch, tiny[1], lambda n: middles(truth[min(5 * n, 29)])[::-1 if n % 2 else 1])
+        status, out, err = run(media / "walk.mp4", "segment the cups", "--masks", "--json", "-")
+        assert (status, err) == (0, "")
+    result = json.loads(out)
+    assert json.loads((tmp_path / "out/walk.points.json").read_text()) == result
+    names = {f"walk.masks/{frame:05}.png" for frame in range(30)}
+    assert tree(tmp_path / "out") == {"walk.points.json", "walk.points.mp4", "walk.masks.mp4", "walk.masks"} | names
+    assert result["count"] == 2 and {p["id"] for p in result["points"]} == {1, 2} and len(result["points"]) == 14
+    assert [entry["frame"] for entry in result["masks"]] == list(range(30))
+    order = [1, 2] if result["points"][0]["y"] < 60 else [2, 1]
+    for entry, true in zip(result["masks"], truth):
+        numbers = np.asarray(Image.open(tmp_path / "out" / f"walk.masks/{entry['frame']:05}.png"))
+        covered = {one["id"]: Runs(tuple(one["size"]), tuple(one["counts"])).mask() for one in entry["objects"]}
+        assert set(covered) == {1, 2} and all(np.array_equal(numbers == i, mask) for i, mask in covered.items())
+        assert all(iou(covered[i], true[n]) > 0.8 for n, i in enumerate(order))
+    overlay = [frame for _, frame in frames_of(tmp_path / "out/walk.masks.mp4")]
+    assert len(overlay) == 30 and overlay[0].shape == (120, 160, 3)
+    assert abs(overlay[9][5:12, 100:150].astype(int) - 200).max() < 12 and abs(overlay[9][32:38, 48:56].astype(int) - (200, 30, 30)).max() > 40
+
+
+def test_nothing_found_is_no_mask(run, media, tmp_path, tiny, monkeypatch):
+    """Every frame still has its (empty) picture."""
+    walk(media / "walk.mp4", frames=7)
+    will_point(monkeypatch, tiny[1], lambda n: [])
+    status, out, _ = run(media / "walk.mp4", "segment the cups", "--masks", "--json", "-")
+    result = json.loads(out)
+    assert status == 0 and result["count"] == 0 and [entry["objects"] for entry in result["masks"]] == [[]] * 7
+    assert not np.asarray(Image.open(tmp_path / "out/walk.masks/00003.png")).any()
+
+
+def test_no_more_frames_are_held_than_lie_between_two_questions(run, media, tiny, monkeypatch):
+    """Of a long clip the frames alive at any time are those of a window, however long the clip."""
+    walk(media / "long.mp4", frames=120, size=(32, 64))
+    will_point(monkeypatch, tiny[1], lambda n: [])
+    alive, most = weakref.WeakSet(), []
+    real = infer.frames_of
+
+    class Frame(np.ndarray):
+        __hash__ = object.__hash__
+
+    def counted(path):
+        for seconds, frame in real(path):
+            frame = frame.view(Frame)
+            alive.add(frame)
+            most.append(len(alive))
+            yield seconds, frame
+
+    monkeypatch.setattr(infer, "frames_of", counted)
+    status, *_ = run(media / "long.mp4", "segment the cups", "--masks")
+    assert status == 0 and len(most) == 240 and 5 <= max(most[:120]) <= 12  # a question every 5 frames; the overlay reads them again
+
+
+def test_object_numbers_beyond_a_byte():
+    """Up to 255 a palette, then 16 bits."""
+    mask = np.eye(4, dtype=bool)
+    small, large = infer.numbered({255: mask}, (4, 4)), infer.numbered({1: ~mask, 300: mask}, (4, 4))
+    assert small.mode == "P" and np.asarray(small).max() == 255 and np.asarray(large).max() == 300
+    assert np.array_equal(np.asarray(large) == 1, ~mask)

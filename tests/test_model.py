@@ -9,7 +9,7 @@ import torch
 
 import data
 import train
-from connector import ConnectorConfig
+from connector import ConnectorConfig, TemporalConfig
 from model import (
     PRESETS,
     Answer,
@@ -90,7 +90,7 @@ def tree(seed: int, branches: int = 1, lists: int = 1, **seen) -> Example:
         if len(views.pooling) and number % 2 == 0:
             pieces, rows = pointed(views, rng, lists)
         made.append(data.branch(TOKENIZER, [(f"what is {rng.integers(99)}?", pieces)], rows))
-    return Example(data.trunk(TOKENIZER, views), views.crops, views.pooling, made)
+    return Example(data.trunk(TOKENIZER, views), views.crops, views.pooling, made, frames=views.frames)
 
 
 def prompt(seed: int, question: str = "where?", **seen) -> Example:
@@ -604,3 +604,120 @@ def test_a_few_scenes_are_learned(optimizer, steps):
         history.append(loss.item())
     assert history[-1] < history[0] / 20
     assert generate(model.eval(), collate(prompts), SPELLING, 80) == answers
+
+
+# ---- through time --------------------------------------------------------------------------------------------------------
+
+
+def temporal(mode: str, missing: str = "black", seed: int = 0, **changes) -> Molmo:
+    return scrambled(seed, replace(CONFIG, temporal=TemporalConfig(mode, missing=missing, width=16, heads=4), **changes))
+
+
+def moment(seed: int, past: int, question: str = "where?") -> Example:
+    """A question about a frame that has `past` frames before it."""
+    rng = np.random.default_rng(seed)
+    frames = [rng.integers(0, 256, (60, 90, 3), dtype=np.uint8) for _ in range(past + 1)]
+    return data.prompt(TOKENIZER, image_views(frames[-1:], CONFIG.views, frames[:-1]), question)
+
+
+def near(got: torch.Tensor, wanted: torch.Tensor):
+    """To a hundred-thousandth of the scale."""
+    assert got.shape == wanted.shape and (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+MODES = ["add", "concat", "attention"]
+
+
+@pytest.mark.parametrize("missing", ["black", "masked"])
+@pytest.mark.parametrize("mode", MODES)
+def test_history_never_crosses_videos(mode, missing):
+    """In a batch of a video, an image, two frames with their past and another video, every example sees what it sees alone:
+    2x2 and 3x3 windows, padded rows and packs."""
+    model = temporal(mode, missing)
+    examples = [prompt(1, frames=6), prompt(2, images=1), moment(3, 4), moment(4, 1), prompt(5, frames=2), moment(6, 0)]
+    with torch.no_grad():
+        alone = torch.cat([model.see(collate([e])).embeddings for e in examples])
+        together, packed = model.see(collate(examples)), model.see(collate([examples[:3], examples[3:]]))
+    near(together.embeddings, alone)
+    near(packed.embeddings, alone)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_past_is_seen_and_only_the_four_frames_before(mode):
+    """Another frame four back changes a frame's tokens, one five back and one later do not; the order of the four does not
+    matter; and the module changes something at all."""
+    model, rng = temporal(mode), np.random.default_rng(0)
+    frames = list(rng.integers(0, 256, (7, 60, 90, 3), dtype=np.uint8))
+    other = rng.integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    def tokens(shown):
+        views = video_views(shown, [0.5 * i for i in range(7)], CONFIG.views)
+        with torch.no_grad():
+            return model.see(collate([data.prompt(TOKENIZER, views, "?")])).embeddings.view(7, -1, CONFIG.llm.width)[5]
+    plain = tokens(frames)
+    swapped = lambda i: [*frames[:i], other, *frames[i + 1:]]
+    assert not torch.allclose(tokens(swapped(1)), plain, atol=1e-4) and not torch.allclose(tokens(swapped(4)), plain, atol=1e-4)
+    torch.testing.assert_close(tokens(swapped(0)), plain)
+    torch.testing.assert_close(tokens(swapped(6)), plain)
+    near(tokens([frames[i] for i in (0, 3, 1, 4, 2, 5, 6)]), plain)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_frame_alone_sees_what_it_sees_in_its_video(mode):
+    """With windows of one size, the crops before an image are to it what the frames before are to a frame of a video."""
+    model = temporal(mode, views=replace(CONFIG.views, image_pool=3, max_crops=1))
+    frames = list(np.random.default_rng(0).integers(0, 256, (6, 70, 70, 3), dtype=np.uint8))
+    with torch.no_grad():
+        views = video_views(frames, [0.5 * i for i in range(6)], model.config.views)
+        video = model.see(collate([data.prompt(TOKENIZER, views, "?")])).embeddings.view(6, -1, CONFIG.llm.width)
+        for number in (0, 2, 5):
+            views = image_views(frames[number:number + 1], model.config.views, frames[max(number - 4, 0):number])
+            alone = model.see(collate([data.prompt(TOKENIZER, views, "?")])).embeddings
+            near(alone[:len(video[0])], video[number])
+
+
+def test_without_a_module_the_past_is_not_looked_at(model):
+    """Frames before an image change nothing, and the ViT is not run on them."""
+    with torch.no_grad():
+        one, other = (model.see(collate([e])) for e in (moment(3, 4), data.prompt(
+            TOKENIZER, image_views([np.random.default_rng(3).integers(0, 256, (5, 60, 90, 3), dtype=np.uint8)[4]], CONFIG.views), "where?")))
+    torch.testing.assert_close(one.embeddings, other.embeddings)
+    torch.testing.assert_close(one.windows, other.windows)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_gradient_reaches_the_past(mode, monkeypatch):
+    """The frames before a frame are encoded without gradient: the gradients are those of a ViT that was handed their
+    features as constants; the module itself learns."""
+    model = temporal(mode)
+    batch = collate([moment(3, 4)])
+    model.see(batch).embeddings.square().sum().backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    calls, real = [], model.vit.forward
+    monkeypatch.setattr(model.vit, "forward", lambda crops: calls.append((len(crops), torch.is_grad_enabled())) or real(crops))
+    model.zero_grad()
+    model.see(batch).embeddings.square().sum().backward()
+    crops = len(batch.crops) // 5
+    assert sorted(calls) == sorted([(crops, True), (4 * crops, False), (1, False)])
+    assert all(torch.equal(p.grad, got[name]) for name, p in model.named_parameters() if p.grad is not None)
+    assert mode != "attention" or all(got[f"connector.adapter.{w}.weight"].any() for w in ("wq", "wk", "wv", "wo"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_both_generates_agree_through_time(mode):
+    """The cached one, on a batch of frames and a video, and the oracle, one by one."""
+    model = temporal(mode)
+    prompts = [moment(3, 4), prompt(1, frames=5), moment(4, 0)]
+    together = generate(model, collate(prompts), SPELLING, 12)
+    for answer, example in zip(together, prompts):
+        assert answer == generate_slowly(model, collate([example]), SPELLING, 12)
+
+
+def test_a_module_that_starts_at_zero_changes_nothing(model):
+    """Bit for bit, in the whole model, losses included; with Xavier's it does."""
+    batch = collate([[tree(5, branches=2, frames=5), tree(6, branches=2, images=1)]])
+    wanted = {name: loss.detach() for name, loss in model.losses(batch).items()}
+    for init, same in (("zero", True), ("xavier", False)):
+        made = model.with_temporal(TemporalConfig("attention", width=16, heads=4), init)
+        got = made.losses(batch)
+        assert all(torch.equal(got[name], wanted[name]) for name in wanted) == same
+    assert made.with_temporal(TemporalConfig()).state_dict().keys() == model.state_dict().keys()

@@ -24,6 +24,7 @@ from pointing import (
     read_text,
     frequencies,
     rope,
+    write_tags,
     write_text,
 )
 from preprocess import ViewConfig, Views, image_views, video_views
@@ -554,3 +555,17 @@ def test_fuzzed_texts_give_nothing_or_consistent_points():
             assert sorted(p[1:] for p in again) == sorted(p[1:] for p in found)
             assert not tracks or objects(again) == objects(found)
     assert kept > 200 and lost > 200
+
+
+def test_tags_in_percent_come_back():
+    """Molmo-1's form of one picture: read back to a twentieth of a percent; one point has no number; a quote in the label
+    does not end the tag; what lies outside is drawn to the rim."""
+    size = (640, 360)
+    points = [Point(4, 0, 321.3, 12.0), Point(9, 0, 5.5, 359.9), Point(2, 0, 700, -3)]
+    text = write_tags(points, size, 'a "red" cup')
+    assert text == '<points x1="0.9" y1="100.0" x2="50.2" y2="3.3" x3="100.0" y3="0.0" alt="a \'red\' cup">a "red" cup</points>'
+    assert write_tags(points[:1], size, "cup") == '<point x="50.2" y="3.3" alt="cup">cup</point>'
+    found = read_text(text, ["1"], [size])
+    assert [p.id for p in found] == [1, 2, 3]
+    for got, true in zip(found, [(5.5, 359.9), (321.3, 12.0), (640, 0)]):
+        assert abs(got.x - true[0]) <= 0.0005 * 640 + 1e-9 and abs(got.y - true[1]) <= 0.0005 * 360 + 1e-9

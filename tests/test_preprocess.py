@@ -580,3 +580,36 @@ def test_failed_writing_leaves_the_old_file(tmp_path):
         assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(MediaError, match="cannot be written"):
         preprocess.write_video(tmp_path / "no such folder" / "clip.mp4", [noise(8, 8)], 5)
+
+
+def test_frames_before_an_image_have_crops_but_no_tokens():
+    """Crop by crop, each right after the same crop of the frames before it, oldest first; windows, boxes and layout are
+    those of the image alone."""
+    frames = [noise(150, 190, n) for n in range(4)]
+    alone, views = preprocess.image_views(frames[3:], TINY), preprocess.image_views(frames[3:], TINY, frames[:3])
+    earlier = [preprocess.image_views([frame], TINY).crops for frame in frames[:3]]
+    count = len(alone.crops)
+    assert len(views.crops) == 4 * count > 4 and views.layout == alone.layout and views.sizes == alone.sizes
+    assert views.frames.tolist() == [0, 1, 2, 3] * count and alone.frames.tolist() == [-1] * count
+    for crop in range(count):
+        for past in range(3):
+            assert np.array_equal(views.crops[4 * crop + past], earlier[past][crop])
+        assert np.array_equal(views.crops[4 * crop + 3], alone.crops[crop])
+    grid = TINY.grid**2
+    read = lambda made: [made.crops.reshape(-1, made.crops.shape[-1])[made.pooling[made.pooling >= 0]], made.patches[made.pooling[made.pooling >= 0]]]
+    assert all(np.array_equal(a, b) for a, b in zip(read(views), read(alone)))
+    assert np.array_equal(views.pooling >= 0, alone.pooling >= 0) and len(views.patches) == 4 * count * grid
+    first = preprocess.image_views(frames[:1], TINY, [])
+    assert first.frames.tolist() == [0] * len(first.crops) and np.array_equal(first.crops, preprocess.image_views(frames[:1], TINY).crops)
+
+
+def test_frames_of_a_video_are_numbered():
+    """So that each finds those before it."""
+    assert preprocess.video_views([noise(30, 40)] * 3, [0, 1, 2], TINY).frames.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("images, before", [(1, [(30, 41)]), (2, [(30, 40)])])
+def test_frames_before_must_fit(images, before):
+    """They are of the image's size, and it is alone."""
+    with pytest.raises(preprocess.MediaError, match="frames before an image must be of its size, and the image alone"):
+        preprocess.image_views([noise(30, 40)] * images, TINY, [noise(*size) for size in before])

@@ -59,6 +59,23 @@ def test_synthetic_records_survive_a_file(name, tmp_path):
         assert {i: set(thing.masks) for i, thing in made.objects.items()} == {i: set(thing.masks) for i, thing in read.objects.items()}
 
 
+def test_frames_before_must_have_the_size_of_the_image(tmp_path):
+    """Both sizes are said; those that fit are read, oldest first."""
+    for name, size in (("a", (20, 10)), ("b", (20, 10)), ("c", (22, 10))):
+        Image.new("RGB", size, (ord(name), 0, 0)).save(tmp_path / f"{name}.png")
+    record = parse(json.dumps(GOOD | {"before": ["b.png", "a.png"]}), "x", tmp_path).load(VIEWS)
+    assert [int(picture[0, 0, 0]) for picture in record.before] == [ord("b"), ord("a")]
+    assert parse(json.dumps(GOOD | {"before": []}), "x", tmp_path).load(VIEWS).before == []
+    with pytest.raises(ValueError, match="c.png: 22x10, the frame after it is 20x10"):
+        parse(json.dumps(GOOD | {"before": ["c.png"]}), "x", tmp_path).load(VIEWS)
+
+
+def test_compressed_run_lengths_are_masks_too(tmp_path):
+    """By hand: 51 is 19 + 32 and 1, "c1"; 4 is "4"; 145 is 17 + 4 * 32, "a4"."""
+    said = GOOD | {"objects": [{"id": 4, "points": [{"x": 3, "y": 2.5}], "masks": [{"size": [10, 20], "counts": "c14a4"}]}]}
+    assert parse(json.dumps(said), "x", tmp_path).record.objects[4].masks == {0: Runs((10, 20), (51, 4, 145))}
+
+
 GOOD = {"images": ["a.png"], "objects": [{"id": 4, "points": [{"x": 3, "y": 2.5}]}],
         "annotations": [{"task": "point", "label": "cups", "objects": [4]}]}
 VIDEO = {"images": None, "video": "a.mp4", "objects": [{"id": 4, "points": [{"x": 3, "y": 2.5, "time": 0}]}]}
@@ -78,7 +95,9 @@ VIDEO = {"images": None, "video": "a.mp4", "objects": [{"id": 4, "points": [{"x"
     ({"objects": GOOD["objects"] * 2}, "two objects have the id 4"),
     ({"objects": [{"id": 4, "points": [{"x": 3, "y": 1}], "masks": [{"size": [2, 2], "counts": [1, 2]}]}]},
      "'counts' add up to 3, its 'size' is [2, 2]"),
-    ({"objects": [{"id": 4, "points": [{"x": 3, "y": 1}], "masks": [{"size": [2, 2], "counts": "RLE"}]}]}, "'counts' is compressed"),
+    ({"objects": [{"id": 4, "points": [{"x": 3, "y": 1}], "masks": [{"size": [2, 2], "counts": "RLE"}]}]}, "'counts' add up to"),
+    ({"images": ["a.png", "b.png"], "before": ["c.png"]}, "'before' goes with one image, not with 2"),
+    ({"before": "c.png"}, "'before' is 'c.png', not a list"),
     ({"annotations": [{"task": "pointt"}]}, "'task' is 'pointt': known are point, "),
     ({"annotations": [{"task": "point", "objects": [4]}]}, "point needs 'label'"),
     ({"annotations": [{"task": "point", "label": "cups"}]}, "point needs 'objects'"),

@@ -16,6 +16,7 @@ import data  # noqa: E402
 import infer  # noqa: E402
 import synthetic  # noqa: E402
 import weights  # noqa: E402
+from connector import TemporalConfig
 from model import PRESETS, LLMConfig, Molmo, Yarn, costs, generate, generate_slowly
 from model import main as model_main  # noqa: E402
 from packing import collate  # noqa: E402
@@ -34,6 +35,8 @@ CONFIGS = {
     "text": replace(SMALL, **AS_TEXT),
     "text, tied": replace(SMALL, llm=replace(SMALL.llm, tied=True), **AS_TEXT),
     "text, olmo": replace(SMALL, llm=OLMO, **AS_TEXT),
+    "points, temporal": replace(SMALL, temporal=TemporalConfig("attention", missing="masked", width=8, heads=2)),
+    "tags": replace(SMALL, **(AS_TEXT | {"points_as": "tags"})),
 }
 
 

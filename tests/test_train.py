@@ -79,8 +79,45 @@ def test_text_coordinates_train_with_the_same_command(quick, tmp_path):
     assert 0 < line["loss"] - line["token"] < 0.01  # the rest is the z-loss
 
 
+@pytest.mark.parametrize("mode", ["none", "add", "concat", "attention"])
+def test_a_frame_at_a_time_with_a_temporal_module(quick, mode, tmp_path):
+    """Stage 4 from a model without such a module: the checkpoint has it, every part of it has learned, and a stopped run
+    goes on bit for bit."""
+    weights.save(tmp_path / "before", Molmo(PRESETS["tiny"]).initialize(0), train.Tokenizer.load(ROOT / "assets/tokenizer.json"))
+    command = ["--stage", "4", "--temporal", mode, *quick]
+    train.main([*command, "--init", str(tmp_path / "before"), "--out", str(tmp_path / "run")])
+    model, _ = weights.load(tmp_path / "run/checkpoint")
+    assert model.config.temporal.mode == mode and model.config.temporal.width == PRESETS["tiny"].temporal.width
+    adapter = model.connector.adapter
+    assert (adapter is not None) == (mode == "attention")
+    if adapter is not None:
+        start = Molmo(model.config).initialize(0).connector.adapter.state_dict()
+        assert all((adapter.state_dict()[name] != value).any() for name, value in start.items())
+    assert "moments f1" in lines_of(tmp_path / "run")[-1] or "moments none recognised" in lines_of(tmp_path / "run")[-1]
+
+
+def test_temporal_modules_train_in_any_stage_and_stay(quick, tmp_path, capsys):
+    """Stage 2 with attention from Xavier's start and masked history; the next stage keeps what the checkpoint has; resuming
+    with another module is refused."""
+    first = ["--stage", "2", "--temporal", "attention", "--temporal-init", "xavier", "--missing", "masked", "--out", str(tmp_path / "2"), *quick]
+    train.main(first)
+    train.main(["--stage", "3", "--init", str(tmp_path / "2/checkpoint"), "--out", str(tmp_path / "3"), *quick])
+    model, _ = weights.load(tmp_path / "3/checkpoint")
+    assert (model.config.temporal.mode, model.config.temporal.missing) == ("attention", "masked")
+    assert model.connector.adapter.wo.weight.abs().max() > 0.01
+    with pytest.raises(SystemExit) as end:
+        train.main(["--stage", "2", "--resume", "--temporal", "add", "--out", str(tmp_path / "2"), *quick])
+    assert end.value.code == 2 and "has temporal attention, not add" in capsys.readouterr().err
+
+
+def test_tags_train_frame_by_frame(quick, tmp_path):
+    """--points-as tags makes a model that writes percent, as VideoMolmo does."""
+    train.main(["--stage", "4", "--points-as", "tags", "--out", str(tmp_path / "run"), *quick])
+    assert weights.load(tmp_path / "run/checkpoint")[0].config.points_as == "tags"
+
+
 @pytest.mark.parametrize("argv, said", [
-    (["--stage", "4"], "stage"),
+    (["--stage", "5"], "stage"),
     (["--stage", "1", "--data", "none.jsonl"], "none.jsonl"),
     (["--stage", "1", "--accumulate", "3"], "packs of a step cannot be cut"),
     (["--stage", "1", "--steps", "0"], "0"),

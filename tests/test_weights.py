@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from connector import ConnectorConfig
+from connector import ConnectorConfig, TemporalConfig
 from model import PRESETS, LLMConfig, Molmo
 from pointing import PointConfig
 from preprocess import ViewConfig
@@ -43,7 +43,7 @@ def equal(one: Molmo, two: Molmo) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("changes", [{}, {"points_as": "text"}, {"llm": replace(CONFIG.llm, tied=True)}])
+@pytest.mark.parametrize("changes", [{}, {"points_as": "text"}, {"temporal": TemporalConfig("attention", missing="masked", width=8, heads=2)}, {"llm": replace(CONFIG.llm, tied=True)}])
 def test_round_trip(tmp_path, changes):
     """What was saved is loaded bit for bit, config and tokenizer included, in evaluation mode and in float32."""
     model = made(3, **changes)
