@@ -18,6 +18,7 @@ masks of all that is meant in one.
 The figures are means over questions (SPEC section 7). Synthetic records come from seeds that training never uses.
 """
 
+import argparse
 import json
 import math
 import re
@@ -362,7 +363,7 @@ def by_kind_of_question(asked: Sequence[Asked]) -> dict[str, float]:
     groups = defaultdict(list)
     for a in asked:
         groups["/".join(filter(None, (a.annotation.task, a.annotation.about)))].append(a)
-    first = ("f1", "hota", "count exact", "text exact", "words f1", "none recognised")
+    first = ("J&F", "f1", "hota", "count exact", "text exact", "words f1", "none recognised")
     figures = {name: summarize(group) for name, group in sorted(groups.items())}
     return {name: next(table[key] for key in first if key in table) for name, table in figures.items()}
 
@@ -371,61 +372,71 @@ def by_kind_of_question(asked: Sequence[Asked]) -> dict[str, float]:
 # 6. The command
 
 
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = data.Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", default=HOME / "assets/tiny", help="a folder written by train.py")
+    parser.add_argument("--set", nargs="+", choices=[*data.SETS, *MASK_SETS], default=["stills", "clips"], metavar="SET",
+                        help=f"synthetic sets: {', '.join([*data.SETS, *MASK_SETS])} (default: stills clips)")
+    parser.add_argument("--data", help="a JSONL file instead")
+    parser.add_argument("--davis", metavar="FOLDER", help="a folder laid out as DAVIS instead (davis.py says how)")
+    parser.add_argument("--expressions", metavar="FILE", help="of that folder (default: its meta_expressions.json)")
+    parser.add_argument("--every", type=data.number(int, 1, 10**6), default=6, help="for masks: frames between two questions")
+    parser.add_argument("--fusion", nargs="+", choices=list(FUSIONS), default=["fused"], metavar="NAME",
+                        help=f"for masks: {', '.join(FUSIONS)} (default: fused)")
+    parser.add_argument("--oracle", action="store_true", help="for masks: from the true points, not from the model's")
+    parser.add_argument("--sam2", metavar="FOLDER", help="for masks: SAM 2 with these weights (default: without weights)")
+    parser.add_argument("--records", type=data.number(int, 1, 10**6),
+                        help="of each set (default: 300, three questions each, with masks 50; of a file all)")
+    parser.add_argument("--seed", type=data.number(int, 0, 2**32), default=EVALUATION_SEED)
+    parser.add_argument("--batch", type=data.number(int, 1, 10**4), default=24, help="questions at a time")
+    parser.add_argument("--json", help="also write figures and settings to this file")
+    parser.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    if args.data and args.davis:
+        raise ValueError("--data and --davis: give one of them")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise ValueError(f"--json {args.json}: there is no such folder")
+    if args.json and Path(args.json).is_dir():
+        raise ValueError(f"--json {args.json}: a folder, not a file")
+    return args
+
+
+def settings_of(args: argparse.Namespace, model: Molmo, records: int, masks: bool) -> dict:
+    """All that the figures depend on."""
+    views, temporal = model.config.views, model.config.temporal
+    settings = {
+        "checkpoint": str(args.checkpoint), "seed": args.seed, "records": records,
+        "prompts": "each task's own wordings, no system prompt",
+        "points read from": {"tokens": "grounding tokens", "text": "coordinates", "tags": "tags"}[model.config.points_as],
+        "crops": views.max_crops, "frames": views.max_frames, "fps": views.fps, "batch": args.batch,
+        "longest answer": LONGEST[False], "with tracks": LONGEST[True],
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "device": args.device}
+    return settings if not masks else settings | {
+        "temporal module": temporal.mode, "asked every": f"{args.every} frames, each with {data.HISTORY} before it",
+        "points": "true" if args.oracle else "the model's", "masks by": f"SAM 2 ({args.sam2})" if args.sam2 else "colour and motion",
+        "fusion": args.fusion[0]}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     with data.one_line("evaluate.py"):
-        parser = data.Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
-        parser.add_argument("--checkpoint", default=HOME / "assets/tiny", help="a folder written by train.py")
-        parser.add_argument("--set", nargs="+", choices=[*data.SETS, *MASK_SETS], default=["stills", "clips"], metavar="SET",
-                            help=f"synthetic sets: {', '.join([*data.SETS, *MASK_SETS])} (default: stills clips)")
-        parser.add_argument("--data", help="a JSONL file instead")
-        parser.add_argument("--davis", metavar="FOLDER", help="a folder laid out as DAVIS instead (davis.py says how)")
-        parser.add_argument("--expressions", metavar="FILE", help="of that folder (default: its meta_expressions.json)")
-        parser.add_argument("--every", type=data.number(int, 1, 10**6), default=6, help="for masks: frames between two questions")
-        parser.add_argument("--fusion", nargs="+", choices=list(FUSIONS), default=["fused"], metavar="NAME",
-                            help=f"for masks: {', '.join(FUSIONS)} (default: fused)")
-        parser.add_argument("--oracle", action="store_true", help="for masks: from the true points, not from the model's")
-        parser.add_argument("--sam2", metavar="FOLDER", help="for masks: SAM 2 with these weights (default: without weights)")
-        parser.add_argument("--records", type=data.number(int, 1, 10**6),
-                            help="of each set (default: 300, three questions each, with masks 50; of a file all)")
-        parser.add_argument("--seed", type=data.number(int, 0, 2**32), default=EVALUATION_SEED)
-        parser.add_argument("--batch", type=data.number(int, 1, 10**4), default=24, help="questions at a time")
-        parser.add_argument("--json", help="also write figures and settings to this file")
-        parser.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
-        args = parser.parse_args(argv)
-        if args.data and args.davis:
-            raise ValueError("--data and --davis: give one of them")
+        args = arguments(argv)
         given = Lines(args.data) if args.data else Sequences(args.davis, args.expressions) if args.davis else None
-        if args.json and not Path(args.json).absolute().parent.is_dir():
-            raise ValueError(f"--json {args.json}: there is no such folder")
-        if args.json and Path(args.json).is_dir():
-            raise ValueError(f"--json {args.json}: a folder, not a file")
-        most = min(args.records or given.size, given.size) if given else args.records or (50 if set(args.set) <= set(MASK_SETS) else 300)
+        names = [args.data or args.davis] if given else args.set
+        masked = set(names) & {args.davis, *MASK_SETS}  # the others are asked about as a whole
+        most = min(args.records or given.size, given.size) if given else args.records or (50 if set(names) <= masked else 300)
         between = Between(Sam2(args.sam2, args.device) if args.sam2 else Growing(), args.every, args.fusion, args.oracle)
         model, tokenizer = weights.load(args.checkpoint, args.device)
-        views, result = model.config.views, {}
-        settings = {
-            "checkpoint": str(args.checkpoint), "seed": args.seed, "records": most,
-            "prompts": "each task's own wordings, no system prompt",
-            "points read from": {"tokens": "grounding tokens", "text": "coordinates", "tags": "tags"}[model.config.points_as],
-            "crops": views.max_crops, "frames": views.max_frames, "fps": views.fps, "batch": args.batch,
-            "longest answer": LONGEST[False], "with tracks": LONGEST[True],
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "device": args.device}
-        if args.davis or set(args.set) & set(MASK_SETS):
-            settings |= {"temporal module": model.config.temporal.mode, "asked every": f"{args.every} frames, each with {data.HISTORY} before it",
-                         "points": "true" if args.oracle else "the model's",
-                         "masks by": f"SAM 2 ({args.sam2})" if args.sam2 else "colour and motion", "fusion": args.fusion[0]}
+        settings, result = settings_of(args, model, most, bool(masked)), {}
         print(", ".join(f"{name} {value}" for name, value in settings.items()))
-        for name in [args.data or args.davis] if given else args.set:
-            masks = name in MASK_SETS or bool(args.davis)
+        for name in names:
             if given:
-                records = (given.record(i, views) for i in range(most))
-            elif masks:
+                records = (given.record(i, model.config.views) for i in range(most))
+            elif name in masked:
                 records = (MASK_SETS[name](args.seed, i) for i in range(most))
             else:
-                records = fresh(name, most, views, args.seed)
+                records = fresh(name, most, model.config.views, args.seed)
             bar = tqdm(records, total=most, desc=name, leave=False, dynamic_ncols=True)
-            if masks:
-                model.eval()
+            if name in masked:
                 asked = [a for record in bar for a in frame_by_frame(model, tokenizer, record, between, args.seed, args.batch)]
                 figures = summarize(asked)
             else:
