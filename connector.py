@@ -43,10 +43,17 @@ class TemporalConfig:
     width: int = 1024       # of the attention
     heads: int = 16
 
+    @property
+    def memory(self) -> int:
+        """Frames before one that make a difference."""
+        return self.history if self.mode != "none" else 0
+
     def __post_init__(self):
         for name, value, allowed in (("temporal", self.mode, TEMPORAL), ("missing", self.missing, ("black", "masked"))):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+        if self.history < 1 or self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"temporal: a history of {self.history} frames, {self.heads} heads in a width of {self.width}")
 
 
 def mean_past(features: Tensor, black: Tensor, frames: Tensor, c: TemporalConfig) -> tuple[Tensor, Tensor]:
@@ -141,11 +148,11 @@ class Connector(nn.Module):
     def forward(self, windows: Tensor, valid: Tensor, past: Tensor | None = None, known: Tensor | None = None) -> Tensor:
         """windows (M, K, v), valid (M, K) -> visual tokens (M, d). Every window has at least one valid slot. With a
         temporal module also past (M, K, v), zeros in empty slots, and known (M,) bool, whether there is a past."""
-        more = None
-        if self.mode == "add":
+        more, mode = None, self.mode if past is not None else "none"  # text alone has no past
+        if mode == "add":
             windows = windows + past * known[:, None, None].to(past.dtype)
-        elif self.mode == "concat":
+        elif mode == "concat":
             more = past, valid & known[:, None]
-        elif self.mode == "attention":
+        elif mode == "attention":
             windows = torch.where(known[:, None, None], self.adapter(windows, past, valid), windows)
         return self.image_projector(self.image_pooling_2d(windows, valid, more))

@@ -171,10 +171,12 @@ def patch_map(views: Views) -> PatchMap:
     return PatchMap(views.patches, views.pooling, views.indexable)
 
 
-def views_of(record: Record, config: ViewConfig) -> Views:
+def views_of(record: Record, config: ViewConfig, history: int = HISTORY) -> Views:
+    """What the model gets to see of a record; of the frames before an image the last `history`."""
     if record.times is not None:
         return video_views(record.pictures, record.times, config)
-    return image_views(record.pictures, config, record.before) if record.pictures else no_views(config)
+    before = None if record.before is None else record.before[max(len(record.before) - history, 0):]
+    return image_views(record.pictures, config, before) if record.pictures else no_views(config)
 
 
 def trunk(tokenizer: Tokenizer, views: Views, subtitles: str = "") -> np.ndarray:
@@ -197,7 +199,7 @@ def branch(tokenizer: Tokenizer, turns: Sequence[tuple[str, str | list[str]]], r
 
 def example(record: Record, tokenizer: Tokenizer, config: MolmoConfig, rng: np.random.Generator) -> Example:
     """The message tree of a record: a branch per annotation, worded by `rng`."""
-    views, branches = views_of(record, config.views), []
+    views, branches = views_of(record, config.views, config.temporal.memory), []
     for annotation in record.annotations:
         answered, rows = answer(annotation, record, views, config)
         turns = annotation.messages or [(question(annotation, record, rng), answered)]

@@ -21,25 +21,31 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from preprocess import MediaError, ViewConfig, read_image
-from records import Annotation, Object, Record, Runs, decompress, only, take
+from preprocess import MAX_PIXELS, MediaError, ViewConfig, read_image
+from records import Annotation, Object, Record, Runs, only, runs_of, take
 
 FPS = 6.0  # the frames bear no times; that of YouTube-VOS
 
 
 def natural(name: str) -> list:
     """A key by which frame2 comes before frame10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
+    parts = re.split(r"([0-9]+)", name)
+    parts[1::2] = map(int, parts[1::2])
+    return parts
 
 
 def numbered(path: Path) -> np.ndarray:
     """A picture of object numbers -> (H, W) int."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise MediaError(f"{path}: {image.width}x{image.height} pixels are more than {MAX_PIXELS}")
             if image.mode not in ("P", "L", "1", "I;16", "I"):
                 raise MediaError(f"{path}: colours ({image.mode}), not numbers of objects: give a PNG with a palette or in grey")
             return np.array(image).astype(int)
-    except OSError as error:
+    except (MediaError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file can make a decoder raise nearly anything
         raise MediaError(f"{path}: cannot be read as a mask ({error})") from None
 
 
@@ -49,7 +55,10 @@ class Sequences:
     def __init__(self, folder: str | os.PathLike, expressions: str | os.PathLike | None = None):
         self.folder, self.file = Path(folder), Path(expressions or Path(folder) / "meta_expressions.json")
         values = self._json(self.file)
-        self.videos = take(values, "videos", dict) if isinstance(values, dict) else {}
+        try:
+            self.videos = take(values, "videos", dict) if isinstance(values, dict) else {}
+        except ValueError as error:
+            raise ValueError(f"{self.file}: {error}") from None
         if not self.videos:
             raise ValueError(f"{self.file}: names no videos")
         self.names = sorted(self.videos, key=natural)
@@ -67,13 +76,17 @@ class Sequences:
         """MeViS: annotation -> run lengths or None for every frame."""
         return self._json(self.folder / "mask_dict.json")
 
-    def _files(self, kind: str, sequence: str) -> dict[str, Path]:
+    def _files(self, kind: str, sequence: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
         """Stem -> file, in natural order."""
         places = [self.folder / kind / sequence, *sorted((self.folder / kind).glob(f"*/{sequence}"))]
         place = next((place for place in places if place.is_dir()), None)
         if place is None:
             raise ValueError(f"{self.folder / kind}: has no folder {sequence}")
-        return {path.stem: path for path in sorted(place.iterdir(), key=lambda path: natural(path.name)) if not path.name.startswith(".")}
+        found = [path for path in place.iterdir() if path.suffix.lower() in suffixes]
+        files = {path.stem: path for path in sorted(found, key=lambda path: natural(path.name))}
+        if len(files) < len(found):
+            raise ValueError(f"{place}: two files of one name that differ in their endings")
+        return files
 
     def record(self, index: int, config: ViewConfig | None = None) -> Record:
         """A sequence with an annotation per expression; object numbers are the dataset's. All frames are read."""
@@ -86,8 +99,8 @@ class Sequences:
 
     def _record(self, sequence: str) -> Record:
         said = only(self.videos[sequence], "expressions", "frames", "vid_id")
-        files = self._files("JPEGImages", sequence)
-        names = take(said, "frames", list, []) or list(files)
+        files = self._files("JPEGImages", sequence, (".jpg", ".jpeg", ".png"))
+        names = [take({"frames": name}, "frames", str) for name in take(said, "frames", list, [])] or list(files)
         if missing := [name for name in names if name not in files]:
             raise ValueError(f"{self.folder}: {sequence} has no frame {missing[0]}")
         if not names:
@@ -97,29 +110,32 @@ class Sequences:
             if picture.shape != pictures[0].shape:
                 raise ValueError(f"{files[name]}: {picture.shape[1]}x{picture.shape[0]}, the frames before are "
                                  f"{pictures[0].shape[1]}x{pictures[0].shape[0]}")
-        expressions = take(said, "expressions", dict)
-        several = any("anno_id" in one for one in expressions.values())
-        shape, times = pictures[0].shape[:2], [n / FPS for n in range(len(names))]
-        masks = self._listed(expressions, len(names), shape) if several else self._drawn(sequence, names, shape)
+        expressions, shape = take(said, "expressions", dict), pictures[0].shape[:2]
+        meant, wordings = {}, {}
+        for key in sorted(expressions, key=natural):
+            one = only(expressions[key], "exp", "obj_id", "anno_id")
+            listed = "anno_id" in one
+            wordings[key], numbers = take(one, "exp", str), one.get("anno_id" if listed else "obj_id")
+            meant[key] = [int(n) for n in (numbers if isinstance(numbers, list) else [numbers]) if re.fullmatch("[0-9]{1,9}", str(n))]
+            if not meant[key]:
+                raise ValueError(f"expression {key} names no object: this part of the set cannot be scored")
+        if any("anno_id" in one for one in expressions.values()):
+            masks = self._listed({n for numbers in meant.values() for n in numbers}, len(names), shape)
+        else:
+            masks = self._drawn(sequence, names, shape)
         objects = {}
         for identity, found in masks.items():
-            covered = {times[frame]: Runs.of(mask) for frame, mask in found.items() if mask.any()}
-            points = {times[frame]: inner(mask) for frame, mask in found.items() if mask.any()}
-            objects[identity] = Object(points, covered)
-        annotations = []
-        for key in sorted(expressions, key=natural):
-            meant = expressions[key].get("anno_id" if several else "obj_id")
-            meant = [int(one) for one in (meant if isinstance(meant, list) else [meant]) if str(one).isdigit()]
-            if not meant:
-                raise ValueError(f"expression {key} names no object: this part of the set cannot be scored")
-            if unknown := [one for one in meant if one not in objects]:
+            covered = {frame / FPS: runs for frame, runs in found.items()}
+            objects[identity] = Object({moment: inner(runs.mask()) for moment, runs in covered.items()}, covered)
+        for key, numbers in meant.items():
+            if unknown := [one for one in numbers if one not in objects]:
                 raise ValueError(f"expression {key}: no mask has an object {unknown[0]}")
-            annotations.append(Annotation("point", take(expressions[key], "exp", str), meant))
-        return Record(sequence, pictures, times, objects, annotations)
+        annotations = [Annotation("point", wordings[key], meant[key]) for key in meant]
+        return Record(sequence, pictures, [n / FPS for n in range(len(names))], objects, annotations)
 
-    def _drawn(self, sequence: str, names: list[str], shape: tuple[int, int]) -> dict[int, dict[int, np.ndarray]]:
-        """Object -> frame -> mask, from pictures."""
-        files, found = self._files("Annotations", sequence), {}
+    def _drawn(self, sequence: str, names: list[str], shape: tuple[int, int]) -> dict[int, dict[int, Runs]]:
+        """Object -> frame -> mask, from pictures; frames that do not show it are left out."""
+        files, found = self._files("Annotations", sequence, (".png",)), {}
         for frame, name in enumerate(names):
             if name not in files:
                 raise ValueError(f"{self.folder}: {sequence} has no mask for frame {name}")
@@ -127,26 +143,26 @@ class Sequences:
             if numbers.shape != shape:
                 raise ValueError(f"{files[name]}: {numbers.shape[1]}x{numbers.shape[0]}, its frame is {shape[1]}x{shape[0]}")
             for identity in np.unique(numbers[(numbers > 0) & (numbers != 255)]).tolist():  # 255: nobody's, between two
-                found.setdefault(identity, {})[frame] = numbers == identity
+                found.setdefault(identity, {})[frame] = Runs.of(numbers == identity)
         return found
 
-    def _listed(self, expressions: dict, length: int, shape: tuple[int, int]) -> dict[int, dict[int, np.ndarray]]:
+    def _listed(self, wanted: set[int], length: int, shape: tuple[int, int]) -> dict[int, dict[int, Runs]]:
         """The same from run lengths."""
-        found = {}
-        for identity in {int(one) for said in expressions.values() for one in said.get("anno_id", ())}:
-            listed = self.runs.get(str(identity))
-            if listed is None or len(listed) != length:
-                raise ValueError(f"{self.folder / 'mask_dict.json'}: annotation {identity} has "
-                                 f"{'no masks' if listed is None else f'{len(listed)} masks for {length} frames'}")
-            found[identity] = {}
-            for frame, runs in enumerate(listed):
-                if runs is not None:
-                    counts = runs["counts"]
-                    mask = Runs(tuple(runs["size"]), tuple(decompress(counts) if isinstance(counts, str) else counts))
-                    if mask.size != shape:
-                        raise ValueError(f"{self.folder / 'mask_dict.json'}: annotation {identity} has a mask of "
-                                         f"{mask.size[1]}x{mask.size[0]}, its frame is {shape[1]}x{shape[0]}")
-                    found[identity][frame] = mask.mask()
+        found, path = {}, self.folder / "mask_dict.json"
+        if not isinstance(self.runs, dict):
+            raise ValueError(f"{path}: not an object in braces")
+        for identity in sorted(wanted):
+            try:
+                listed = take(self.runs, str(identity), list)
+                if len(listed) != length:
+                    raise ValueError(f"{len(listed)} masks for {length} frames")
+                masks = {frame: runs_of(only(runs, "size", "counts")) for frame, runs in enumerate(listed) if runs is not None}
+                for runs in masks.values():
+                    if runs.size != shape:
+                        raise ValueError(f"a mask of {runs.size[1]}x{runs.size[0]}, its frame is {shape[1]}x{shape[0]}")
+                found[identity] = {frame: runs for frame, runs in masks.items() if any(runs.counts[1::2])}
+            except ValueError as error:
+                raise ValueError(f"{path}: annotation {identity}: {error}") from None
         return found
 
 

@@ -201,7 +201,8 @@ class Asked:
 def questions(records: Iterator[Record], model: Molmo, seed: int) -> Iterator[Asked]:
     """All that is said about the records, as questions; of a chat its first turn."""
     for number, record in enumerate(records):
-        rng, views = np.random.default_rng([seed, number, 8]), data.views_of(record, model.config.views)
+        rng = np.random.default_rng([seed, number, 8])
+        views = data.views_of(record, model.config.views, model.config.temporal.memory)
         for said in record.annotations:
             yield Asked(record, said, views, said.messages[0][0] if said.messages else data.question(said, record, rng))
 
@@ -265,7 +266,7 @@ def frame_by_frame(model: Molmo, tokenizer: Tokenizer, record: Record, how: Betw
     """Every question about a video, asked about single frames; figures of points and numbers are means over these
     frames, those of masks over all. The masks of all objects meant make one."""
     anchors, shape = range(0, len(record.pictures), how.every), record.pictures[0].shape[:2]
-    asked = list(questions((record.moment(anchor, data.HISTORY) for anchor in anchors), model, seed))
+    asked = list(questions((record.moment(anchor, model.config.temporal.history) for anchor in anchors), model, seed))
     for some in (asked[i:i + batch] for i in range(0, len(asked), batch)):
         if not how.oracle:
             ask(model, tokenizer, some)
@@ -277,18 +278,32 @@ def frame_by_frame(model: Molmo, tokenizer: Tokenizer, record: Record, how: Betw
             if how.oracle:
                 a.points = data.pointed(a.record, a.annotation)
             a.figures |= scores(a)
-        points = {anchor: {p.id: (p.x, p.y) for p in a.points} for anchor, a in zip(anchors, here)}
+        points = {anchor: {p.id if how.oracle else order: (p.x, p.y) for order, p in enumerate(a.points)} for anchor, a in zip(anchors, here)}
         figures = summarize(here)
         figures.pop("questions")
         if said.objects:
             seen = [record.seen(record.objects[i].masks) for i in said.objects]
             true = [union([runs[frame].mask() for runs in seen if frame in runs], shape) for frame in range(len(record.pictures))]
+            propagate = remembered(how.propagate)
             for fusion in how.fusions:
-                found = through_time(record.pictures, lambda i, _: points[i], anchors, how.propagate, fusion, named=how.oracle)
+                found = through_time(record.pictures, lambda i, _: points[i], anchors, propagate, fusion, named=how.oracle)
                 measured = j_and_f([union(masks.values(), shape) for masks in found], true)
                 figures |= measured if fusion == how.fusions[0] else {f"J&F {fusion}": measured["J&F"]}
         results.append(Asked(None, said, None, here[0].question, figures=figures))
     return results
+
+
+def remembered(propagate: Propagator) -> Propagator:
+    """The same, but what was asked for once, for one way of fusion, is not done again for another."""
+    known: dict[tuple, list] = {}
+
+    def carry(frames, start, points, stop):
+        key = (*map(id, frames), start, *points.items(), stop)
+        if key not in known:
+            known[key] = list(propagate(frames, start, points, stop))
+        return known[key]
+
+    return carry
 
 
 def union(masks: Iterable[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
@@ -412,7 +427,7 @@ def settings_of(args: argparse.Namespace, model: Molmo, records: int, masks: boo
         "longest answer": LONGEST[False], "with tracks": LONGEST[True],
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "device": args.device}
     return settings if not masks else settings | {
-        "temporal module": temporal.mode, "asked every": f"{args.every} frames, each with {data.HISTORY} before it",
+        "temporal module": temporal.mode, "asked every": f"{args.every} frames, each with {temporal.memory} before it",
         "points": "true" if args.oracle else "the model's", "masks by": f"SAM 2 ({args.sam2})" if args.sam2 else "colour and motion",
         "fusion": args.fusion[0]}
 
@@ -423,6 +438,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         given = Lines(args.data) if args.data else Sequences(args.davis, args.expressions) if args.davis else None
         names = [args.data or args.davis] if given else args.set
         masked = set(names) & {args.davis, *MASK_SETS}  # the others are asked about as a whole
+        if not masked and (args.oracle or args.sam2 or args.expressions):
+            raise ValueError("--oracle, --sam2 and --expressions are for masks: give --davis, or --set " + " or ".join(MASK_SETS))
         most = min(args.records or given.size, given.size) if given else args.records or (50 if set(names) <= masked else 300)
         between = Between(Sam2(args.sam2, args.device) if args.sam2 else Growing(), args.every, args.fusion, args.oracle)
         model, tokenizer = weights.load(args.checkpoint, args.device)

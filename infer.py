@@ -12,7 +12,7 @@
 
 A point of a video belongs to one moment, the frame in which the model points: its marker appears with that frame, stays
 for half a second and fades out in another half. All frames are written, at their average rate, without the sound.
-Frame by frame, a video may be as long as it likes: it is never in memory as a whole (VideoMolmo; masks.py has the rest).
+Frame by frame, a video may be as long as it likes: only what lies between two questions is in memory (VideoMolmo).
 
 Bad input ends in one line on stderr and exit status 2 (MOLMO_TRACEBACK=1 in the environment shows the traceback).
 """
@@ -23,6 +23,7 @@ import os
 import re
 import sys
 import tempfile
+from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from colorsys import hsv_to_rgb
@@ -44,6 +45,7 @@ from model import Answer, Molmo, generate, sampler
 from packing import collate
 from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, Point
 from preprocess import (
+    MAX_CLIP_PIXELS,
     ViewConfig,
     Views,
     displayed_at,
@@ -57,7 +59,7 @@ from preprocess import (
     video_views,
     write_video,
 )
-from records import Runs
+from records import Runs, compress
 from tokenizer import Tokenizer
 
 HOME = Path(__file__).resolve().parent
@@ -92,11 +94,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if len(args.media) > 1 and any(map(is_video, args.media)):
         raise ValueError("a video must come alone: give one video, or images only")
     args.per_frame |= args.masks
+    if args.sam2 and not args.masks:
+        raise ValueError("--sam2 is for --masks")
     if args.per_frame and not is_video(args.media[0]):
         raise ValueError(f"{args.media[0]}: --{'masks' if args.masks else 'per-frame'} is for videos")
     nearest = next(folder for folder in (args.out, *args.out.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"--out {args.out}: {nearest} is no folder that can be written to: give another")
+    before = args.out / f"{Path(args.media[0]).stem}.masks"
+    if args.masks and before.exists() and not (before.is_dir() and all(re.fullmatch("[0-9]{5,}.png", name) for name in os.listdir(before))):
+        raise ValueError(f"{before}: holds other things than masks: move it away, or give another --out")
     return args
 
 
@@ -169,14 +176,21 @@ def sentence(model: Molmo, tokenizer: Tokenizer, views: Views, args: argparse.Na
 
 class FrameByFrame:
     """A video asked about frame by frame, each sampled frame on its own with the frames right before it; with `--masks`,
-    what is pointed at is followed through all frames. (VideoMolmo.) Streams: the file is never in memory as a whole."""
+    what is pointed at is followed through all frames. (VideoMolmo.) Streams: no more of the file is in memory than lies between two questions."""
 
     def __init__(self, model: Molmo, tokenizer: Tokenizer, config: ViewConfig, args: argparse.Namespace):
         self.model, self.tokenizer, self.config, self.args = model, tokenizer, config, args
+        self.memory = model.config.temporal.memory
         times = frame_times(args.media[0])
-        most = args.max_frames or len(times)
-        self.sampled = sorted(set(displayed_at(times, sample_times(times[-1], config.fps, most))))
-        self.media = Media(args.media, [], times, [times[number] for number in self.sampled])
+        most = args.max_frames or int(times[-1] * config.fps) + 2
+        sampled = sorted(set(displayed_at(times, sample_times(times[-1], config.fps, most))))
+        self.picture = {number: picture for picture, number in enumerate(sampled)}  # frame of the file -> of the sampled ones
+        self.media = Media(args.media, [], times, [times[number] for number in sampled])
+        height, width, _ = next(frames_of(args.media[0]))[1].shape
+        gap = max(after - before for before, after in zip(sampled, [*sampled[1:], len(times)]))
+        if args.masks and gap * height * width > MAX_CLIP_PIXELS:
+            raise ValueError(f"{args.media[0]}: {gap} frames of {width}x{height} between two questions do not fit in memory: "
+                             "ask more often (--fps, --max-frames), or shrink the video")
         self.answers: list[Answer] = []
         self.said: list[dict] = []            # what was said about each sampled frame
         self.points: list[Point] = []
@@ -190,17 +204,17 @@ class FrameByFrame:
         return {order: (point.x, point.y) for order, point in enumerate(points, start=1)}
 
     def tell(self, number: int, points: Points) -> None:
-        self.points += [Point(identity, self.sampled.index(number), x, y) for identity, (x, y) in sorted(points.items())]
+        self.points += [Point(identity, self.picture[number], x, y) for identity, (x, y) in sorted(points.items())]
 
     def frames(self) -> Iterator[np.ndarray]:
         frames = frames_of(self.media.paths[0])
         return tqdm((frame for _, frame in frames), total=len(self.media.frame_times), desc="frames", leave=False, disable=None)
 
     def point(self) -> None:
-        recent = deque(maxlen=data.HISTORY + 1)
+        recent = deque(maxlen=self.memory + 1)
         for number, frame in enumerate(self.frames()):
             recent.append(frame)
-            if number in self.sampled:
+            if number in self.picture:
                 self.tell(number, self.ask(number, list(recent)))
 
     def follow(self, propagate: Propagator, folder: Path) -> None:
@@ -214,10 +228,10 @@ class FrameByFrame:
                 yield frame
 
         def painted() -> Iterator[np.ndarray]:
-            for number, masks in enumerate(through_time(kept(), self.ask, set(self.sampled), propagate, tell=self.tell)):
+            for number, masks in enumerate(through_time(kept(), self.ask, self.picture, propagate, history=self.memory, tell=self.tell)):
                 covered = {identity: Runs.of(mask) for identity, mask in masks.items() if mask.any()}
                 self.masks.append({"frame": number, "time": round(self.media.frame_times[number], 3), "objects": [
-                    {"id": identity, "size": runs.size, "counts": runs.counts} for identity, runs in covered.items()]})
+                    {"id": identity, "size": runs.size, "counts": compress(runs.counts)} for identity, runs in covered.items()]})
                 frame = shown.popleft()
                 numbered(masks, frame.shape[:2]).save(folder / f"{name}.masks/{number:05}.png")
                 yield paint(frame, masks)
@@ -272,8 +286,10 @@ def fade(age: float) -> float:
 
 
 def annotated_frames(media: Media, points: Sequence[Point]) -> Iterator[np.ndarray]:
+    by_picture = {picture: list(group) for picture, group in groupby(sorted(points, key=lambda p: p.picture), key=lambda p: p.picture)}
     for seconds, frame in frames_of(media.paths[0]):
-        marks = [(point, fade(seconds - media.times[point.picture])) for point in points]
+        shown = range(bisect_right(media.times, seconds - SHOWN), bisect_right(media.times, seconds))
+        marks = [(point, fade(seconds - media.times[picture])) for picture in shown for point in by_picture.get(picture, ())]
         yield draw(frame, [mark for mark in marks if mark[1] > 0])
 
 
@@ -296,6 +312,8 @@ PALETTE = [part for identity in range(256) for part in color(identity)]
 
 def numbered(masks: Masks, shape: tuple[int, int]) -> Image.Image:
     """Masks as a picture of object numbers, 0 = none; where two overlap the higher number stands."""
+    if max(masks, default=0) > 65535:
+        raise ValueError("more than 65535 objects: their numbers do not fit into a picture")
     numbers = np.zeros(shape, np.uint8 if max(masks, default=0) < 256 else np.uint16)
     for identity, mask in sorted(masks.items()):
         numbers[mask] = identity
@@ -317,13 +335,12 @@ def paint(frame: np.ndarray, masks: Masks) -> np.ndarray:
 
 # ---- 4. the report ---------------------------------------------------------------------------------------------------
 
-def describe(point: Point, media: Media) -> dict:
-    """A point as it is reported: images count from 1, frames of the file from 0."""
-    where = {"image": point.picture + 1, "time": None, "frame": None}
-    if media.frame_times:
-        seconds = media.times[point.picture]
-        where = {"image": None, "time": round(seconds, 3), "frame": displayed_at(media.frame_times, [seconds])[0]}
-    return {"id": point.id, **where, "x": round(point.x, 1), "y": round(point.y, 1)}
+def describe(points: Sequence[Point], media: Media) -> list[dict]:
+    """Points as they are reported: images count from 1, frames of the file from 0."""
+    frames = displayed_at(media.frame_times, media.times) if media.frame_times else []
+    where = lambda picture: {"image": None, "time": round(media.times[picture], 3), "frame": frames[picture]} if frames else {
+        "image": picture + 1, "time": None, "frame": None}
+    return [{"id": p.id, **where(p.picture), "x": round(p.x, 1), "y": round(p.y, 1)} for p in points]
 
 
 def table(result: dict) -> str:
@@ -388,11 +405,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             annotate(media, points, folder)
             timing["draw"] = lap()
             result = {"media": args.media, "prompt": args.prompt, "text": said.pop("text"),
-                      "points": [describe(point, media) for point in points], **said, "timing": timing}
+                      "points": describe(points, media), **said, "timing": timing}
             (folder / f"{media.names[0]}.points.json").write_text(json.dumps(result, indent=None if args.masks else 1) + "\n")
             written = [os.path.join(args.out, name) for name in sorted(os.listdir(fresh))]
             for path in written:
-                if os.path.isdir(path):  # masks of an earlier run
+                if path.endswith(".masks") and os.path.isdir(path):  # of an earlier run
                     os.replace(path, folder / ".before")
                 os.replace(folder / os.path.basename(path), path)
 

@@ -79,7 +79,7 @@ def box(mask: np.ndarray, margin: int = 0) -> tuple[slice, slice]:
 
 def squared_distance(mask: np.ndarray) -> np.ndarray:
     """(H, W) float: the squared distance of every pixel of the mask to the nearest pixel outside of it; all that is beyond
-    the picture is outside. Exact: first along the columns, then the lower envelope of parabolas along the rows."""
+    the picture is outside. Exact: first along the columns, then along the rows as far as the mask is deep."""
     distance = np.zeros(mask.shape)
     if mask.any():
         inside = np.pad(mask[box(mask)], 1)
@@ -87,15 +87,30 @@ def squared_distance(mask: np.ndarray) -> np.ndarray:
         above = np.maximum.accumulate(np.where(inside, -np.inf, place), axis=0)
         below = np.minimum.accumulate(np.where(inside, np.inf, place)[::-1], axis=0)[::-1]
         column = np.minimum(place - above, below - place) ** 2
-        apart = (np.arange(inside.shape[1])[:, None] - np.arange(inside.shape[1])) ** 2.0
-        distance[box(mask)] = np.stack([(row + apart).min(1) for row in column])[1:-1, 1:-1]
+        found = column.copy()
+        for step in range(1, inside.shape[1]):
+            if step**2 >= found.max():
+                break
+            np.minimum(found[:, step:], column[:, :-step] + step**2, out=found[:, step:])
+            np.minimum(found[:, :-step], column[:, step:] + step**2, out=found[:, :-step])
+        distance[box(mask)] = found[1:-1, 1:-1]
     return distance
+
+
+def depths(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a mask that is not empty, its pixels (of a large one some, on a grid): rows, columns and distance to the edge."""
+    stride = max(1, *(-(-(span.stop - span.start) // 256) for span in box(mask)))
+    distance = squared_distance(mask[stride // 2::stride, stride // 2::stride])
+    if not distance.any():  # too thin for the grid
+        stride, distance = 1, squared_distance(mask)
+    rows, columns = np.nonzero(distance)
+    return rows * stride + stride // 2, columns * stride + stride // 2, np.sqrt(distance[rows, columns]) * stride
 
 
 def deepest(mask: np.ndarray) -> tuple[float, float]:
     """x, y of the middle of the pixel farthest from the edge of a mask that is not empty."""
-    row, column = np.unravel_index(squared_distance(mask).argmax(), mask.shape)
-    return float(column + 0.5), float(row + 0.5)
+    rows, columns, depth = depths(mask)
+    return float(columns[depth.argmax()] + 0.5), float(rows[depth.argmax()] + 0.5)
 
 
 def wider(mask: np.ndarray, radius: int) -> np.ndarray:
@@ -159,10 +174,9 @@ HOLE = 0.15      # of the region: enclosed spots smaller than this belong to it
 LARGEST = 0.5    # of the picture: what is larger is not an object
 
 
-def hue(frame: np.ndarray) -> np.ndarray:
-    """(H, W, 4): red, green and blue in relation to each other, so that the lit and the shaded side of a thing are much
-    alike, and a little of its brightness."""
-    picture = smooth(frame)
+def hue(picture: np.ndarray) -> np.ndarray:
+    """(H, W, 3) 0..1 -> (H, W, 4): red, green and blue in relation to each other, so that the lit and the shaded side of a
+    thing are much alike, and a little of its brightness."""
     light = picture.sum(-1, keepdims=True)
     return np.concatenate([picture / (light + 0.3), light / 30], axis=-1)
 
@@ -170,12 +184,12 @@ def hue(frame: np.ndarray) -> np.ndarray:
 def segment(frame: np.ndarray, x: float, y: float) -> np.ndarray:
     """The object at a point: the connected region of the hue there. Of several tolerances that one counts whose region
     stands out most from what is right beside it."""
-    picture, (height, width) = hue(frame), frame.shape[:2]
+    picture, (height, width) = hue(smooth(frame)), frame.shape[:2]
     row, column = min(max(int(y), 0), height - 1), min(max(int(x), 0), width - 1)
     seed = np.zeros((height, width), bool)
     seed[row, column] = True
     off = np.abs(picture - picture[row, column]).max(-1)
-    best, contrast = seed, -1.0
+    best, contrast, sharp = seed, -1.0, np.abs(hue(frame.astype(np.float32) / 255) - picture[row, column]).max(-1)
     for tolerance in TOLERANCES:
         region = flood(seed, off <= tolerance)
         beside = grown(region, 2) & ~region
@@ -183,8 +197,9 @@ def segment(frame: np.ndarray, x: float, y: float) -> np.ndarray:
             break
         stands_out = off[beside].mean() - off[region].mean()
         if stands_out > contrast:
-            best, contrast = region, stands_out
-    return filled(best)
+            rim = grown(region, 1) & grown(~region, 1)  # pixels that `smooth` mixes with what is beside them
+            best, contrast = np.where(rim, sharp <= tolerance, region), stands_out
+    return filled(best | seed)
 
 
 def filled(region: np.ndarray) -> np.ndarray:
@@ -194,14 +209,16 @@ def filled(region: np.ndarray) -> np.ndarray:
     rim = np.zeros_like(outside)
     rim[0] = True
     holes = ~region[window] & ~flood(rim, outside)[1:-1, 1:-1]
-    result, left = region.copy(), holes.copy()
-    while left.any():
-        start = np.zeros_like(left)
-        start[np.unravel_index(left.argmax(), left.shape)] = True
+    most, left, kept = HOLE * np.count_nonzero(region), holes.copy(), np.zeros_like(holes)
+    while np.count_nonzero(left) >= most:  # one of them may be too large: look where most of them lies
+        row, start = left.sum(1).argmax(), np.zeros_like(left)
+        start[row, left[row].argmax()] = True
         hole = flood(start, left)
         left &= ~hole
-        if np.count_nonzero(hole) < HOLE * np.count_nonzero(region):
-            result[window] |= hole
+        if np.count_nonzero(hole) >= most:
+            kept |= hole
+    result = region.copy()
+    result[window] |= holes & ~kept
     return result
 
 
@@ -273,12 +290,13 @@ class Growing:
             looks[identity] = Look(odds(picture, mask), mask, np.zeros(2), np.count_nonzero(mask))
         yield {identity: large(look.shape) for identity, look in looks.items()}
         for number in range(start + step, stop + step, step):
-            bins = colors(smooth(small(frames[number])))
-            yield {identity: large(self.follow(look, bins)) for identity, look in looks.items()}
+            frame = small(frames[number])
+            bins, sharp = colors(smooth(frame)), colors(frame.astype(np.float32) / 255)
+            yield {identity: large(self.follow(look, bins, sharp)) for identity, look in looks.items()}
 
     @staticmethod
-    def follow(look: Look, bins: np.ndarray) -> np.ndarray:
-        """The object's mask in the next picture, given by its colours; what is remembered of it moves along."""
+    def follow(look: Look, bins: np.ndarray, sharp: np.ndarray) -> np.ndarray:
+        """The object's mask in the next picture, given by its colours, smooth and sharp; what is remembered of it moves along."""
         if not look.shape.any():
             return look.shape
         reach = max(2, round(REACH * min(look.shape.shape)))
@@ -286,6 +304,7 @@ class Growing:
         moved = motion(likely, look.shape, look.velocity, reach)
         shape = shifted(look.shape, *moved)
         mask = flood(shape & likely, likely & grown(shape, 3))
+        mask |= grown(mask, 1) & (look.odds[sharp] > 0)  # the rim
         shown = np.count_nonzero(mask)
         if shown < LOST * look.area:  # hidden: it goes on as before
             look.shape = shifted(look.shape, *np.rint(look.velocity).astype(int))
@@ -375,6 +394,7 @@ FUSIONS: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
 }
 THRESHOLD = 0.7  # intersection over union of two masks that agree
 SAME = 0.5       # of two masks of one object
+PATIENCE = 3     # anchors through which an object is followed that they do not show
 
 
 def same_objects(left: Sequence[Masks], right: Sequence[Masks]) -> dict[int, int]:
@@ -404,7 +424,7 @@ def through_time(frames: Iterable[np.ndarray], ask: Callable[[int, Sequence[np.n
     ValueError if a frame has another size.
     """
     fusion, recent, window, fresh = FUSIONS[how], deque(maxlen=history + 1), [], count(1)
-    points, lost = {}, {}  # at the last anchor; those not pointed at there that came from before it, followed for their ids
+    points, lost, since = {}, {}, {}  # at the last anchor; what it did not show, followed for its id; for how many anchors
     for index, frame in enumerate(frames):
         if window and frame.shape != window[0].shape:
             raise ValueError(f"frame {index} is {frame.shape[1]}x{frame.shape[0]}, those before are "
@@ -422,7 +442,9 @@ def through_time(frames: Iterable[np.ndarray], ask: Callable[[int, Sequence[np.n
         right = list(propagate(window, len(window) - 1, asked, 0))[::-1]
         names = {b: b for b in asked} if named else same_objects(left, right)
         names = {b: names[b] if b in names else next(fresh) for b in asked}
-        missed = {i: mask for i, mask in left[-1].items() if i not in names.values() and mask.any()}
+        since = {i: since.get(i, 0) + 1 for i in left[-1] if i not in names.values()}
+        missed = {i: left[-1][i] for i, times in since.items() if times <= PATIENCE and left[-1][i].any()
+                  and all(iou(left[-1][i], mask) <= SAME for mask in right[-1].values())}
         left = [{i: mask for i, mask in masks.items() if i in points} for masks in left]
         carried = [{names[b]: mask for b, mask in masks.items()} for masks in right]
         empty = np.zeros(frame.shape[:2], bool)
@@ -451,15 +473,15 @@ def annotate(frame: np.ndarray, mask: np.ndarray, rng: np.random.Generator,
         raise ValueError("an empty mask has no point")
     if mask.shape != frame.shape[:2]:
         raise ValueError(f"a mask of {mask.shape[1]}x{mask.shape[0]} on a picture of {frame.shape[1]}x{frame.shape[0]}")
-    weight = np.sqrt(squared_distance(mask)).ravel()
-    drawn = rng.choice(weight.size, min(CANDIDATES, np.count_nonzero(weight)), replace=False, p=weight / weight.sum())
-    places = [(column + 0.5, row + 0.5) for row, column in zip(*np.unravel_index(drawn, mask.shape))]
+    rows, columns, depth = depths(mask)
+    drawn = rng.choice(len(depth), min(CANDIDATES, len(depth)), replace=False, p=depth / depth.sum())
+    places = [(float(columns[i] + 0.5), float(rows[i] + 0.5)) for i in drawn]
     return max(places, key=lambda place: iou(segmenter(frame, *place), mask))
 
 
 def annotate_file(path: str, out: Path, segmenter: Callable[[np.ndarray, float, float], np.ndarray], seed: int) -> None:
     """Every mask in a JSONL file (records.py) gives a point to its object; the file `out` holds all lines with them."""
-    lines, fits, part = Lines(path), [], out.with_name(f".{out.name}.part")
+    lines, fits, part = Lines(path), [], out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         with open(part, "w", encoding="utf-8") as file:
             for index in tqdm(range(lines.size), desc="annotate", leave=False, disable=None):
@@ -495,8 +517,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         out = args.out or Path(args.file).with_suffix(".points.jsonl")
         if not out.absolute().parent.is_dir() or out.is_dir():
             raise ValueError(f"--out {out}: {'a folder' if out.is_dir() else 'its folder does not exist'}: give a file")
-        if out.absolute() == Path(args.file).absolute():
+        if out.resolve() == Path(args.file).resolve():
             raise ValueError(f"--out {out}: the file itself: give another")
+        if out.exists() and not args.out:
+            raise ValueError(f"{out} is there already: give --out")
         sam2 = Sam2(args.sam2) if args.sam2 else None
         by_sam2 = lambda frame, x, y: next(sam2([frame], 0, {1: (x, y)}, 0))[1]
         annotate_file(args.file, out, by_sam2 if sam2 else segment, args.seed)

@@ -376,10 +376,12 @@ class Molmo(nn.Module):
         return self
 
     def with_temporal(self, temporal: TemporalConfig, init: str = "zero", seed: int = 0) -> "Molmo":
-        """The same model with another temporal module, whose attention, if it has one, is new (`TemporalAttention.initialize`)."""
+        """The same model with another temporal module; attention that it did not have before is new
+        (`TemporalAttention.initialize`)."""
         made = Molmo(replace(self.config, temporal=temporal))
-        made.load_state_dict({name: p for name, p in self.state_dict().items() if ".adapter." not in name}, strict=False)
-        if made.connector.adapter is not None:
+        made.load_state_dict({name: p for name, p in self.state_dict().items() if made.connector.adapter is not None
+                              or ".adapter." not in name}, strict=False)
+        if made.connector.adapter is not None and self.connector.adapter is None:
             made.connector.adapter.initialize(init, seed)
         return made.to(self.wte.embedding.device, self.wte.embedding.dtype).train(self.training)
 

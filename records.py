@@ -56,9 +56,21 @@ class Runs(NamedTuple):
         return np.repeat(values, self.counts).reshape(self.size, order="F")
 
 
-def decompress(text: str) -> list[int]:
+def compress(counts: Sequence[int]) -> str:
     """COCO's compressed run lengths: numbers in base 32, lowest digits first, a character from "0" on for each, with 32
     added if more follow; from the fourth number on only the difference to the last but one is written."""
+    text = ""
+    for i, count in enumerate(counts):
+        value, more = count - (counts[i - 2] if i > 2 else 0), True
+        while more:
+            digit, value = value & 31, value >> 5
+            more = value != (-1 if digit & 16 else 0)  # the fifth bit of the last digit is the sign
+            text += chr((digit | 32 if more else digit) + 48)
+    return text
+
+
+def decompress(text: str) -> list[int]:
+    """The inverse of `compress`; of other texts nonsense."""
     counts, value, shift = [], 0, 0
     for digit in (ord(character) - 48 for character in text):
         value |= (digit & 31) << shift
@@ -128,8 +140,11 @@ class Record:
     def moment(self, frame: int, history: int) -> "Record":
         """One frame of a video as an image that has frames before it. What was asked about the video is asked about this
         frame: tracks become points, and what is not in view is not there; answers in words are left out."""
-        here = {i: Object({0: self.seen(thing.points)[frame]}, {0: runs for at, runs in self.seen(thing.masks).items() if at == frame})
-                for i, thing in self.objects.items() if frame in self.seen(thing.points)}
+        here = {}
+        for identity, thing in self.objects.items():
+            points, masks = self.seen(thing.points), self.seen(thing.masks)
+            if frame in points:
+                here[identity] = Object({0: points[frame]}, {0: masks[frame]} if frame in masks else {})
         said = [replace(one, objects=[i for i in one.objects if i in here], task="point" if one.task in TRACKS else one.task,
                         question="" if one.task in TRACKS else one.question.replace("this video", "this image"))
                 for one in self.annotations if TASKS[one.task].answer and one.count is None]
@@ -273,7 +288,7 @@ def parse(text: str, name: str, folder: Path, pointless: bool = False) -> Line:
         if len(points) < len(places) or video is None and len(points) > 1:
             raise ValueError(f"object {identity} has two points {'at one moment' if video else 'in images'}: "
                              "give each thing an id of its own")
-        masks = {moment(place): _runs(place) for place in take(listed, "masks", list, [])}
+        masks = {moment(place): runs_of(place) for place in take(listed, "masks", list, [])}
         if not points and not (pointless and masks):
             raise ValueError(f"object {identity} has no points")
         shown = take(listed, "shown", float, None)
@@ -302,7 +317,8 @@ def _xy(place: dict) -> tuple[float, float]:
     return float(take(place, "x", float)), float(take(place, "y", float))
 
 
-def _runs(place: dict) -> Runs:
+def runs_of(place: dict) -> Runs:
+    """Run lengths as JSON has them, compressed or not. ValueError if they do not fit the size."""
     size, counts = [take({"size": side}, "size", int) for side in take(place, "size", list)], place.get("counts")
     listed = decompress(counts) if isinstance(counts, str) else take(place, "counts", list)
     whole = [take({"counts": count}, "counts", int) for count in listed]

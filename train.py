@@ -116,9 +116,9 @@ def parse(argv: list[str] | None):
     parser.add_argument("--data", help="a JSONL file of your own, in place of the stage's synthetic sets")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the run folder, if there is one")
     parser.add_argument("--freeze", choices=PARTS, action="append", default=[], help="a part that stays as it is")
-    parser.add_argument("--temporal", choices=TEMPORAL, help="a new temporal module (default: what the checkpoint has)")
-    parser.add_argument("--temporal-init", default="zero", choices=("zero", "xavier"))
-    parser.add_argument("--missing", default="black", choices=("black", "masked"), help="what stands for frames before the first")
+    parser.add_argument("--temporal", choices=TEMPORAL, help="another temporal module (default: what the checkpoint has)")
+    parser.add_argument("--temporal-init", choices=("zero", "xavier"), help="of a new module (default: zero)")
+    parser.add_argument("--missing", choices=("black", "masked"), help="what stands for frames before the first (default: black)")
     parser.add_argument("--out", help="run folder (default: runs/stage<N>)")
     parser.add_argument("--steps", type=data.number(int, 1, 10**9), help="instead of the stage's own number")
     parser.add_argument("--accumulate", type=data.number(int, 1, 10**6), default=1, help="parts of a step, for less memory")
@@ -369,11 +369,13 @@ def start(args: argparse.Namespace):
     stage = replace(stage, steps=steps, look=min(stage.look, args.steps or stage.look))
     if stage.packs % args.accumulate:
         raise ValueError(f"--accumulate {args.accumulate}: the {stage.packs} packs of a step cannot be cut into so many parts")
+    if not args.temporal and (args.temporal_init or args.missing):
+        raise ValueError("--temporal-init and --missing go with --temporal")
     seed = args.stage + 100 * args.seed
     folder = Path(args.out or f"runs/stage{args.stage}")
     state = weights.load_training(folder / "checkpoint") if args.resume else None
     settings = {"stage": args.stage, "seed": args.seed, "steps": steps, "data": args.data, "accumulate": args.accumulate,
-                "temporal": args.temporal}
+                "temporal": args.temporal, "temporal-init": args.temporal_init, "missing": args.missing}
     if state:
         same_run(settings, json.loads(str(state.get("settings", "{}"))), folder)
     if args.init or state:
@@ -383,8 +385,10 @@ def start(args: argparse.Namespace):
         config = replace(PRESETS[args.preset], points_as=args.points_as)
         model = Molmo(config).initialize(args.seed).to(args.device)
     if args.temporal and not state:
-        temporal = replace(model.config.temporal, mode=args.temporal, missing=args.missing)
-        model = model.with_temporal(temporal, args.temporal_init, args.seed)
+        temporal = replace(model.config.temporal, mode=args.temporal, missing=args.missing or model.config.temporal.missing)
+        if args.temporal_init and temporal.mode == model.config.temporal.mode:
+            raise ValueError(f"--temporal-init: the checkpoint has learned {temporal.mode}, it stays")
+        model = model.with_temporal(temporal, args.temporal_init or "zero", args.seed)
     views = replace(model.config.views, max_frames=stage.frames)
     model.config = replace(model.config, views=views)
     model.train()

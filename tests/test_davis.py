@@ -8,7 +8,7 @@ from PIL import Image
 
 import evaluate
 from davis import Sequences, inner
-from records import Runs, decompress
+from records import Runs, compress, decompress
 
 SIZE = (40, 60)  # height, width
 
@@ -46,6 +46,7 @@ def test_frames_come_in_natural_order_with_their_masks(tmp_path, below):
     folder = made(tmp_path, below=below)
     del (values := json.loads((folder / "meta_expressions.json").read_text()))["videos"]["walk"]["frames"]
     (folder / "meta_expressions.json").write_text(json.dumps(values))
+    (folder / "JPEGImages" / below / "walk/Thumbs.db").touch()
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     record = Sequences(folder).record(0)
     assert record.name == "walk" and [said.label for said in record.annotations] == ["the red thing", "the blue thing", "what comes at the end"]
@@ -62,7 +63,7 @@ def test_frames_come_in_natural_order_with_their_masks(tmp_path, below):
 def test_mevis_masks_are_run_lengths(tmp_path):
     """Expressions that name several objects, with masks in mask_dict.json, compressed or not, null where there is none."""
     folder = made(tmp_path, expressions={"0": {"exp": "both", "obj_id": [0, 1], "anno_id": [11, 12]}})
-    runs = lambda number: [(lambda made: {"size": list(made.size), "counts": compressed(made.counts)})(Runs.of(masks_of(f) == number)) for f in range(3)]
+    runs = lambda number: [(lambda made: {"size": list(made.size), "counts": compress(made.counts)})(Runs.of(masks_of(f) == number)) for f in range(3)]
     listed = {"11": runs(1), "12": [None, {"size": list(SIZE), "counts": list(Runs.of(masks_of(1) == 2).counts)}, None]}
     (folder / "mask_dict.json").write_text(json.dumps(listed))
     record = Sequences(folder).record(0)
@@ -71,24 +72,12 @@ def test_mevis_masks_are_run_lengths(tmp_path):
     assert list(record.objects[12].masks) == [record.times[1]]
 
 
-def compressed(counts) -> str:
-    """COCO's writer, from its description."""
-    text = ""
-    for i, count in enumerate(counts):
-        x, more = count - (counts[i - 2] if i > 2 else 0), True
-        while more:
-            digit, x = x & 31, x >> 5
-            more = x != -1 if digit & 16 else x != 0
-            text += chr((digit | 32 if more else digit) + 48)
-    return text
-
-
 def test_compressed_run_lengths_are_read_back():
     """Numbers of all sizes, growing and shrinking."""
     rng = np.random.default_rng(0)
     for _ in range(200):
         counts = [int(n) for n in rng.integers(0, 10 ** rng.integers(1, 7), rng.integers(1, 12))]
-        assert decompress(compressed(counts)) == counts
+        assert decompress(compress(counts)) == counts
 
 
 def test_the_inner_point_is_in_the_mask():
@@ -119,7 +108,24 @@ def write(folder, values):
     (folder / "meta_expressions.json").write_text(values if isinstance(values, str) else json.dumps(values))
 
 
+def mevis(folder, masks, **said):
+    write(folder, {"videos": {"walk": {"expressions": {"0": {"exp": "x", "anno_id": [3]} | said}}}})
+    (folder / "mask_dict.json").write_text(json.dumps(masks))
+
+
 BAD = {
+    "an expression that is a text": (lambda f: write(f, {"videos": {"walk": {"expressions": {"0": "a dog"}}}}), "walk: 'a dog' is not an object in braces"),
+    "frames in lists": (lambda f: write(f, {"videos": {"walk": {"expressions": {}, "frames": [["1"]]}}}), "'frames' is"),
+    "videos in a list": (lambda f: write(f, {"videos": ["walk"]}), "'videos' is"),
+    "odd keys": (lambda f: write(f, {"videos": {"walk": {"expressions": {"\u00b2": {"exp": "x"}, "a": {"exp": "y"}}}}}), "cannot be scored"),
+    "no list of annotations": (lambda f: mevis(f, {"3": [None] * 3}, anno_id=None), "cannot be scored"),
+    "masks in a list": (lambda f: mevis(f, [1]), "mask_dict.json: not an object"),
+    "too few masks": (lambda f: mevis(f, {"3": [None]}), "mask_dict.json: annotation 3: 1 masks for 3 frames"),
+    "a mask without counts": (lambda f: mevis(f, {"3": [{}, None, None]}), "annotation 3: 'size' is missing"),
+    "a mask that does not add up": (lambda f: mevis(f, {"3": [{"size": [40, 60], "counts": [7]}, None, None]}), "annotation 3: a mask's 'counts' add up to 7"),
+    "huge counts": (lambda f: mevis(f, {"3": [{"size": [40, 60], "counts": [10**40]}, None, None]}), "annotation 3: 'counts' is"),
+    "run lengths of another size": (lambda f: mevis(f, {"3": [{"size": [60, 40], "counts": [2400]}, None, None]}), "annotation 3: a mask of 40x60, its frame is 60x40"),
+    "two frames of one name": (lambda f: (f / "JPEGImages/walk/2.png").write_bytes(b""), "two files of one name"),
     "a missing frame": (lambda f: (f / "JPEGImages/walk/2.jpg").unlink(), "walk has no frame 2"),
     "a missing mask": (lambda f: (f / "Annotations/walk/2.png").unlink(), "walk has no mask for frame 2"),
     "frames of mixed sizes": (lambda f: shrink(f, "JPEGImages", "10.jpg"), "10.jpg: 30x20, the frames before are 60x40"),

@@ -347,8 +347,25 @@ def test_masks_from_the_command(capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "LONGEST", {False: 16, True: 16})
     evaluate.main(["--set", "vpos-synthetic", "--records", "1", "--every", "9"])
     out = capsys.readouterr().out
-    assert "asked every 9 frames, each with 4 before it" in out and "temporal module none" in out and "J&F" in out and "point_count/cells" in out
-    for words, said in ((["--sam2", "nowhere"], "SAM 2"), (["--data", "a", "--davis", "b"], "give one of them")):
+    assert "asked every 9 frames, each with 0 before it" in out and "temporal module none" in out and "J&F" in out and "point_count/cells" in out
+    for words, said in ((["--sam2", "nowhere"], "SAM 2"), (["--data", "a", "--davis", "b"], "give one of them"),
+                        (["--set", "stills", "--oracle"], "are for masks")):
         with pytest.raises(SystemExit) as end:
             evaluate.main(["--set", "vpos-synthetic", *words])
         assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_points_of_one_id_are_all_followed(tiny, monkeypatch):
+    """A model may write an id twice: both points count, for the points and for the masks."""
+    record = vpos.record(3, 3)
+    said = next(one for one in record.annotations if len(one.objects) > 1)
+    record.annotations = [said]
+
+    def ask(model, tokenizer, asked):
+        for a in asked:
+            a.points = [p._replace(id=1) for p in data.pointed(a.record, a.annotation)]
+
+    monkeypatch.setattr(evaluate, "ask", ask)
+    got = evaluate.frame_by_frame(*tiny, record, between(), 0)[0].figures
+    wanted = evaluate.frame_by_frame(*tiny, record, between(oracle=True), 0)[0].figures
+    assert got["f1"] == 1 and got["J&F"] == pytest.approx(wanted["J&F"], abs=0.03)

@@ -22,7 +22,7 @@ from masks import iou
 from model import PRESETS, Answer, Molmo
 from pointing import Point, grounded_pieces, grounding_targets, read_text, write_text
 from preprocess import frames_of, image_views, read_image, read_video, video_views, write_video
-from records import Runs
+from records import runs_of
 
 VIEWS = PRESETS["tiny"].views
 GREY = 128
@@ -309,6 +309,7 @@ def refused(outcome, *reasons):
     (["wide.png", "tall.png", "Hello.", "--per-frame"], "--per-frame is for videos"),
     (["text.mp4", "Hello.", "--masks"], "text.mp4: cannot be read as a video"),
     (["clip.mp4", "Hello.", "--masks", "--sam2", "nowhere"], "SAM 2"),
+    (["clip.mp4", "Hello.", "--sam2", "nowhere"], "--sam2 is for --masks"),
 ])
 def test_bad_input_ends_in_one_line(run, media, tmp_path, monkeypatch, words, reason):
     """Exit status 2, one line that names the culprit, and nothing is written."""
@@ -412,11 +413,14 @@ def middles(truth: np.ndarray):
     return [(float(columns.mean()) + 0.5, float(rows.mean()) + 0.5) for rows, columns in map(np.nonzero, truth) if len(rows)]
 
 
-def test_each_sampled_frame_is_asked_about_with_those_before_it(run, media, tmp_path, tiny, monkeypatch):
-    """Half-second steps of a clip of three seconds: seven questions, each about one image; the frames right before it come
+def test_each_sampled_frame_is_asked_about_with_those_before_it(run, checkpoint, media, tmp_path, tiny, monkeypatch):
+    """By a model with a temporal module. Half-second steps of a clip of three seconds: seven questions, each about one image; the frames right before it come
     as crops without tokens, none for the first frame; points keep their moments."""
     truth = walk(media / "walk.mp4")
     asked = will_point(monkeypatch, tiny[1], lambda n: middles(truth[min(5 * n, 29)]))
+    real = weights.load
+    temporal = replace(tiny[0].config.temporal, mode="attention")
+    monkeypatch.setattr(weights, "load", lambda *given: (lambda model, tokenizer: (model.with_temporal(temporal), tokenizer))(*real(*given)))
     status, out, err = run(media / "walk.mp4", "Point to the cups.", "--per-frame", "--json", "-")
     result = json.loads(out)
     assert (status, err) == (0, "") and len(asked) == 7 and result["count"] == 2
@@ -448,7 +452,7 @@ def test_masks_of_every_frame_are_written(run, media, tmp_path, tiny, monkeypatc
     order = [1, 2] if result["points"][0]["y"] < 60 else [2, 1]
     for entry, true in zip(result["masks"], truth):
         numbers = np.asarray(Image.open(tmp_path / "out" / f"walk.masks/{entry['frame']:05}.png"))
-        covered = {one["id"]: Runs(tuple(one["size"]), tuple(one["counts"])).mask() for one in entry["objects"]}
+        covered = {one["id"]: runs_of({"size": one["size"], "counts": one["counts"]}).mask() for one in entry["objects"]}
         assert set(covered) == {1, 2} and all(np.array_equal(numbers == i, mask) for i, mask in covered.items())
         assert all(iou(covered[i], true[n]) > 0.8 for n, i in enumerate(order))
     overlay = [frame for _, frame in frames_of(tmp_path / "out/walk.masks.mp4")]
@@ -485,7 +489,35 @@ def test_no_more_frames_are_held_than_lie_between_two_questions(run, media, tiny
 
     monkeypatch.setattr(infer, "frames_of", counted)
     status, *_ = run(media / "long.mp4", "segment the cups", "--masks")
-    assert status == 0 and len(most) == 240 and 5 <= max(most[:120]) <= 12  # a question every 5 frames; the overlay reads them again
+    assert status == 0 and len(most) == 241 and 5 <= max(most[:121]) <= 12  # a question every 5 frames; the overlay reads them again
+
+
+def test_what_is_not_ours_is_never_replaced(run, media, tmp_path, tiny, monkeypatch):
+    """A folder or a file that stands where masks would go ends the command before anything is asked; so does a folder in the
+    place of a file, and nothing in it is lost."""
+    walk(media / "walk.mp4", frames=7)
+    asked = will_point(monkeypatch, tiny[1], lambda n: [])
+    for made in ("walk.masks/notes.txt", "walk.masks"):
+        path = tmp_path / "out" / made
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+        refused(run(media / "walk.mp4", "segment the cups", "--masks"), "walk.masks: holds other things")
+        assert path.read_text() == "mine" and not asked
+        shutil.rmtree(tmp_path / "out")
+    kept = tmp_path / "out/walk.points.json/keep.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    status, _, err = run(media / "walk.mp4", "Point to the cups.")
+    assert status == 2 and err.count("\n") == 1 and kept.read_text() == "mine"
+
+
+def test_too_many_frames_between_two_questions(run, media, tiny, monkeypatch):
+    """One line that says what to do, before anything is asked."""
+    walk(media / "walk.mp4", frames=20)
+    asked = will_point(monkeypatch, tiny[1], lambda n: [])
+    monkeypatch.setattr(infer, "MAX_CLIP_PIXELS", 10 * 120 * 160)
+    refused(run(media / "walk.mp4", "segment the cups", "--masks", "--max-frames", "1"), "20 frames of 160x120 between two questions")
+    assert not asked and run(media / "walk.mp4", "segment the cups", "--masks")[0] == 0
 
 
 def test_object_numbers_beyond_a_byte():

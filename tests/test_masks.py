@@ -1,10 +1,19 @@
 """Masks: the tools against slow readings of their definitions, the embedded propagator on real motion, fusion by its table."""
 
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import data
 import masks
 from masks import FUSIONS, Growing, annotate, deepest, dilated, flood, grown, iou, same_objects, segment, shifted, squared_distance, through_time
+from model import PRESETS
+from records import Lines
+
+VIEWS = PRESETS["tiny"].views
 
 
 def random_mask(seed: int, share: float = 0.6, shape=(31, 43)) -> np.ndarray:
@@ -282,3 +291,87 @@ def test_bad_masks_have_no_point():
     for mask, said in ((np.zeros((4, 4), bool), "empty"), (np.ones((4, 5), bool), "a mask of 5x4 on a picture of 4x4")):
         with pytest.raises(ValueError, match=said):
             annotate(np.zeros((4, 4, 3), np.uint8), mask, np.random.default_rng(0))
+
+
+def masks_file(folder, images: bool = False) -> Path:
+    """Clips (or stills) as a file whose objects have masks and no points."""
+    path = data.write_set("stills" if images else "clips", folder, 2, 4, 3)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        for thing in line["objects"]:
+            del thing["points"]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_a_file_of_masks_becomes_one_of_points(tmp_path, images, capsys):
+    """Every mask gives its object a point inside of it, with which the file can be trained on; the masks and all that is said
+    stay, paths too though the new file lies elsewhere; the old file is not touched."""
+    path = masks_file(tmp_path / "in", images)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="'points' is missing"):
+        Lines(path).record(0, VIEWS)
+    (tmp_path / "elsewhere").mkdir()
+    masks.main(["annotate", str(path), "--out", str(tmp_path / "elsewhere/made.jsonl")])
+    said = capsys.readouterr().out
+    assert float(re.search(r"IoU of ([0-9.]+)", said)[1]) > 0.4 and path.read_bytes() == before
+    made, old = Lines(tmp_path / "elsewhere/made.jsonl"), Lines(path)
+    for index in range(2):
+        record, was = made.record(index, VIEWS), old.line(index, VIEWS, pointless=True).record
+        assert record.annotations == was.annotations and record.objects.keys() == was.objects.keys()
+        for identity, thing in record.objects.items():
+            assert thing.masks == was.objects[identity].masks and thing.points.keys() == thing.masks.keys()
+            assert all(thing.masks[moment].mask()[int(y), int(x)] for moment, (x, y) in thing.points.items())
+    assert sorted(p.name for p in (tmp_path / "elsewhere").iterdir()) == ["made.jsonl"]
+
+
+def test_annotate_ends_in_one_line(tmp_path, capsys):
+    """No file, a bad line, the file itself under another name, a result that is there already, no such folder: status 2,
+    and nothing is left behind."""
+    path = masks_file(tmp_path, True)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(path.read_text() + "{\n")
+    (tmp_path / "stills.points.jsonl").write_text("mine")
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    for words, said in ((["none.jsonl"], "none.jsonl: cannot be read"), ([bad], f"{bad}:3: "), ([path], "is there already"),
+                        ([path, "--out", tmp_path / ".." / tmp_path.name / path.name], "the file itself"),
+                        ([path, "--out", tmp_path / "no/made.jsonl"], "its folder does not exist"), ([], "FILE.jsonl")):
+        with pytest.raises(SystemExit) as end:
+            masks.main(["annotate", *map(str, words)])
+        line = capsys.readouterr().err
+        assert end.value.code == 2 and said in line and line.count("\n") == 1, line
+    assert before == {p: p.read_bytes() for p in tmp_path.iterdir()}
+
+
+def test_large_frames_are_followed_at_a_smaller_size():
+    """Masks come in the frames' own size."""
+    frames, truth = street(3)
+    large = [frame.repeat(7, 0).repeat(7, 1)[:-3] for frame in frames]
+    found = list(Growing()(large, 0, {1: tuple(7 * v for v in middle(truth[0, 0]))}, 2))
+    for t, one in enumerate(found):
+        assert one[1].shape == large[0].shape[:2] and iou(one[1], truth[t, 0].repeat(7, 0).repeat(7, 1)[:-3]) > 0.85
+
+
+def test_flat_things_are_segmented_to_their_rim():
+    """Squares of one colour on another: nothing is lost to the smoothing."""
+    for color, shape in (((200, 30, 30), (15, 15)), ((30, 60, 190), (15, 20)), ((240, 240, 80), (9, 40))):
+        frame, mask = np.full((60, 80, 3), 128, np.uint8), np.zeros((60, 80), bool)
+        mask[20:20 + shape[0], 30:30 + shape[1]] = True
+        frame[mask] = color
+        assert iou(segment(frame, 35, 25), mask) > 0.97
+
+
+def test_what_is_not_pointed_at_any_more_is_forgotten():
+    """New points at every anchor, nothing known again: the number of objects carried stays bounded."""
+    class Counting(Script):
+        carried = []
+
+        def __call__(self, frames, start, points, stop):
+            self.carried.append(len(points))
+            return super().__call__(frames, start, points, stop)
+
+    carry, frames = Counting(), [np.zeros((40, 40, 3), np.uint8)] * 61
+    ask = lambda index, _: {0: (index // 2 % 40 + 0.5, 0.5), 1: (0.5, index // 2 % 38 + 1.5)}
+    assert len(list(through_time(frames, ask, range(0, 61, 2), carry))) == 61
+    assert max(carry.carried) <= 2 * (1 + masks.PATIENCE)

@@ -721,3 +721,21 @@ def test_a_module_that_starts_at_zero_changes_nothing(model):
         got = made.losses(batch)
         assert all(torch.equal(got[name], wanted[name]) for name in wanted) == same
     assert made.with_temporal(TemporalConfig()).state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_text_alone_has_no_past(mode):
+    """A batch without pictures goes through a model with a temporal module: losses and answers."""
+    model = temporal(mode)
+    words = Example(data.trunk(TOKENIZER, look(0)), look(0).crops, look(0).pooling, [data.branch(TOKENIZER, [("who?", "me")], np.zeros((0, 3), np.int64))])
+    losses = model.losses(collate([words]))
+    assert losses["token"] > 0
+    losses["token"].backward()
+    assert len(generate(model, collate([prompt(1)]), SPELLING, 4)) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"history": 0}, {"heads": 5}, {"heads": 0}])
+def test_impossible_modules_are_refused(wrong):
+    """When they are described, not when they run."""
+    with pytest.raises(ValueError, match="temporal: a history of"):
+        TemporalConfig("attention", **({"width": 16, "heads": 4} | wrong))

@@ -105,6 +105,14 @@ def test_temporal_modules_train_in_any_stage_and_stay(quick, tmp_path, capsys):
     model, _ = weights.load(tmp_path / "3/checkpoint")
     assert (model.config.temporal.mode, model.config.temporal.missing) == ("attention", "masked")
     assert model.connector.adapter.wo.weight.abs().max() > 0.01
+    again = train.replace(model.config.temporal)
+    learned = model.connector.adapter.wo.weight.clone()
+    assert torch.equal(model.with_temporal(again).connector.adapter.wo.weight, learned)  # what is there stays
+    for words, said in ((["--missing", "masked"], "go with --temporal"),
+                        (["--temporal", "attention", "--temporal-init", "zero", "--init", str(tmp_path / "2/checkpoint")], "it stays")):
+        with pytest.raises(SystemExit) as end:
+            train.main(["--stage", "3", *words, "--out", str(tmp_path / "no"), *quick])
+        assert end.value.code == 2 and said in capsys.readouterr().err
     with pytest.raises(SystemExit) as end:
         train.main(["--stage", "2", "--resume", "--temporal", "add", "--out", str(tmp_path / "2"), *quick])
     assert end.value.code == 2 and "has temporal attention, not add" in capsys.readouterr().err

@@ -6,16 +6,27 @@ import numpy as np
 import pytest
 
 import vpos
+from masks import grown
 from conftest import ROOT
 from vpos import COLUMNS, HEIGHT, ROWS, WIDTH, WORLDS
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_masks_are_exact(name):
-    """Each pixel of a frame belongs to one thing at most; where a thing is painted anew in another colour, its mask is what
-    changes, but for the soft edge."""
+def test_masks_are_exact(name, monkeypatch):
+    """Painted in another colour, a thing changes its frames where its mask is, but for the soft edge and lights on it; each
+    pixel belongs to one thing at most."""
     for index in range(2):
         world, times, frames, masks = vpos.film(name, 3, index)
+        color = world.things[0][0]
+        with monkeypatch.context() as patch:
+            patch.setitem(vpos.PAINT, color, tuple(255 - part for part in vpos.PAINT[color]))
+            other = vpos.film(name, 3, index)[2]
+        alike = [i for i, (c, _) in enumerate(world.things) if c == color and not (name == "road" and world.things[i][1] == "tree")]
+        for before, after, mask in zip(frames, other, masks[:, alike].any(1)):
+            changed = (before != after).any(-1)
+            assert not (changed & ~grown(mask, 2)).any(), "something else has changed"
+            if name != "road":  # cars have windows and wheels of their own colour
+                assert (changed & mask).sum() > 0.7 * mask.sum()
         assert masks.shape == (len(times), len(world.things), HEIGHT, WIDTH) and frames.shape == (len(times), HEIGHT, WIDTH, 3)
         assert masks.sum(1).max() == 1 and masks.any((0, 2, 3)).all()
         assert abs(np.diff(times) - 1 / vpos.FPS).max() < 1e-9 and frames.dtype == np.uint8
