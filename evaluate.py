@@ -33,7 +33,6 @@ import torch
 from tqdm import tqdm
 
 import data
-import synthetic
 import vpos
 import weights
 from davis import Sequences
@@ -310,15 +309,7 @@ def union(masks: Iterable[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
     return np.logical_or.reduce([np.zeros(shape, bool), *masks])
 
 
-def occlusions(seed: int, index: int) -> Record:
-    """A crowd that passes behind things and behind each other, each of them asked for on its own."""
-    scene = synthetic.tracks(seed, index, fps=6.0)
-    record = data.scene_record(scene, [], True, f"occlusions-{index}")
-    record.annotations = [Annotation("point", f"{scene.things[i].name} {i}", [i]) for i in record.objects]
-    return record
-
-
-MASK_SETS = {"vpos-synthetic": vpos.record, "occlusions": occlusions}
+MASK_SETS = {"vpos-synthetic": vpos.record, "occlusions": vpos.occlusions}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

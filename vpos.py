@@ -265,6 +265,31 @@ def arm(rng: np.random.Generator) -> World:
     return World(things, paint, seconds)
 
 
+def posts(rng: np.random.Generator) -> World:
+    """Not one of the five: things of different hues that pass behind posts and behind each other, to see what hiding, and
+    little else, does to masks."""
+    n, seconds = int(rng.integers(3, 6)), float(rng.uniform(4, 6))
+    things = [(str(color), str(rng.choice(["ball", "box", "heart"]))) for color in rng.permutation(list(PAINT)[:6])[:n]]
+    size, height = rng.uniform(24, 36, n), rng.uniform(24, HEIGHT - 24, n)
+    start, speed = rng.uniform(0, 1, n), rng.choice([-1, 1], n) * rng.uniform(18, 40, n)
+    stand, width = np.linspace(50, WIDTH - 50, 2) + rng.uniform(-14, 14, 2), rng.uniform(16, 30, 2)
+    grain = rng.normal(0, 4, (HEIGHT, WIDTH, 1))
+
+    def paint(t: float) -> Canvas:
+        canvas = Canvas(np.full((HEIGHT, WIDTH, 3), (126.0, 130.0, 134.0)) + grain)
+        for i, (color, kind) in enumerate(things):
+            room = WIDTH - size[i]
+            x = size[i] / 2 + room - abs((start[i] * 2 * room + speed[i] * t) % (2 * room) - room)  # turns at the rim
+            y, s = height[i] + 4 * np.sin(2 * t + i), size[i]
+            shape = {"ball": lambda: disc(x, y, s / 2), "box": lambda: block(x, y, s, s * 0.8, 0.2 * np.sin(t + i)), "heart": lambda: heart(x, y, s)}
+            canvas.lay(shape[kind](), PAINT[color], i)
+        for x, wide in zip(stand, width):
+            canvas.lay(block(x, HEIGHT / 2, wide, HEIGHT + 8), (70, 60, 50))
+        return canvas
+
+    return World(things, paint, seconds)
+
+
 WORLDS = {"cells": cells, "desk": desk, "road": road, "recording": recording, "arm": arm}
 
 
@@ -274,7 +299,8 @@ WORLDS = {"cells": cells, "desk": desk, "road": road, "recording": recording, "a
 
 def film(name: str, seed: int, index: int, fps: float = FPS) -> tuple[World, np.ndarray, np.ndarray, np.ndarray]:
     """-> the world, times (T,), frames (T, H, W, 3) uint8, masks (T, n, H, W) bool; a pure function of its arguments."""
-    world = WORLDS[name](np.random.default_rng([seed, index, 11, list(WORLDS).index(name)]))
+    make = posts if name == "posts" else WORLDS[name]
+    world = make(np.random.default_rng([seed, index, 11, [*WORLDS, "posts"].index(name)]))
     times = np.arange(int(world.seconds * fps) + 1) / fps
     shown = [world.paint(t) for t in times]
     frames = np.stack([np.clip(canvas.picture, 0, 255).round().astype(np.uint8) for canvas in shown])
@@ -282,16 +308,29 @@ def film(name: str, seed: int, index: int, fps: float = FPS) -> tuple[World, np.
     return world, times, frames, masks
 
 
+def _objects(times: np.ndarray, masks: np.ndarray) -> dict[int, Object]:
+    objects = {}
+    for i in range(masks.shape[1]):
+        shown = {t: mask for t, mask in zip(times.tolist(), masks[:, i]) if mask.sum() >= SMALLEST}
+        if shown:
+            objects[i] = Object({t: deepest(mask) for t, mask in shown.items()}, {t: Runs.of(mask) for t, mask in shown.items()})
+    return objects
+
+
+def occlusions(seed: int, index: int) -> Record:
+    """Record `index` of the posts; each thing is asked for on its own."""
+    world, times, frames, masks = film("posts", seed, index)
+    objects = _objects(times, masks)
+    annotations = [Annotation("point", " ".join(world.things[i]), [i]) for i in objects]
+    return Record(f"occlusions-{index}", list(frames), times.tolist(), objects, annotations)
+
+
 def record(seed: int, index: int) -> Record:
     """Record `index`: the worlds take turns. Every look and every kind of thing is asked for, and something that is not
     there."""
     name = list(WORLDS)[index % len(WORLDS)]
     world, times, frames, masks = film(name, seed, index // len(WORLDS))
-    objects, plural = {}, lambda kind: {"box": "boxes"}.get(kind, kind + "s")
-    for i in range(len(world.things)):
-        shown = {t: mask for t, mask in zip(times.tolist(), masks[:, i]) if mask.sum() >= SMALLEST}
-        if shown:
-            objects[i] = Object({t: deepest(mask) for t, mask in shown.items()}, {t: Runs.of(mask) for t, mask in shown.items()})
+    objects, plural = _objects(times, masks), lambda kind: {"box": "boxes"}.get(kind, kind + "s")
     asked: dict[str, list[int]] = {}
     for i in objects:
         color, kind = world.things[i]

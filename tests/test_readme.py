@@ -9,6 +9,7 @@ import data
 import differ
 import evaluate
 import infer
+import masks
 import model
 import packing
 import strangers
@@ -23,7 +24,7 @@ COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```
             for line in block.splitlines() if line.strip()]
 PROGRAMS = {"train.py": train.main, "evaluate.py": evaluate.main, "infer.py": infer.main, "synthetic.py": synthetic.main,
             "tokenizer.py": tokenizer.main, "packing.py": packing.main, "weights.py": weights.main, "model.py": model.main,
-            "data.py": data.main, "tests/differ.py": differ.main,
+            "data.py": data.main, "masks.py": masks.main, "tests/differ.py": differ.main,
             "tests/strangers.py": strangers.main}
 EXTRA = {"weights.py": "safetensors", "runs/released": "safetensors", "tests/differ.py": "transformers"}  # word: package
 LESS = {"train.py": ["--steps", "1", "--workers", "0"], "evaluate.py": ["--records", "1"],
