@@ -277,7 +277,8 @@ def frame_by_frame(model: Molmo, tokenizer: Tokenizer, record: Record, how: Betw
             if how.oracle:
                 a.points = data.pointed(a.record, a.annotation)
             a.figures |= scores(a)
-        points = {anchor: {p.id if how.oracle else order: (p.x, p.y) for order, p in enumerate(a.points)} for anchor, a in zip(anchors, here)}
+        points = {anchor: {p.id if how.oracle else order: (p.x, p.y) for order, p in enumerate(a.points)}
+                  for anchor, a in zip(anchors, here)}  # a model may write an id twice
         figures = summarize(here)
         figures.pop("questions")
         if said.objects:

@@ -501,7 +501,8 @@ def annotate_file(path: str, out: Path, segmenter: Callable[[np.ndarray, float, 
         os.replace(part, out)
     finally:
         part.unlink(missing_ok=True)
-    print(f"wrote {out}: {lines.size} lines, {len(fits)} points; their own masks fit the given ones with an IoU of {np.mean(fits or [0]):.3f}")
+    print(f"wrote {out}: {lines.size} lines, {len(fits)} points; "
+          f"their own masks fit the given ones with an IoU of {np.mean(fits or [0]):.3f}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -108,8 +108,8 @@ class MolmoConfig:
 
 
 def _build(cls, values: dict, name: str):
-    parts = {"views": ViewConfig, "vit": ViTConfig, "connector": ConnectorConfig, "temporal": TemporalConfig, "llm": LLMConfig, "point": PointConfig,
-             "yarn": Yarn}
+    parts = {"views": ViewConfig, "vit": ViTConfig, "connector": ConnectorConfig, "temporal": TemporalConfig, "llm": LLMConfig,
+             "point": PointConfig, "yarn": Yarn}
     wrong = {f.name for f in fields(cls)} ^ set(values)
     if wrong:
         raise ValueError(f"{name}: unknown or missing: {', '.join(sorted(wrong))}")
