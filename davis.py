@@ -130,7 +130,7 @@ class Sequences:
         for key, numbers in meant.items():
             if unknown := [one for one in numbers if one not in objects]:
                 raise ValueError(f"expression {key}: no mask has an object {unknown[0]}")
-        annotations = [Annotation("point", wordings[key], meant[key]) for key in meant]
+        annotations = [Annotation("point", wordings[key], meant[key], about=sequence) for key in meant]
         return Record(sequence, pictures, [n / FPS for n in range(len(names))], objects, annotations)
 
     def _drawn(self, sequence: str, names: list[str], shape: tuple[int, int]) -> dict[int, dict[int, Runs]]:

@@ -95,6 +95,7 @@ def test_scores_of_a_folder(tmp_path, capsys, monkeypatch):
     figures = json.loads((tmp_path / "f.json").read_text())
     table = figures["figures"][str(folder)]["all"]
     assert table["questions"] == 3 and table["J&F"] > 0.8 and table["f1"] == 1 and table["J&F"] == pytest.approx((table["J"] + table["F"]) / 2)
+    assert figures["figures"][str(folder)]["by question"] == {"point/walk": table["J&F"]}
     assert "J&F left" in table and figures["settings"]["points"] == "true" and figures["settings"]["asked every"].startswith("2 frames")
     assert "J&F" in capsys.readouterr().out
 
