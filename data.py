@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import screens
 import synthetic
+from connector import TemporalConfig
 from model import PRESETS, VISUAL_TOKENS, Answer, Batch, Ids, MolmoConfig, Spelling, may_attend
 from packing import Branch, Example, Packer, collate, lay_out
 from pointing import (
@@ -55,7 +56,7 @@ from tokenizer import Tokenizer
 
 HOME = Path(__file__).resolve().parent
 NONE = "There are none."
-HISTORY = 4  # frames before the one that is asked about (VideoMolmo)
+HISTORY = TemporalConfig.history  # frames before the one that is asked about
 
 
 # ---------------------------------------------------------------------------------------------------------------------

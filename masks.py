@@ -27,6 +27,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import count
 from math import isqrt
 from pathlib import Path
@@ -330,8 +331,11 @@ class Sam2:
             import torch
             from transformers import Sam2VideoModel
             from transformers.utils.logging import disable_progress_bar
-        except ImportError:
-            raise ValueError("SAM 2 needs one more package: pip install -r requirements-sam2.txt") from None
+        except ImportError as error:
+            if find_spec("transformers") is None:
+                raise ValueError("SAM 2 needs one more package: pip install -r requirements-sam2.txt") from None
+            raise ValueError(f"transformers cannot be loaded ({str(error).splitlines()[0]}): a torchvision that was built for "
+                             "another torch is one cause; SAM 2 needs none, remove it") from None
         if not (Path(folder) / "config.json").is_file():
             raise ValueError(f"{folder}: no folder with a SAM 2 model (config.json, model.safetensors)")
         disable_progress_bar()

@@ -1,7 +1,9 @@
 """The SAM 2 propagator, with small random weights of the `transformers` package: nothing is fetched."""
 
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -100,7 +102,7 @@ def test_the_masks_are_those_of_the_library(folder, carry, start, stop):
 
 
 def test_what_is_missing_is_said_in_one_line(tmp_path, monkeypatch):
-    """No such folder, a damaged one, no package."""
+    """No such folder, a damaged one, no package, a package that does not load."""
     with pytest.raises(ValueError, match="no folder with a SAM 2 model"):
         Sam2(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -109,4 +111,9 @@ def test_what_is_missing_is_said_in_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match="pip install -r requirements-sam2.txt"):
+        Sam2(tmp_path)
+    broken = ModuleType("transformers")
+    broken.__spec__ = ModuleSpec("transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers", broken)
+    with pytest.raises(ValueError, match="transformers cannot be loaded"):
         Sam2(tmp_path)
