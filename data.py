@@ -34,8 +34,10 @@ from torch.utils.data import DataLoader, Dataset
 
 import screens
 import synthetic
+from attention import Ids, may_attend
 from connector import TemporalConfig
-from model import PRESETS, VISUAL_TOKENS, Answer, Batch, Ids, MolmoConfig, Spelling, may_attend
+from generate import Answer, Spelling
+from model import PRESETS, VISUAL_TOKENS, Batch, MolmoConfig
 from packing import Branch, Example, Packer, collate, lay_out
 from pointing import (
     CLOSE_LIST,

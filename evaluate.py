@@ -37,7 +37,8 @@ import vpos
 import weights
 from davis import Sequences
 from masks import FUSIONS, Growing, Propagator, Sam2, dilated, iou, through_time
-from model import Molmo, generate
+from generate import generate
+from model import Molmo
 from packing import collate
 from pointing import Point
 from preprocess import ViewConfig, Views

@@ -41,7 +41,8 @@ from tqdm import tqdm
 import data
 import weights
 from masks import Growing, Masks, Points, Propagator, Sam2, shifted, through_time
-from model import Answer, Molmo, generate, sampler
+from generate import Answer, generate, sampler
+from model import Molmo
 from packing import collate
 from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, Point
 from preprocess import (

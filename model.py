@@ -7,7 +7,7 @@
                  +-- features of each window --------------------------------> point predictor (grounding tokens)
 
 The decoder is Qwen3's: pre-norm, grouped-query attention with an RMSNorm on each head's query and key, RoPE, SwiGLU.
-One rule says who may look at whom (`may_attend`); training, the oracle `generate_slowly` and the cached `generate` all use it.
+One rule says who may look at whom (attention.py).
 
 B sequences, T tokens, d LLM width, N crops of the batch, S patches per crop, v ViT feature width, M visual tokens of the
 batch, K slots of a pool window, G points, V rows of the base vocabulary.
@@ -16,16 +16,15 @@ batch, K slots of a pool window, G points, V rows of the base vocabulary.
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention import Ids, Mask, masked
 from connector import Connector, ConnectorConfig, TemporalConfig, gather_windows, mean_past
-from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, PointConfig, PointDecoder, PointPredictor, RMSNorm, Sight, frequencies, rope
+from pointing import TOKEN_INDEX, VIT_INDEX, PointConfig, PointPredictor, RMSNorm, Sight, frequencies, rope
 from preprocess import ViewConfig
 from tokenizer import EXTRA_TOKENS, RESERVED
 from vit import ViT, ViTConfig
@@ -178,65 +177,6 @@ class Batch:
         return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
 
-class Ids(NamedTuple):
-    """All that the mask rule asks of a token; each (B, T)."""
-
-    example: Tensor
-    branch: Tensor
-    order: Tensor   # place in the sequence
-    visual: Tensor  # bool
-
-
-def may_attend(q: Ids, k: Ids) -> Tensor:
-    """The mask rule: (B, Tq) and (B, Tk) -> (B, Tq, Tk) bool.
-
-    Same example; the key is in the shared trunk or in the query's own branch; and it is not later than the query, or
-    both are visual. Trunk `v v v a`, two branches `b b` and `c c` (rows look at columns):
-
-                v v v a b b c c
-            v   # # # . . . . .
-            v   # # # . . . . .
-            v   # # # . . . . .
-            a   # # # # . . . .
-            b   # # # # # . . .
-            b   # # # # # # . .
-            c   # # # # . . # .
-            c   # # # # . . # #
-    """
-    q, k = Ids(*(x[:, :, None] for x in q)), Ids(*(x[:, None, :] for x in k))
-    same = (q.example == k.example) & ((k.branch == 0) | (k.branch == q.branch))
-    return same & ((k.order <= q.order) | (q.visual & k.visual))
-
-
-class CutMask(NamedTuple):
-    """The mask of packed rows, cut by example: what lies between two examples is neither stored nor computed, so that a
-    pack costs the sum of the squares of their lengths. (For the CPU: it is a loop.)"""
-
-    pieces: list[tuple[int, slice, Tensor]]  # row, from where to where, (1, T', T') bool; padding is a piece as well
-
-    @classmethod
-    def of(cls, ids: Ids) -> "CutMask":
-        """ids (B, T); the tokens of an example are neighbours in its row."""
-        pieces = []
-        for row, example in enumerate(ids.example):
-            ends = example.unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
-            for span in map(slice, [0, *ends], ends):
-                part = Ids(*(field[row:row + 1, span] for field in ids))
-                pieces.append((row, span, may_attend(part, part)))
-        return cls(pieces)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | CutMask) -> Tensor:
-    """q (B, heads, Tq, head_width), k, v (B, kv_heads, Tk, head_width), mask (B, Tq, Tk) -> (B, heads, Tq, head_width)."""
-    if isinstance(mask, Tensor):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
-    rows: list[list[Tensor]] = [[] for _ in q]
-    for row, span, piece in mask.pieces:
-        here = (x[row:row + 1, :, span] for x in (q, k, v))
-        rows[row].append(attend(*here, piece))
-    return torch.cat([torch.cat(row, dim=2) for row in rows])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The language model
 
@@ -265,7 +205,7 @@ class SelfAttention(nn.Module):
         self.q_norm, self.k_norm = (RMSNorm(c.head_width * (1 if c.norm_heads else heads), c.norm_eps)
                                     for heads in (c.heads, c.kv_heads))
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | CutMask, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, mask: Mask, cache: Cache | None) -> Tensor:
         c, split = self.c, lambda y: y.unflatten(-1, (-1, c.head_width)).transpose(1, 2)  # (B, heads, T, head_width)
         q, k, v = self.att_proj(x).split([n * c.head_width for n in (c.heads, c.kv_heads, c.kv_heads)], dim=-1)
         q, k = (norm(y.unflatten(-1, (-1, len(norm.weight)))).flatten(-2)
@@ -274,7 +214,7 @@ class SelfAttention(nn.Module):
         v = split(v)
         if cache is not None:
             k, v = cache.add(self.layer, k, v)
-        return self.attn_out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.attn_out(mask.attend(q, k, v).transpose(1, 2).flatten(2))
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         c = self.c
@@ -304,7 +244,7 @@ class Block(nn.Module):
         self.self_attn, self.mlp = SelfAttention(c, layer), MLP(c)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | CutMask, cache: Cache | None, drop: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, mask: Mask, cache: Cache | None, drop: Tensor | None) -> Tensor:
         if self.norm_after:
             x = x + self.dropped(self.attn_norm(self.self_attn(x, positions, mask, cache)), drop)
             return x + self.dropped(self.ff_norm(self.mlp(x)), drop)
@@ -446,7 +386,7 @@ class Molmo(nn.Module):
             x = x.index_add(0, at_patch, patch.to(x.dtype))
         return x.view(*batch.tokens.shape, -1)
 
-    def decode(self, x: Tensor, positions: Tensor, mask: Tensor | CutMask, cache: Cache | None = None, drop: Tensor | None = None) -> Tensor:
+    def decode(self, x: Tensor, positions: Tensor, mask: Mask, cache: Cache | None = None, drop: Tensor | None = None) -> Tensor:
         """x (B, T, d) -> hidden states after the last block, before the final norm; `drop` (B, T) says where dropout acts."""
         for block in self.blocks:
             x = block(x, positions, mask, cache, drop)
@@ -471,9 +411,7 @@ class Molmo(nn.Module):
     def forward(self, batch: Batch, drop: Tensor | None = None) -> tuple[Tensor, Sight]:
         """-> hidden states (B, T, d) and what was seen."""
         sight = self.see(batch)
-        ids = self.mask_ids(batch)
-        mask = CutMask.of(ids) if batch.tokens.device.type == "cpu" else may_attend(ids, ids)
-        return self.decode(self.inputs(batch, sight), batch.positions, mask, drop=drop), sight
+        return self.decode(self.inputs(batch, sight), batch.positions, masked(self.mask_ids(batch)), drop=drop), sight
 
     def losses(self, batch: Batch, drop_responses_only: bool = False) -> dict[str, Tensor]:
         """Weighted sums: `token`, `z` (the squared log-normaliser of the head), `patch`, `slot`, `location`; and counts
@@ -489,130 +427,6 @@ class Molmo(nn.Module):
             owners, branches = self.owners(batch).flatten(), batch.branch_ids.flatten()
             losses |= self.point_predictor.losses(h, targets, weights, owners, branches, batch.points, sight, self.ids)
         return losses
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing answers
-
-
-class Answer(NamedTuple):
-    tokens: list[int]       # without the end-of-turn token
-    rows: list[list[int]]   # [visual token of the example, slot, location] of every <|token_index|>
-    finish_reason: str      # "stop": the model ended its turn; "length": max_new_tokens were written
-
-
-class Spelling(NamedTuple):
-    """The token ids that steer generation, from the tokenizer."""
-
-    eos: int          # ends a turn
-    close: list[int]  # `">`, which must follow "no more points"
-    stops: tuple[int, ...] = ()  # others that end an answer
-
-
-class FreeDecoder:
-    """The decoder of a model that writes its points as text: no rules."""
-
-    def __init__(self):
-        self.rows: list[list[int]] = []
-
-    def step(self, logits: Tensor, h: Tensor, sample: Callable[[Tensor], int]) -> tuple[int, None]:
-        return sample(logits), None
-
-
-def sampler(temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Callable[[Tensor], int]:
-    """Logits (V,) -> token: greedy at temperature 0, else among the fewest tokens whose probabilities reach top_p."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def sample(logits: Tensor) -> int:
-        if temperature == 0:
-            return int(logits.argmax())
-        p, order = (logits.float().cpu() / temperature).softmax(-1).sort(descending=True)
-        p = p * (p.cumsum(0) - p < top_p)
-        return int(order[torch.multinomial(p, 1, generator=generator)])
-
-    return sample
-
-
-def start_decoder(model: Molmo, h: Tensor, sight: Sight, owner: int, close: Sequence[int]):
-    """The decoder of one example of a prompt batch: h (B, T, d) of the prompt."""
-    if model.point_predictor is None:
-        return FreeDecoder()
-    sight = sight.only(sight.owner == owner)
-    return PointDecoder(model.point_predictor, h.flatten(0, 1)[sight.at], sight, model.ids, close)
-
-
-def speakable(model: Molmo, logits: Tensor) -> Tensor:
-    """Bars the extra tokens that only a picture or a prompt may bring."""
-    spoken = torch.tensor([model.ids[name] for name in (TOKEN_INDEX, VIT_INDEX, VIT_LOC)], device=logits.device)
-    number = torch.arange(logits.shape[-1], device=logits.device)
-    return logits.masked_fill((number >= model.config.llm.vocabulary) & ~torch.isin(number, spoken), float("-inf"))
-
-
-@torch.inference_mode()
-def generate_slowly(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int, sample=sampler()) -> Answer:
-    """The oracle: one unpadded prompt, the whole sequence through the model for every token, no cache."""
-    tokens, decoder, given = [], None, batch.points.tolist()
-    for _ in range(max_new_tokens):
-        h, sight = model(batch)
-        decoder = decoder or start_decoder(model, h, sight, int(model.owners(batch)[0, -1]), spelling.close)
-        token, _ = decoder.step(speakable(model, model.logits(h[0, -1])), h[0, -1], sample)
-        if token in (spelling.eos, *spelling.stops):
-            return Answer(tokens, decoder.rows, "stop")
-        tokens.append(token)
-        batch = _with_token(batch, token, given + decoder.rows)
-    return Answer(tokens, decoder.rows if decoder else [], "length")
-
-
-def _with_token(batch: Batch, token: int, rows: list[list[int]]) -> Batch:
-    """The batch with one more token, in the branch of the last one, and with the choices made so far."""
-    grow = lambda values, last: torch.cat([values, last], dim=1)
-    return replace(
-        batch,
-        tokens=grow(batch.tokens, torch.full_like(batch.tokens[:, -1:], token)),
-        positions=grow(batch.positions, batch.positions[:, -1:] + 1),
-        example_ids=grow(batch.example_ids, batch.example_ids[:, -1:]),
-        branch_ids=grow(batch.branch_ids, batch.branch_ids[:, -1:]),
-        points=torch.tensor(rows, dtype=torch.long, device=batch.tokens.device).view(-1, 3),
-    )
-
-
-@torch.inference_mode()
-def generate(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int, sample=sampler()) -> list[Answer]:
-    """Answers B prompts (padded on the right, one example a row) with a cache; the same answers as `generate_slowly`."""
-    # Prefill: the prompts once; their keys and values stay.
-    rows, length = batch.tokens.shape
-    keys, sight = model.mask_ids(batch), model.see(batch)
-    x = model.inputs(batch, sight)
-    cache = Cache(model.config.llm, rows, length + max_new_tokens, like=x)
-    h = model.decode(x, batch.positions, may_attend(keys, keys), cache)
-    last = (batch.example_ids >= 0).sum(1) - 1
-    every = torch.arange(rows, device=x.device)
-    owners = model.owners(batch)[every, last]
-    decoders = [start_decoder(model, h, sight, int(owner), spelling.close) for owner in owners]
-    h, position = h[every, last], batch.positions[every, last]
-
-    # Grow: one token a row; new tokens stand behind the longest prompt, padding between is nobody's example.
-    answers, finished = [[] for _ in range(rows)], [False] * rows
-    for step in range(max_new_tokens):
-        logits = speakable(model, model.logits(h))
-        x = model.embed(torch.full((rows, 1), spelling.eos, device=x.device))
-        for row in range(rows):
-            if finished[row]:
-                continue
-            token, carried = decoders[row].step(logits[row], h[row], sample)
-            if token in (spelling.eos, *spelling.stops):
-                finished[row] = True
-                continue
-            answers[row].append(token)
-            x[row, 0] = model.embed(torch.tensor([[token]], device=x.device))[0, 0] + (0 if carried is None else carried)
-        if all(finished) or step + 1 == max_new_tokens:
-            break
-        new = Ids(batch.example_ids[every, last], batch.branch_ids[every, last],
-                  torch.full_like(last, length + step), torch.zeros_like(last, dtype=torch.bool))
-        new = Ids(*(field[:, None] for field in new))
-        keys = Ids(*(torch.cat([old, field], dim=1) for old, field in zip(keys, new)))
-        h = model.decode(x, (position + 1 + step)[:, None], may_attend(new, keys), cache)[:, 0]
-    return [Answer(a, d.rows, "stop" if f else "length") for a, d, f in zip(answers, decoders, finished)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from connector import ConnectorConfig, TemporalConfig
 from model import LLMConfig, Molmo, MolmoConfig, Yarn
 from pointing import PointConfig
 from preprocess import ViewConfig
-from tokenizer import EXTRA_TOKENS, RESERVED, ReleasedTokenizer, Tokenizer
+from tokenizer import RESERVED, ReleasedTokenizer, Tokenizer
 from vit import ViTConfig
 
 

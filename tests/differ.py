@@ -17,10 +17,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import attention  # noqa: E402
 import data  # noqa: E402
-import model as model_file  # noqa: E402
 import weights  # noqa: E402
-from model import Batch, Ids, Molmo  # noqa: E402
+from attention import Ids  # noqa: E402
+from model import Batch, Molmo  # noqa: E402
 from packing import collate  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
@@ -173,7 +174,7 @@ def main() -> None:
         save_reference(theirs, Path(folder))
         ours, tokenizer = weights.load(folder)
     if args.broken:
-        model_file.may_attend = causal_only
+        attention.may_attend = causal_only
     views = data.views_of(data.draw("stills", 0, 1, 1), ours.config.views)
     batch = collate([data.prompt(tokenizer, views, "point to the cups")])
     found = compare(ours, theirs, batch, reference_inputs(ours, batch, grids(views, ours), False))

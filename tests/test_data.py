@@ -15,12 +15,13 @@ import data
 import evaluate
 import synthetic
 from connector import ConnectorConfig
-from data import Drawn, Loader, Mixture, branch, draw, example, pointed, question
-from model import PRESETS, Answer, LLMConfig, MolmoConfig
+from data import Loader, Mixture, branch, draw, example, pointed, question
+from generate import Answer
+from model import PRESETS, LLMConfig, MolmoConfig
 from packing import Packer, collate, lay_out
 from pointing import TOKEN_INDEX, Point
 from preprocess import ViewConfig
-from records import TASKS, TRACKS, Annotation, Lines, Object, Record
+from records import TASKS, Annotation, Lines, Object, Record
 from tokenizer import Tokenizer
 from vit import ViTConfig
 

@@ -19,7 +19,8 @@ import data
 import infer
 import weights
 from masks import iou
-from model import PRESETS, Answer, Molmo
+from generate import Answer
+from model import PRESETS, Molmo
 from pointing import Point, grounded_pieces, grounding_targets, read_text, write_text
 from preprocess import frames_of, image_views, read_image, read_video, video_views, write_video
 from records import runs_of

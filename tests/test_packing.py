@@ -8,7 +8,8 @@ import torch
 
 import data
 from connector import ConnectorConfig
-from model import PRESETS, Ids, LLMConfig, Molmo, may_attend
+from attention import Ids, may_attend
+from model import PRESETS, LLMConfig, Molmo
 import packing
 from packing import WEIGHTS, Branch, Example, Packer, collate, fullest, lay_out, packs
 from pointing import PointConfig

@@ -13,8 +13,8 @@ import torch
 pytest.importorskip("transformers", reason="pip install -r requirements-dev.txt")
 pytest.importorskip("safetensors", reason="pip install -r requirements-dev.txt")
 
+import attention  # noqa: E402
 import data  # noqa: E402
-import model as model_file  # noqa: E402
 import synthetic  # noqa: E402
 import weights  # noqa: E402
 from differ import (  # noqa: E402
@@ -27,7 +27,8 @@ from differ import (  # noqa: E402
     reference_inputs,
     save_reference,
 )
-from model import PRESETS, Molmo, Spelling, generate  # noqa: E402
+from generate import Spelling, generate  # noqa: E402
+from model import PRESETS, Molmo  # noqa: E402
 from packing import collate  # noqa: E402
 from preprocess import image_views, video_views  # noqa: E402
 
@@ -88,7 +89,7 @@ def test_every_layer_gives_the_same(pair, name):
 def test_the_comparison_finds_a_missing_bidirectional_rule(pair, monkeypatch):
     """With pictures read causally the first block of the decoder disagrees and nothing before it."""
     theirs, ours, tokenizer, _ = pair
-    monkeypatch.setattr(model_file, "may_attend", causal_only)
+    monkeypatch.setattr(attention, "may_attend", causal_only)
     found = compare(ours, theirs, *asked(ours, tokenizer, scenes(ours.config)["two images"]))
     assert first_difference(found) == "block 0"
 
@@ -210,7 +211,8 @@ def test_the_decoder_is_qwen3s_and_olmo3s(style):
     """Text alone: hidden states after the final norm agree with the language model's own implementation."""
     from transformers import Olmo3Config, Olmo3Model, Qwen3Config, Qwen3Model
 
-    from model import LLMConfig, Yarn, Ids, may_attend
+    from attention import Dense, Ids
+    from model import LLMConfig, Yarn
 
     sizes = dict(vocab_size=640, hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96,
                  max_position_embeddings=512, attention_dropout=0.0)
@@ -247,7 +249,7 @@ def test_the_decoder_is_qwen3s_and_olmo3s(style):
         tokens = torch.randint(0, 640, (2, 100), generator=torch.Generator().manual_seed(2))
         x, positions = state["embed_tokens.weight"][tokens], torch.arange(100).expand(2, -1)
         ids = Ids(torch.zeros(2, 100, dtype=int), torch.zeros(2, 100, dtype=int), positions, torch.zeros(2, 100, dtype=bool))
-        mine = ours.ln_f(ours.decode(x, positions, may_attend(ids, ids)))
+        mine = ours.ln_f(ours.decode(x, positions, Dense.of(ids, ids)))
         expected = theirs(tokens).last_hidden_state
     assert torch.allclose(mine, expected, atol=1e-4 * float(expected.abs().max()))
 

@@ -17,7 +17,8 @@ import infer  # noqa: E402
 import synthetic  # noqa: E402
 import weights  # noqa: E402
 from connector import TemporalConfig
-from model import PRESETS, LLMConfig, Molmo, Yarn, costs, generate, generate_slowly
+from generate import generate, generate_slowly
+from model import PRESETS, LLMConfig, Molmo, Yarn, costs
 from model import main as model_main  # noqa: E402
 from packing import collate  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402

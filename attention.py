@@ -1,0 +1,123 @@
+"""Who may look at whom, and three ways to compute it.
+
+One rule, `sees`, holds in training and in inference, for one question and for packs of message trees. What attention does
+with it depends on where it runs; every way has the same `attend(q, k, v)`:
+
+    Dense    one mask of all pairs for `scaled_dot_product_attention`: short rows, and the few queries of a token being written
+    Cut      the same, cut by example: on a CPU a pack then costs the sum of the squares of its examples' lengths
+    Sparse   FlexAttention: on a GPU blocks of 128 x 128 pairs are skipped where nobody sees anybody; no mask of all pairs is
+             ever held, so memory grows with the length and not with its square
+
+B sequences, T tokens (Tq of queries, Tk of keys).
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+
+class Ids(NamedTuple):
+    """All that the rule asks of a token; each (B, T)."""
+
+    example: Tensor
+    branch: Tensor
+    order: Tensor   # place in the sequence
+    visual: Tensor  # bool
+
+
+def sees(q: Ids, k: Ids) -> Tensor:
+    """The rule, for queries and keys of any shapes that broadcast: same example; the key is in the shared trunk or in the
+    query's own branch; and it is not later than the query, or both are visual. (SPEC section 2.)"""
+    same = (q.example == k.example) & ((k.branch == 0) | (k.branch == q.branch))
+    return same & ((k.order <= q.order) | (q.visual & k.visual))
+
+
+def may_attend(q: Ids, k: Ids) -> Tensor:
+    """Every query with every key: (B, Tq) and (B, Tk) -> (B, Tq, Tk) bool. Trunk `v v v a` with two branches `b b` and
+    `c c` (rows look at columns):
+
+                v v v a b b c c
+            v   # # # . . . . .
+            v   # # # . . . . .
+            v   # # # . . . . .
+            a   # # # # . . . .
+            b   # # # # # . . .
+            b   # # # # # # . .
+            c   # # # # . . # .
+            c   # # # # . . # #
+    """
+    return sees(Ids(*(x[:, :, None] for x in q)), Ids(*(x[:, None, :] for x in k)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Three ways. q (B, heads, Tq, head_width), k, v (B, kv_heads, Tk, head_width) -> (B, heads, Tq, head_width)
+
+
+class Dense(NamedTuple):
+    seen: Tensor  # (B, Tq, Tk) bool
+
+    @classmethod
+    def of(cls, q: Ids, k: Ids) -> "Dense":
+        return cls(may_attend(q, k))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.seen[:, None], enable_gqa=True)
+
+
+class Cut(NamedTuple):
+    """What lies between two examples is neither stored nor computed. The tokens of an example are neighbours in its row."""
+
+    pieces: list[tuple[int, slice, Dense]]  # row, from where to where, its mask; padding is a piece as well
+
+    @classmethod
+    def of(cls, ids: Ids) -> "Cut":
+        pieces = []
+        for row, example in enumerate(ids.example):
+            ends = example.unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
+            for span in map(slice, [0, *ends], ends):
+                part = Ids(*(field[row:row + 1, span] for field in ids))
+                pieces.append((row, span, Dense.of(part, part)))
+        return cls(pieces)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows: list[list[Tensor]] = [[] for _ in q]
+        for row, span, piece in self.pieces:
+            rows[row].append(piece.attend(*(x[row:row + 1, :, span] for x in (q, k, v))))
+        return torch.cat([torch.cat(row, dim=2) for row in rows])
+
+
+class Sparse(NamedTuple):
+    blocks: BlockMask
+
+    @classmethod
+    def of(cls, ids: Ids) -> "Sparse":
+        (rows, length), device = ids.example.shape, ids.example.device
+        make = compiled(create_block_mask) if device.type == "cuda" else create_block_mask
+        return cls(make(rule_of(ids), rows, None, length, length, device=device))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        flex = compiled(flex_attention) if q.is_cuda else flex_attention
+        return flex(q, k, v, block_mask=self.blocks, enable_gqa=True)
+
+
+def rule_of(ids: Ids):
+    """`sees` as FlexAttention asks for it: by the numbers of a row, a head, a query and a key."""
+    return lambda row, head, q, k: sees(Ids(*(x[row, q] for x in ids)), Ids(*(x[row, k] for x in ids)))
+
+
+Mask = Dense | Cut | Sparse
+
+
+@cache
+def compiled(function):
+    """Once for rows of all lengths."""
+    return torch.compile(function, dynamic=True)
+
+
+def masked(ids: Ids) -> Mask:
+    """The way for these tokens' device."""
+    return Sparse.of(ids) if ids.example.is_cuda else Cut.of(ids)

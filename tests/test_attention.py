@@ -1,0 +1,165 @@
+"""The mask rule and the three ways to compute attention under it."""
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+import attention
+from attention import Cut, Dense, Ids, Sparse, may_attend
+
+
+# a: text, v: visual. Example 0: two images of 4 and 5 tokens in the trunk, branches 1 and 2; example 1: one image; padding.
+#            0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 1 1 1 1 1 - -
+#            0 0 0 0 0 0 0 0 0 0 0 0 1 1 1 2 2 0 0 0 0 1 0 0
+DRAWING = """
+          a  # . . . . . . . . . . . . . . . . . . . . . . .
+          v  # # # # # . # # # # # . . . . . . . . . . . . .
+          v  # # # # # . # # # # # . . . . . . . . . . . . .
+          v  # # # # # . # # # # # . . . . . . . . . . . . .
+          v  # # # # # . # # # # # . . . . . . . . . . . . .
+          a  # # # # # # . . . . . . . . . . . . . . . . . .
+          v  # # # # # # # # # # # . . . . . . . . . . . . .
+          v  # # # # # # # # # # # . . . . . . . . . . . . .
+          v  # # # # # # # # # # # . . . . . . . . . . . . .
+          v  # # # # # # # # # # # . . . . . . . . . . . . .
+          v  # # # # # # # # # # # . . . . . . . . . . . . .
+          a  # # # # # # # # # # # # . . . . . . . . . . . .
+          a  # # # # # # # # # # # # # . . . . . . . . . . .
+          a  # # # # # # # # # # # # # # . . . . . . . . . .
+          a  # # # # # # # # # # # # # # # . . . . . . . . .
+          a  # # # # # # # # # # # # . . . # . . . . . . . .
+          a  # # # # # # # # # # # # . . . # # . . . . . . .
+          a  . . . . . . . . . . . . . . . . . # . . . . . .
+          v  . . . . . . . . . . . . . . . . . # # # . . . .
+          v  . . . . . . . . . . . . . . . . . # # # . . . .
+          a  . . . . . . . . . . . . . . . . . # # # # . . .
+          a  . . . . . . . . . . . . . . . . . # # # # # . .
+          a  . . . . . . . . . . . . . . . . . . . . . . # .
+          a  . . . . . . . . . . . . . . . . . . . . . . # #
+"""
+
+
+def test_mask_is_as_drawn():
+    """Visual tokens of an example see each other both ways, across images; all else is causal, inside trunk and branch."""
+    rows = [line.split() for line in DRAWING.split("\n") if line.strip()]
+    example = [0] * 17 + [1] * 5 + [-1] * 2
+    branch = [0] * 12 + [1] * 3 + [2] * 2 + [0] * 4 + [1] + [0] * 2
+    visual = [row[0] == "v" for row in rows]
+    ids = Ids(*(torch.tensor([field]) for field in (example, branch, list(range(24)), visual)))
+    assert [["#" if seen else "." for seen in row] for row in may_attend(ids, ids)[0].tolist()] == [row[1:] for row in rows]
+
+
+def test_mask_equals_a_slow_loop():
+    """On random ids, with fewer queries than keys as in cached decoding, the predicate is its definition pair by pair."""
+    rng = np.random.default_rng(0)
+    draw = lambda t: (rng.integers(-1, 2, (3, t)), rng.integers(0, 3, (3, t)), rng.integers(0, 20, (3, t)), rng.random((3, t)) < 0.5)
+    q, k = draw(7), draw(15)
+    mask = may_attend(Ids(*map(torch.from_numpy, q)), Ids(*map(torch.from_numpy, k)))
+    for b in range(3):
+        for i in range(7):
+            for j in range(15):
+                (qe, qb, qo, qv), (ke, kb, ko, kv) = ([field[b, n] for field in side] for side, n in ((q, i), (k, j)))
+                allowed = qe == ke and kb in (0, qb) and (ko <= qo or (qv and kv))
+                assert bool(mask[b, i, j]) == allowed
+
+
+
+def packed(rng: np.random.Generator, rows: int, length: int) -> Ids:
+    """Ids of rows of message trees, as packs have them: trunks with pictures, branches, padding at the end."""
+    example, branch, visual = np.full((rows, length), -1), np.zeros((rows, length), int), np.zeros((rows, length), bool)
+    for row in range(rows):
+        at, number = 0, 0
+        while at < length - 4 and rng.random() < 0.9:
+            trunk, t = rng.integers(1, max(length // 3, 2)), at
+            for b, size in enumerate([trunk, *rng.integers(1, max(length // 6, 2), rng.integers(0, 4))]):
+                example[row, t:t + size], branch[row, t:t + size] = number, b
+                t += size
+            visual[row, at + rng.integers(0, trunk):at + trunk] = True
+            at, number = t, number + 1
+    order = np.tile(np.arange(length), (rows, 1))
+    return Ids(*(torch.from_numpy(field) for field in (example, branch, order, visual)))
+
+
+def unfolded(mask: BlockMask, length: int) -> torch.Tensor:
+    """What FlexAttention lets through, pair by pair: blocks in its list of full ones whole, those in its list of partial
+    ones by their rule, nothing else."""
+    rows, side = mask.kv_num_blocks.shape[0], mask.BLOCK_SIZE[0]
+    seen = torch.zeros(rows, length, length, dtype=torch.bool)
+    for counts, indices, full in ((mask.kv_num_blocks, mask.kv_indices, False), (mask.full_kv_num_blocks, mask.full_kv_indices, True)):
+        for row in range(rows):
+            for i, n in enumerate(counts[row, 0].tolist()):
+                for j in indices[row, 0, i, :n].tolist():
+                    q = torch.arange(i * side, min((i + 1) * side, length))[:, None]
+                    k = torch.arange(j * side, min((j + 1) * side, length))[None]
+                    seen[row, q, k] = True if full else mask.mask_mod(torch.tensor(row), torch.tensor(0), q, k)
+    return seen
+
+
+def test_cut_attention_equals_dense_attention():
+    """Rows with two examples, with one, and with padding: cut by example or not, heads and gradients come out the same,
+    and the pieces cover every token once."""
+    torch.manual_seed(0)
+    example = torch.tensor([[0] * 9 + [1] * 7, [0] * 12 + [-1] * 4, [0] * 16])
+    branch, order = torch.randint(0, 3, (3, 16)), torch.arange(16).expand(3, 16)
+    ids = Ids(example, branch, order, torch.rand(3, 16) < 0.4)
+    cut, dense = Cut.of(ids), Dense.of(ids, ids)
+    assert [(row, span.start, span.stop) for row, span, _ in cut.pieces] == [(0, 0, 9), (0, 9, 16), (1, 0, 12), (1, 12, 16), (2, 0, 16)]
+    q, k, v = (torch.randn(3, heads, 16, 8, requires_grad=True) for heads in (4, 2, 2))
+    one, two = cut.attend(q, k, v), dense.attend(q, k, v)
+    torch.testing.assert_close(one, two)
+    by = torch.randn_like(one)
+    for a, b in zip(torch.autograd.grad(one, (q, k, v), by), torch.autograd.grad(two, (q, k, v), by)):
+        torch.testing.assert_close(a, b)
+
+
+def test_block_sparse_masks_let_through_what_the_rule_does():
+    """For 300 random packs of up to 5 blocks a side the lists of blocks and the rule inside them give the dense mask, pair
+    by pair; and blocks without any pair are left out."""
+    rng, skipped = np.random.default_rng(1), 0
+    for _ in range(300):
+        rows, length = int(rng.integers(1, 4)), int(rng.integers(2, 640))
+        ids = packed(rng, rows, length)
+        blocks = Sparse.of(ids).blocks
+        dense = may_attend(ids, ids)
+        assert torch.equal(unfolded(blocks, length), dense)
+        skipped += int((blocks.to_dense() == 0).sum())
+    assert skipped > 300
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_block_sparse_attention_equals_dense_attention():
+    """Heads come out the same on packs of several lengths, with fewer key heads than query heads. (Gradients: on a GPU.)"""
+    rng = np.random.default_rng(2)
+    for length in (7, 128, 300):
+        ids = packed(rng, 2, length)
+        q, k, v = (torch.from_numpy(rng.normal(size=(2, heads, length, 16)).astype(np.float32)) for heads in (4, 2, 2))
+        torch.testing.assert_close(Sparse.of(ids).attend(q, k, v), Dense.of(ids, ids).attend(q, k, v))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has no backward pass on a CPU")
+def test_block_sparse_gradients_equal_dense_ones():
+    """On a GPU, where it runs compiled."""
+    rng = np.random.default_rng(2)
+    for length in (128, 300, 1000):
+        ids = Ids(*(field.cuda() for field in packed(rng, 2, length)))
+        q, k, v = (torch.randn(2, heads, length, 64, device="cuda", requires_grad=True) for heads in (4, 2, 2))
+        one, two = Sparse.of(ids).attend(q, k, v), Dense.of(ids, ids).attend(q, k, v)
+        torch.testing.assert_close(one, two, atol=1e-2, rtol=1e-2)
+        by = torch.randn_like(one)
+        for a, b in zip(torch.autograd.grad(one, (q, k, v), by), torch.autograd.grad(two, (q, k, v), by)):
+            torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)
+
+
+def test_one_compilation_serves_all_lengths(monkeypatch):
+    """Making the block mask is compiled once for rows of any length, not once a batch."""
+    counter = CompileCounterWithBackend("eager")
+    make = torch.compile(create_block_mask, dynamic=True, backend=counter)
+    rng = np.random.default_rng(3)
+    for length in (300, 200, 450, 520, 301):
+        ids = packed(rng, 2, length)
+        rule = attention.rule_of(ids)
+        blocks = make(rule, 2, None, length, length, device="cpu")
+        assert torch.equal(unfolded(blocks, length), may_attend(ids, ids))
+    assert counter.frame_count <= 2, counter.frame_count
