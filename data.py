@@ -490,6 +490,7 @@ class Loader:
     state: dict[str, list[int]] | None = None
     rank: int = 0
     world: int = 1
+    multiple: int = 1          # to which rows are padded
     names: Sequence[str] = ()  # of the examples in the last batch
 
     MOST_SKIPPED = 100
@@ -501,7 +502,7 @@ class Loader:
                            worker_init_fn=leave_signals, generator=torch.Generator())  # the model's own stays as it is
         after, skipped, in_a_row, packs = state["next"][0], set(), 0, []
         for number, item in items:
-            after = max(after, number + self.world)
+            after = max(after, number + self.world if number >= state["next"][0] else 0)
             try:
                 if isinstance(item, str):
                     raise ValueError(item)
@@ -521,8 +522,18 @@ class Loader:
             if len(packs) == self.rows:
                 self.state = {"next": [after], "pool": self.packer.numbers}
                 self.names = [tree.name for pack in packs for tree in pack]
-                yield collate(packs, self.weights)
+                yield collate(packs, self.weights, self.multiple)
                 packs = []
+
+
+def shared_out(states: Sequence[dict[str, list[int]]], rank: int, world: int) -> dict[str, list[int]]:
+    """The state of loader `rank` of `world`, from those of all loaders of a run that may have had another number of them: what
+    none of them has taken comes once."""
+    if len(states) == world:
+        return states[rank]
+    start = max(state["next"][0] for state in states)
+    waiting = [n for state in states for n in (*state["pool"], *range(state["next"][0], start, len(states)))]
+    return {"next": [start + rank], "pool": sorted(waiting)[rank::world]}
 
 
 @dataclass
