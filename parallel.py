@@ -284,12 +284,10 @@ def whole(model: Molmo, world: World) -> Molmo | None:
 
 def save(folder: Path, moments: dict[str, Tensor], world: World, finish: Callable[..., None]) -> None:
     """A checkpoint of many processes. Process 0 writes the whole model with `finish(also=...)`, which is `weights.save`; the
-    optimisers' moments, twice the model's size, are written in shards by all of them at once. Whole or not at all; the
-    processes share the file system."""
-    shards = lambda fresh: dcp.save(moments, checkpoint_id=fresh / "shards")
-    if world.mesh is None:
-        finish()
-    elif world.rank == 0:
+    optimisers' moments, twice the model's size, are written in shards by all of them at once (none: nothing is in shards
+    yet). Whole or not at all; the processes share the file system."""
+    shards = lambda fresh: dcp.save(moments, checkpoint_id=fresh / "shards") if moments else None
+    if world.rank == 0:
         finish(also=shards)
     else:
         shards(weights.unfinished(folder))

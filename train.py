@@ -323,15 +323,13 @@ class Run:
         state = {"step": np.array(step), "settings": np.array(json.dumps(self.settings)),
                  "loaders": np.array(json.dumps(self.world.collect(loader)[::self.world.context])),
                  "rng": np.stack(self.world.collect(torch.get_rng_state().numpy()))} | more
-        if not is_sharded(module):
+        whole, sharded = self.model, any(isinstance(p, DTensor) for p in names)
+        if sharded:
+            whole = parallel.whole(self.model, self.world)
+        else:
             state |= {name: value.cpu().numpy() for name, value in moments.items()}
-        whole = parallel.whole(self.model, self.world) if is_sharded(module) else self.model
-        finish = partial(weights.save, self.folder, whole, self.tokenizer, training=state)
-        parallel.save(self.folder, moments if is_sharded(module) else None, self.world, finish)
-
-
-def is_sharded(module: nn.Module) -> bool:
-    return any(isinstance(p, DTensor) for p in module.parameters())
+            moments = {}
+        parallel.save(self.folder, moments, self.world, partial(weights.save, self.folder, whole, self.tokenizer, training=state))
 
 
 def restore(module: nn.Module, optimisers: list[torch.optim.Optimizer], state: dict[str, np.ndarray], run: Run) -> int:
