@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
@@ -53,10 +53,10 @@ def same(found: dict, expected: dict, what: str):
         assert worst < 1e-6, f"{what}: {name} differs by {worst:.1e} of its scale"
 
 
-def equal(world: parallel.World, config, kind: str, recompute: bool = False, optimizer: str = "adamw"):
+def equal(world: parallel.World, config, kind: str, recompute: bool = False):
     """Loss, gradients, gradient norms of the parts, and parameters after a step, in float64, where sums in another order differ by
     less than a mistake would."""
-    everything, config = batches(kind), replace(config, optimizer=optimizer)
+    everything = batches(kind)
     divisor = sum(float(batch.loss_weights.sum()) for batch in everything)
     alone, what = scrambled(0, config).double().train(), f"context {world.context}, {kind}"
     model = parallel.shard(scrambled(0, config).double().train(), world, "cpu", recompute)
@@ -67,16 +67,24 @@ def equal(world: parallel.World, config, kind: str, recompute: bool = False, opt
     assert abs(loss - expected) < 1e-6 * expected, (what, loss, expected)
     gradients = lambda model: {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     same(gradients(model), gradients(alone), what)
-    norms = [step(m, train.optimizers(m, optimizer)) for m in (model, alone)]
+    norms = [step(m, train.optimizers(m, "adamw")) for m in (model, alone)]
     same(*({name: torch.tensor(norm) for name, norm in n.items()} for n in norms), what)
     before = scrambled(0, config).double().state_dict()
     changes = lambda model: {name: parallel.full(p) - before[name] for name, p in model.named_parameters()}
-    found, expected = changes(model), changes(alone)
-    if optimizer == "muon":  # which rounds to bfloat16, and makes small singular values large
-        off = {name: float((found[name] - change).norm() / change.norm().clamp(min=1e-2)) for name, change in expected.items()}
-        assert max(off.values()) < 0.1, max(off.items(), key=lambda entry: entry[1])
-    else:
-        same(found, expected, f"{what}, after a step")
+    same(changes(model), changes(alone), f"{what}, after a step")
+
+
+def muon(world: parallel.World):
+    """A step of Muon, which needs whole matrices, comes out the same in shards, but for its rounding to bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    value, gradient = (torch.randn(48, 64, generator=generator) for _ in range(2))
+    steps = []
+    for cut in (lambda x: x, lambda x: distribute_tensor(x, world.mesh, [Shard(0)])):
+        p = torch.nn.Parameter(cut(value.clone()))
+        p.grad = cut(gradient.clone())
+        torch.optim.Muon([p], lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+        steps.append(parallel.full(p.detach()) - value)
+    assert (steps[0] - steps[1]).norm() < 0.03 * steps[0].norm() > 0, (steps[0] - steps[1]).norm() / steps[0].norm()
 
 
 def check_equal():
@@ -84,11 +92,12 @@ def check_equal():
         apart = replace(shared, context=1, group=None)
         past = replace(CONFIG, temporal=TemporalConfig(mode="attention", width=32, heads=4))
         for world in (apart, shared):
-            equal(world, CONFIG, "uneven", optimizer="muon")
+            equal(world, CONFIG, "uneven")
             equal(world, CONFIG, "text", recompute=True)
             equal(world, past, "text")
         one_head = replace(CONFIG, llm=replace(CONFIG.llm, kv_heads=1))
         equal(shared, one_head, "uneven")
+        muon(apart)
 
 
 def check_resize(source: str, target: str):

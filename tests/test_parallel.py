@@ -6,11 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import data
-import parallel
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
