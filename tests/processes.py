@@ -46,11 +46,11 @@ def step(model, optimisers):
 
 
 @torch.no_grad()
-def same(found: dict, expected: dict, what: str):
+def same(found: dict, expected: dict, what: str, tolerance: float = 1e-6):
     assert found.keys() == expected.keys(), f"{what}: {sorted(found.keys() ^ expected.keys())}"
     for name, value in expected.items():
         worst = float((parallel.full(found[name]) - value).abs().max()) / max(float(value.abs().max()), 1e-3)
-        assert worst < 1e-6, f"{what}: {name} differs by {worst:.1e} of its scale"
+        assert worst < tolerance, f"{what}: {name} differs by {worst:.1e} of its scale"
 
 
 def equal(world: parallel.World, config, kind: str, recompute: bool = False):
@@ -71,7 +71,7 @@ def equal(world: parallel.World, config, kind: str, recompute: bool = False):
     same(*({name: torch.tensor(norm) for name, norm in n.items()} for n in norms), what)
     before = scrambled(0, config).double().state_dict()
     changes = lambda model: {name: parallel.full(p) - before[name] for name, p in model.named_parameters()}
-    same(changes(model), changes(alone), f"{what}, after a step")
+    same(changes(model), changes(alone), f"{what}, after a step", 1e-3)  # AdamW makes the smallest gradients large
 
 
 def muon(world: parallel.World):
