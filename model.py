@@ -13,7 +13,6 @@ B sequences, T tokens, d LLM width, N crops of the batch, S patches per crop, v 
 batch, K slots of a pool window, G points, V rows of the base vocabulary.
 """
 
-import argparse
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -441,41 +440,3 @@ class Molmo(nn.Module):
             owners, branches = self.owners(batch).flatten(), batch.branch_ids.flatten()
             losses |= self.point_predictor.losses(h, targets, weights, owners, branches, batch.points, sight, self.ids)
         return losses
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# python model.py --preset molmo2-8b: what a model costs, without allocating it
-
-
-def costs(config: MolmoConfig) -> dict[str, float]:
-    """Parameters per part and in all, bytes of the key-value cache per token (bf16), and FLOPs per token: two per weight
-    that a token meets (word embeddings are looked up), attention over other tokens not counted."""
-    with torch.device("meta"):
-        model = Molmo(config)
-    count = lambda *modules: sum(p.numel() for module in modules if module is not None for p in module.parameters())
-    t = config.llm
-    figures = {"vit": count(model.vit), "connector": count(model.connector), "point predictor": count(model.point_predictor),
-               "word embeddings": count(model.wte), "decoder blocks": count(model.blocks, model.ln_f),
-               "head": count(model.lm_head)}
-    return figures | {
-        "parameters": sum(figures.values()),
-        "cache bytes per token": 2 * t.layers * t.kv_heads * t.head_width * 2,
-        "flops per token": 2 * (count(model.blocks) + t.width * t.vocabulary),
-        "flops per crop": 2 * count(model.vit.blocks, model.vit.patch_embedding) * config.views.grid**2,
-    }
-
-
-def main():
-    parser = argparse.ArgumentParser(description="What a preset costs: parameters, memory, arithmetic.",
-                                     usage=argparse.SUPPRESS)  # an error is one line
-    parser.add_argument("--preset", choices=PRESETS, default="tiny")
-    figures = costs(PRESETS[parser.parse_args().preset])
-    for name, value in figures.items():
-        if "per" in name.split():
-            print(f"{name:24}{value:>18,}")
-        else:
-            print(f"{name:24}{value:>18,}{value * 2 / 2**30:>9.2f} GiB bf16{value * 4 / 2**30:>9.2f} GiB float32")
-
-
-if __name__ == "__main__":
-    main()

@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import costs
 import data
 import parallel
 import weights
@@ -135,6 +136,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--workers", type=data.number(int, 0, 256), default=1, help="processes that draw scenes")
     parser.add_argument("--context-parallel", type=data.number(int, 1, 1024), default=1, metavar="C",
                         help="so many processes share every batch (torchrun)")
+    parser.add_argument("--plan", type=data.number(int, 1, 10**6), metavar="GPUS", help="print what the stage takes on so many, and end")
     parser.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
@@ -393,6 +395,9 @@ def look(run: Run, state: dict[str, np.ndarray] | None):
 def main(argv: list[str] | None = None):
     with data.one_line("train.py"):
         args = parse(argv)
+        if args.plan:
+            stage = STAGES[args.preset, args.stage]
+            return costs.print_plan(args.preset, PRESETS[args.preset], args.stage, stage, args.plan, args.context_parallel, args.accumulate)
         with parallel.together(args.device, args.context_parallel) as (world, args.device):
             start(args, world)
 

@@ -5,12 +5,12 @@ import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
+import costs
 import data
 import differ
 import evaluate
 import infer
 import masks
-import model
 import packing
 import strangers
 import synthetic
@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
             for line in block.splitlines() if line.strip()]
 PROGRAMS = {"train.py": train.main, "evaluate.py": evaluate.main, "infer.py": infer.main, "synthetic.py": synthetic.main,
-            "tokenizer.py": tokenizer.main, "packing.py": packing.main, "weights.py": weights.main, "model.py": model.main,
+            "tokenizer.py": tokenizer.main, "packing.py": packing.main, "weights.py": weights.main, "costs.py": costs.main,
             "data.py": data.main, "masks.py": masks.main, "tests/differ.py": differ.main,
             "tests/strangers.py": strangers.main}
 EXTRA = {"weights.py": "safetensors", "runs/released": "safetensors", "tests/differ.py": "transformers"}  # word: package
