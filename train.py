@@ -50,6 +50,7 @@ from tokenizer import Tokenizer
 
 HOME = Path(__file__).resolve().parent
 PARTS = ("vit", "connector", "llm", "point")
+SMALL = ("tiny", "small")  # presets that need no care for memory
 LOSSES = ("token", "patch", "slot", "location")
 SMALL_EVALUATION = 40  # records of each set
 Z_LOSS = 1e-4          # weight of the squared log-normaliser of the head, which keeps it from drifting
@@ -129,7 +130,8 @@ def parse(argv: list[str] | None):
     parser.add_argument("--missing", choices=("black", "masked"), help="what stands for frames before the first (default: black)")
     parser.add_argument("--out", help="run folder (default: runs/stage<N>)")
     parser.add_argument("--steps", type=data.number(int, 1, 10**9), help="instead of the stage's own number")
-    parser.add_argument("--accumulate", type=data.number(int, 1, 10**6), default=1, help="parts of a step, for less memory")
+    parser.add_argument("--accumulate", type=data.number(int, 1, 10**6),
+                        help="parts of a step, for less memory (default: 1, of the large presets a pack of each process at a time)")
     parser.add_argument("--seed", type=data.number(int, 0, 10_000), default=0, help="of the weights and of the scenes")
     parser.add_argument("--eval-every", type=data.number(int, 1, 10**9), default=400, help="steps between small evaluations")
     parser.add_argument("--save-every", type=data.number(int, 1, 10**9), default=200, help="steps between checkpoints")
@@ -397,17 +399,24 @@ def main(argv: list[str] | None = None):
         args = parse(argv)
         if args.plan:
             stage = STAGES[args.preset, args.stage]
-            return costs.print_plan(args.preset, PRESETS[args.preset], args.stage, stage, args.plan, args.context_parallel, args.accumulate)
+            parts = parts_of_a_step(args, stage, args.plan // args.context_parallel)
+            return costs.print_plan(args.preset, PRESETS[args.preset], args.stage, stage, args.plan, args.context_parallel, parts)
         with parallel.together(args.device, args.context_parallel) as (world, args.device):
             start(args, world)
+
+
+def parts_of_a_step(args: argparse.Namespace, stage: Stage, groups: int) -> int:
+    """Into how many parts a step is cut, if its packs go to so many groups of processes."""
+    return args.accumulate or (1 if args.preset in SMALL else max(stage.packs // max(groups, 1), 1))
 
 
 def start(args: argparse.Namespace, world: World):
     stage = STAGES[args.preset, args.stage]
     steps = args.steps or stage.steps
     stage = replace(stage, steps=steps, look=min(stage.look, args.steps or stage.look))
-    if stage.packs % (args.accumulate * world.data_size):
-        raise ValueError(f"the {stage.packs} packs of a step cannot be cut into {args.accumulate} parts (--accumulate) "
+    accumulate = parts_of_a_step(args, stage, world.data_size)
+    if stage.packs % (accumulate * world.data_size):
+        raise ValueError(f"the {stage.packs} packs of a step cannot be cut into {accumulate} parts (--accumulate) "
                          f"for {world.data_size} processes")
     if not args.temporal and (args.temporal_init or args.missing):
         raise ValueError("--temporal-init and --missing go with --temporal")
@@ -436,7 +445,7 @@ def start(args: argparse.Namespace, world: World):
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     torch.manual_seed(seed + 1_000_003 * world.rank)  # of dropout
     views = replace(views, max_crops=stage.image_crops or views.max_crops)  # in training only
-    loader = make_loader(stage, seed, tokenizer, replace(model.config, views=views), args, world)
+    loader = make_loader(stage, seed, tokenizer, replace(model.config, views=views), args, world, accumulate)
     log = Log(folder, int(state["step"]) if state else None, silent=world.rank > 0)  # not before bad input is out: it begins a new file
     with stoppable() as asked:
         run = Run(model, tokenizer, stage, seed, settings, args, log, asked, world)
@@ -445,8 +454,8 @@ def start(args: argparse.Namespace, world: World):
             look(run, state)  # every process the same
             state = None
         if not asked:
-            parallel.shard(model, world, args.device, recompute=args.preset not in ("tiny", "small"))
-            train(run, loader, state)
+            parallel.shard(model, world, args.device, recompute=args.preset not in SMALL)
+            train(run, loader, state, accumulate)
 
 
 def same_run(settings: dict, before: dict, folder: Path):
@@ -456,20 +465,20 @@ def same_run(settings: dict, before: dict, folder: Path):
             raise ValueError(f"--resume: the run in {folder} has {name} {before[name]}, not {value}: give the same, or another --out")
 
 
-def make_loader(stage: Stage, seed: int, tokenizer: Tokenizer, config: MolmoConfig, args, world: World) -> data.Loader:
+def make_loader(stage: Stage, seed: int, tokenizer: Tokenizer, config: MolmoConfig, args, world: World, accumulate: int) -> data.Loader:
     if args.data:
         lines = Lines(args.data)
         sets, rates = {args.data: [data.Moments(lines, seed) if args.stage == 4 else lines]}, {args.data: 1.0}
     else:
         sets, rates = data.synthetic_sets(stage.rates, seed, stage.branches, stage.absent), stage.rates
     mixture = data.Mixture(sets, rates, seed, tokenizer, config, stage.tokens)
-    rows = stage.packs // (args.accumulate * world.data_size)
+    rows = stage.packs // (accumulate * world.data_size)
     multiple = math.lcm(world.context, 128 if torch.device(args.device).type == "cuda" else 1)  # few lengths: blocks of a mask
     return data.Loader(mixture, Packer(stage.tokens, stage.crops, stage.pool), rows, stage.weights, args.workers,
                        rank=world.data_rank, world=world.data_size, multiple=multiple)
 
 
-def train(run: Run, loader: data.Loader, state: dict[str, np.ndarray] | None):
+def train(run: Run, loader: data.Loader, state: dict[str, np.ndarray] | None, accumulate: int):
     model, stage, args, world, parts = run.model, run.stage, run.args, run.world, parts_of(run.model)
     for part, params in parts.items():
         for p in params.values():
@@ -486,14 +495,15 @@ def train(run: Run, loader: data.Loader, state: dict[str, np.ndarray] | None):
     for step in bar:
         # the batch, in as many parts as asked for; all losses are divided by the summed weights of the whole, as a mean over
         # processes, since their gradients are averaged
-        micro = [(batch.to(args.device), loader.names) for batch in islice(batches, args.accumulate)]
-        divisor = world.sum(sum(model.context.own(batch.loss_weights).sum() for batch, _ in micro)).clamp(min=1) / world.size
+        micro = [(batch, loader.names) for batch in islice(batches, accumulate)]
+        learned = sum(model.context.own(batch.loss_weights).sum() for batch, _ in micro)
+        divisor = world.sum(learned.to(args.device)).clamp(min=1) / world.size
 
         # forward and backward
         totals = Counter()
         for batch, _ in micro:
             with half:
-                losses = model.losses(batch, stage.drop_responses_only)
+                losses = model.losses(batch.to(args.device), stage.drop_responses_only)
             loss = (sum(losses[name] for name in LOSSES if name in losses) + Z_LOSS * losses["z"]) / divisor
             loss.backward()
             totals.update({name: value.item() for name, value in losses.items()} | {"loss": loss.item()})

@@ -45,6 +45,17 @@ def test_make_targets_are_what_continuous_integration_runs():
     assert set(made) <= set((ROOT / ".ci/run").read_text().splitlines())
 
 
+def test_commands_for_many_processes_are_understood(capsys):
+    """What the README starts with torchrun can be shared out to as many GPUs: the plan of the same stage says so."""
+    started = [command for command in COMMANDS if "torchrun" in command]
+    assert len(started) == 3
+    for command in started:
+        nodes, each = (int((re.search(rf"--{name} (\d+)", command) or [0, 1])[1]) for name in ("nnodes", "nproc-per-node"))
+        words = shlex.split(command[command.index("train.py"):])[1:]
+        train.main([*words, "--plan", str(nodes * each)])
+        assert "the stage" in capsys.readouterr().out
+
+
 def test_every_python_command_runs(tmp_path, monkeypatch, capfd):
     """All commands in their order, in an empty folder with the assets beside it; training and evaluation cut short. The
     vocabulary and the clip's truth come out byte for byte as they lie in assets/."""
