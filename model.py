@@ -118,6 +118,7 @@ def _build(cls, values: dict, name: str):
 
 # Sizes: Molmo2 and MolmoPoint papers and the released config files. `tiny` trains on two CPU cores: 126 px crops of 9x9
 # patches (odd like 27x27, so that 2x2 pooling leaves an empty column and 3x3 does not), every mechanism of the large ones.
+# `small` is for one consumer GPU. Both have the vocabulary of assets/tokenizer.json.
 QWEN3_8B = LLMConfig()
 QWEN3_4B = replace(QWEN3_8B, width=2560, mlp_hidden=9728, rope_theta=5e6, tied=True)  # 1e6 in the paper's table
 OLMO3_7B = LLMConfig(vocabulary=100_278, layers=32, kv_heads=32, mlp_hidden=11_008, rope_theta=5e5, norm_after=True,
@@ -143,6 +144,15 @@ PRESETS = {
         llm=LLMConfig(vocabulary=768, width=160, layers=4, heads=4, kv_heads=2, head_width=40, mlp_hidden=320,
                       rope_theta=1e4, dropout=0.0),
         point=PointConfig(width=256),
+        optimizer="muon",
+    ),
+    "small": MolmoConfig(  # crops and windows of the released models
+        views=ViewConfig(max_crops=8, max_frames=32),
+        vit=ViTConfig(width=384, layers=6, heads=6, mlp_hidden=1536, taps=(-1, -3)),
+        connector=ConnectorConfig(width=384, heads=6, mlp_hidden=1536, output_layer=False),
+        temporal=TemporalConfig(width=384, heads=6),
+        llm=LLMConfig(vocabulary=768, width=512, layers=12, heads=8, kv_heads=2, head_width=64, mlp_hidden=1536,
+                      rope_theta=1e4, dropout=0.0),
         optimizer="muon",
     ),
     "molmo2-4b": _molmo2(QWEN3_4B),
@@ -208,9 +218,9 @@ class Cache:
 
     def reserve(self, count: int) -> None:
         """Places for `count` more tokens. ValueError if there are not so many."""
+        if self.used + count > self.room:
+            raise ValueError(f"{count} more tokens do not fit into a cache of {self.room} that holds {self.used}")
         before, self.used = self.used, self.used + count
-        if self.used > self.room:
-            raise ValueError(f"{count} more tokens do not fit into a cache of {self.room} that holds {before}")
         if self.whole:
             self.at = torch.arange(before, self.used, device=self.keys[0].device)
         else:
