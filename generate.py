@@ -25,10 +25,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from attention import Few, Ids, masked, may_attend
-from model import Batch, Cache, Molmo
+from model import Batch, Cache, Molmo, Table
 from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, PointDecoder, Sight
 from tokenizer import RESERVED
 
@@ -121,6 +121,48 @@ def _with_token(batch: Batch, token: int, rows: list[list[int]]) -> Batch:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Weights in eight bits
+
+
+class Linear8(nn.Module):
+    """A matrix without bias in whole numbers from -127 to 127 and a scale for every output: a byte a weight. No weight is off
+    by more than half a scale, which is 1/254 of the largest weight of its output. Arithmetic stays in the dtype of x: the
+    matrix is widened for every call, which a compiler fuses into the product."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127
+        self.register_buffer("weight", (weight.float() / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale.to(weight.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype)) * self.scale
+
+
+class Head8(nn.Module):
+    """The head with its base vocabulary in eight bits."""
+
+    def __init__(self, head: Table):
+        super().__init__()
+        self.base, self.new_embedding = Linear8(head.embedding), head.new_embedding
+
+    def scores(self, x: Tensor, extra: bool) -> Tensor:
+        return torch.cat([self.base(x), x @ self.new_embedding.T], dim=-1) if extra else self.base(x)
+
+
+@torch.no_grad()
+def to_int8(model: Molmo) -> Molmo:
+    """The language model's matrices in eight bits, in place; ViT, connector, point head, norms and word embeddings (so a
+    head tied to them, too) stay as they are."""
+    for block in model.blocks:
+        for part, name in ((block.self_attn, "att_proj"), (block.self_attn, "attn_out"), (block.mlp, "ff_proj"), (block.mlp, "ff_out")):
+            setattr(part, name, Linear8(getattr(part, name).weight))
+    if model.lm_head is not None:
+        model.lm_head = Head8(model.lm_head)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The fast one
 
 
@@ -147,6 +189,17 @@ def step_bytes(model: Molmo) -> int:
     """The weights that a step reads: the blocks and the head."""
     parts = model.blocks, model.ln_f, model.wte if model.lm_head is None else model.lm_head
     return sum(tensor.nbytes for part in parts for tensor in chain(part.parameters(), part.buffers()))
+
+
+@once
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second that the device's memory moves: the fastest of some copies, every byte read and written."""
+    source, clock, seconds = torch.zeros(2**28, dtype=torch.uint8, device=device), Speed(), []
+    for _ in range(6):
+        clock.lap(device)
+        source.clone()
+        seconds.append(clock.lap(device))
+    return 2 * source.nbytes / min(seconds)
 
 
 class Tips(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 
 import data
 from attention import Dense, Few, Ids, masked
-from generate import Speed, Tips, generate, generate_slowly, step_bytes
+from generate import Linear8, Speed, Tips, generate, generate_slowly, step_bytes, to_int8
 from model import Cache
 from packing import collate
 from pointing import PointPredictor
@@ -138,6 +138,40 @@ def test_few_queries_share_their_keys(queries):
     everything = Ids(ids.example, 0 * ids.branch, 0 * order, ids.visual)
     assert Few.of(everything, everything).seen is None
     torch.testing.assert_close(Few(None).attend(q, k, v), Dense(torch.ones(2, queries, 9, dtype=torch.bool)).attend(q, k, v))
+
+
+# ---- eight bits -------------------------------------------------------------------------------------------------------
+
+
+def test_eight_bits_are_off_by_half_a_step_at_most():
+    """Every weight is within half a scale, 1/254 of the largest of its output, and so is every product; a quarter of the bytes
+    of float32 remain, and a row of zeros stays one."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 64, generator=generator) * torch.logspace(-4, 3, 40)[:, None]
+    weight[7] = 0
+    made, x = Linear8(weight), torch.randn(5, 64, generator=generator)
+    error = (made.weight * made.scale[:, None] - weight).abs()
+    assert (error <= weight.abs().amax(1, keepdim=True) / 254 * (1 + 1e-4)).all() and error[7].max() == 0
+    bound = x.abs().sum(1, keepdim=True) * weight.abs().amax(1) / 254
+    assert ((made(x) - x @ weight.T).abs() <= bound * 1.001 + 1e-9).all()
+    assert made.weight.nbytes == weight.nbytes / 4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_in_eight_bits(tied):
+    """Blocks and head (unless tied) take about a quarter, everything else is untouched; logits stay near, and both ways of
+    generating agree."""
+    model = scrambled(5, replace(CONFIG, llm=replace(CONFIG.llm, tied=tied)))  # noqa: F811
+    batch, before = collate([prompt(82, **SEEN["image"])]), {name: p.clone() for name, p in model.named_parameters()}
+    with torch.inference_mode():
+        exact, size = model.logits(model(batch)[0]), step_bytes(model)
+        near = to_int8(model).logits(model(batch)[0])
+    assert (near - exact).norm() < 0.05 * exact.norm()
+    assert (step_bytes(model) < 0.5 * size) and (model.lm_head is None) == tied
+    kept = dict(model.named_parameters())
+    assert all(torch.equal(before[name], p) for name, p in kept.items())
+    assert all(name in kept for name in before if name.startswith(("vit", "connector", "point_predictor", "wte")))
+    assert generate(model, batch, SPELLING, 20, babble(model)) == [generate_slowly(model, batch, SPELLING, 20, babble(model))]
 
 
 # ---- pictures in parts -----------------------------------------------------------------------------------------------
