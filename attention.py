@@ -1,9 +1,10 @@
-"""Who may look at whom, and three ways to compute it.
+"""Who may look at whom, and four ways to compute it.
 
 One rule, `sees`, holds in training and in inference, for one question and for packs of message trees. What attention does
 with it depends on where it runs; every way has the same `attend(q, k, v)`:
 
-    Dense    one mask of all pairs for `scaled_dot_product_attention`: short rows, and the few queries of a token being written
+    Dense    one mask of all pairs for `scaled_dot_product_attention`: short rows
+    Few      the same for the few queries of tokens that are being written
     Cut      the same, cut by example: on a CPU a pack then costs the sum of the squares of its examples' lengths
     Sparse   FlexAttention: on a GPU blocks of 128 x 128 pairs are skipped where nobody sees anybody; no mask of all pairs is
              ever held, so memory grows with the length and not with its square
@@ -57,7 +58,7 @@ def may_attend(q: Ids, k: Ids) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Three ways. q (B, heads, Tq, head_width), k, v (B, kv_heads, Tk, head_width) -> (B, heads, Tq, head_width)
+# Four ways. q (B, heads, Tq, head_width), k, v (B, kv_heads, Tk, head_width) -> (B, heads, Tq, head_width)
 
 
 class Dense(NamedTuple):
@@ -69,6 +70,23 @@ class Dense(NamedTuple):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.seen[:, None], enable_gqa=True)
+
+
+class Few(NamedTuple):
+    """Where there are few queries and many keys, reading the keys is all the work. So the queries of the heads that share
+    keys stand behind one another, as if they were more queries of one head: each key is read once and none is copied."""
+
+    seen: Tensor | None  # (B, Tq, Tk) bool; None: everybody sees everybody
+
+    @classmethod
+    def of(cls, q: Ids, k: Ids) -> "Few":
+        seen = may_attend(q, k)
+        return cls(None if seen.all() else seen)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        folded = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, kv_heads, heads / kv_heads * Tq, head_width)
+        seen = None if self.seen is None else self.seen.repeat(1, q.shape[1] // k.shape[1], 1)[:, None]
+        return F.scaled_dot_product_attention(folded, k, v, attn_mask=seen).view(q.shape)
 
 
 class Cut(NamedTuple):
@@ -112,7 +130,7 @@ def rule_of(ids: Ids):
     return lambda row, head, q, k: sees(Ids(*(x[row, q] for x in ids)), Ids(*(x[row, k] for x in ids)))
 
 
-Mask = Dense | Cut | Sparse
+Mask = Dense | Few | Cut | Sparse
 
 
 @cache

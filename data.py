@@ -212,11 +212,19 @@ def example(record: Record, tokenizer: Tokenizer, config: MolmoConfig, rng: np.r
     return Example(trunk(tokenizer, views, record.subtitles), views.crops, views.pooling, branches, record.name, views.frames)
 
 
+def prompts(tokenizer: Tokenizer, views: Views, questions: Sequence[str], subtitles: str = "") -> Example:
+    """Questions about the same pictures, each in a branch that waits for its answer. (The last token of a branch is never
+    an input, hence the end token.)"""
+    waiting = []
+    for question in questions:
+        asked = tokenizer.chat_prompt(question) + [tokenizer.eos_id]
+        waiting.append(Branch(np.array(asked), np.zeros(len(asked), bool), np.zeros((0, 3), int)))
+    return Example(trunk(tokenizer, views, subtitles), views.crops, views.pooling, waiting, frames=views.frames)
+
+
 def prompt(tokenizer: Tokenizer, views: Views, question: str, subtitles: str = "") -> Example:
-    """A question that waits for its answer. (The last token of a branch is never an input, hence the end token.)"""
-    asked = tokenizer.chat_prompt(question) + [tokenizer.eos_id]
-    waiting = Branch(np.array(asked), np.zeros(len(asked), bool), np.zeros((0, 3), int))
-    return Example(trunk(tokenizer, views, subtitles), views.crops, views.pooling, [waiting], frames=views.frames)
+    """One question that waits for its answer."""
+    return prompts(tokenizer, views, [question], subtitles)
 
 
 def read_answer(answer: Answer, tokenizer: Tokenizer, views: Views) -> tuple[str, list[Point]]:

@@ -26,6 +26,7 @@ import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -208,9 +209,11 @@ def questions(records: Iterator[Record], model: Molmo, seed: int) -> Iterator[As
 
 
 def ask(model: Molmo, tokenizer: Tokenizer, asked: list[Asked]) -> None:
-    """Answers a batch of questions in place, all of them with tracks or none."""
+    """Answers a batch of questions in place, all of them with tracks or none; neighbours about one record as one tree."""
     device = next(model.parameters()).device
-    batch = collate([data.prompt(tokenizer, a.views, a.question, a.record.subtitles) for a in asked]).to(device)
+    trees = [list(group) for _, group in groupby(asked, key=lambda a: id(a.views))]
+    batch = collate([data.prompts(tokenizer, tree[0].views, [a.question for a in tree], tree[0].record.subtitles)
+                     for tree in trees]).to(device)
     longest = LONGEST[asked[0].annotation.task in TRACKS] * (1 + (model.config.points_as != "tokens"))
     for a, answer in zip(asked, generate(model, batch, data.spelling(tokenizer), longest)):
         a.text, a.points = data.read_answer(answer, tokenizer, a.views)

@@ -1,16 +1,38 @@
 """Writing answers, twice: `generate_slowly`, a few lines that run the whole sequence through the model for every token, and
-`generate`, which keeps keys and values; the first is the oracle of the second."""
+`generate`, which keeps keys and values; the first is the oracle of the second.
+
+What is asked is a message tree, as in training: a trunk (pictures), read once, and a branch for every question. All branches
+grow together, a token each in every step, under the mask rule that holds in training too; one question is a tree with one
+branch. The cache after two steps of a tree with two:
+
+                 prompt           step 1   step 2
+        trunk    v v v a . . . .   . .      . .
+        branch   . . . . b b . .   b .      b .
+        branch   . . . . . . c c   . c      . c
+
+A step reads every weight once, however many branches grow by it, so it takes at least as long as memory takes to bring
+them: `Speed` counts how near to that it comes.
+
+B trees, one a row, T tokens of the longest prompt, W branches in all, R of the largest tree, d LLM width.
+"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache as once
+from itertools import chain
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from attention import Dense, Ids, masked
-from model import Batch, Cache, Molmo
+from attention import Few, Ids, masked, may_attend
+from model import Batch, Cache, Molmo, Table
 from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, PointDecoder, Sight
+from tokenizer import RESERVED
+
+STATIC_ROOM = 256  # the room of a compiled step's cache is a multiple of this: fewer shapes to compile
 
 
 class Answer(NamedTuple):
@@ -32,6 +54,9 @@ class FreeDecoder:
 
     def __init__(self):
         self.rows: list[list[int]] = []
+
+    def another(self) -> "FreeDecoder":
+        return FreeDecoder()
 
     def step(self, logits: Tensor, h: Tensor, sample: Callable[[Tensor], int]) -> tuple[int, None]:
         return sample(logits), None
@@ -59,21 +84,22 @@ def start_decoder(model: Molmo, h: Tensor, sight: Sight, owner: int, close: Sequ
     return PointDecoder(model.point_predictor, h.flatten(0, 1)[sight.at], sight, model.ids, close)
 
 
-def speakable(model: Molmo, logits: Tensor) -> Tensor:
-    """Bars the extra tokens that only a picture or a prompt may bring."""
-    spoken = torch.tensor([model.ids[name] for name in (TOKEN_INDEX, VIT_INDEX, VIT_LOC)], device=logits.device)
-    number = torch.arange(logits.shape[-1], device=logits.device)
-    return logits.masked_fill((number >= model.config.llm.vocabulary) & ~torch.isin(number, spoken), float("-inf"))
+def speakable(model: Molmo, device=None) -> Tensor:
+    """(V,) bool: all but the extra tokens that only a picture or a prompt may bring."""
+    spoken = torch.arange(model.config.llm.vocabulary + RESERVED * (model.point_predictor is not None), device=device) < model.config.llm.vocabulary
+    if model.point_predictor is not None:
+        spoken[[model.ids[name] for name in (TOKEN_INDEX, VIT_INDEX, VIT_LOC)]] = True
+    return spoken
 
 
 @torch.inference_mode()
 def generate_slowly(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int, sample=sampler()) -> Answer:
     """The oracle: one unpadded prompt, the whole sequence through the model for every token, no cache."""
-    tokens, decoder, given = [], None, batch.points.tolist()
+    tokens, decoder, given, spoken = [], None, batch.points.tolist(), speakable(model, batch.tokens.device)
     for _ in range(max_new_tokens):
         h, sight = model(batch)
         decoder = decoder or start_decoder(model, h, sight, int(model.owners(batch)[0, -1]), spelling.close)
-        token, _ = decoder.step(speakable(model, model.logits(h[0, -1])), h[0, -1], sample)
+        token, _ = decoder.step(model.logits(h[0, -1]).where(spoken, float("-inf")), h[0, -1], sample)
         if token in (spelling.eos, *spelling.stops):
             return Answer(tokens, decoder.rows, "stop")
         tokens.append(token)
@@ -94,40 +120,221 @@ def _with_token(batch: Batch, token: int, rows: list[list[int]]) -> Batch:
     )
 
 
-@torch.inference_mode()
-def generate(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int, sample=sampler()) -> list[Answer]:
-    """Answers B prompts (padded on the right, one example a row) with a cache; the same answers as `generate_slowly`."""
-    # Prefill: the prompts once; their keys and values stay.
-    rows, length = batch.tokens.shape
-    keys, sight = model.mask_ids(batch), model.see(batch)
-    x = model.inputs(batch, sight)
-    cache = Cache(model.config.llm, rows, length + max_new_tokens, like=x)
-    h = model.decode(x, batch.positions, masked(keys), cache)
-    last = (batch.example_ids >= 0).sum(1) - 1
-    every = torch.arange(rows, device=x.device)
-    owners = model.owners(batch)[every, last]
-    decoders = [start_decoder(model, h, sight, int(owner), spelling.close) for owner in owners]
-    h, position = h[every, last], batch.positions[every, last]
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights in eight bits
 
-    # Grow: one token a row; new tokens stand behind the longest prompt, padding between is nobody's example.
-    answers, finished = [[] for _ in range(rows)], [False] * rows
+
+class Linear8(nn.Module):
+    """A matrix without bias in whole numbers from -127 to 127 and a scale for every output: a byte a weight. No weight is off
+    by more than half a scale, which is 1/254 of the largest weight of its output. Arithmetic stays in the dtype of x: the
+    matrix is widened for every call, which a compiler fuses into the product."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127
+        self.register_buffer("weight", (weight.float() / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale.to(weight.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype)) * self.scale
+
+
+class Head8(nn.Module):
+    """The head with its base vocabulary in eight bits."""
+
+    def __init__(self, head: Table):
+        super().__init__()
+        self.base, self.new_embedding = Linear8(head.embedding), head.new_embedding
+
+    def scores(self, x: Tensor, extra: bool) -> Tensor:
+        return torch.cat([self.base(x), x @ self.new_embedding.T], dim=-1) if extra else self.base(x)
+
+
+@torch.no_grad()
+def to_int8(model: Molmo) -> Molmo:
+    """The language model's matrices in eight bits, in place; ViT, connector, point head, norms and word embeddings (so a
+    head tied to them, too) stay as they are."""
+    for block in model.blocks:
+        for part, name in ((block.self_attn, "att_proj"), (block.self_attn, "attn_out"), (block.mlp, "ff_proj"), (block.mlp, "ff_out")):
+            setattr(part, name, Linear8(getattr(part, name).weight))
+    if model.lm_head is not None:
+        model.lm_head = Head8(model.lm_head)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The fast one
+
+
+@dataclass
+class Speed:
+    """What generating cost, summed over all calls that were given it."""
+
+    prompt: int = 0       # tokens that were read at once,
+    prefill: float = 0.0  # and the seconds that took, pictures included
+    written: int = 0      # tokens that were written one after the other, of all branches,
+    decode: float = 0.0   # the seconds,
+    read: int = 0         # and the bytes those had to read: in every step all weights and what the cache holds
+    since: float = 0.0
+
+    def lap(self, device: torch.device) -> float:
+        """Seconds since the last call; all that the device was told to do is done."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        before, self.since = self.since, perf_counter()
+        return self.since - before
+
+
+def step_bytes(model: Molmo) -> int:
+    """The weights that a step reads: the blocks and the head."""
+    parts = model.blocks, model.ln_f, model.wte if model.lm_head is None else model.lm_head
+    return sum(tensor.nbytes for part in parts for tensor in chain(part.parameters(), part.buffers()))
+
+
+@once
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second that the device's memory moves: the fastest of some copies, every byte read and written."""
+    source, clock, seconds = torch.zeros(2**28, dtype=torch.uint8, device=device), Speed(), []
+    for _ in range(6):
+        clock.lap(device)
+        source.clone()
+        seconds.append(clock.lap(device))
+    return 2 * source.nbytes / min(seconds)
+
+
+class Tips(NamedTuple):
+    """The ends of branches that are being written, row by row and branch by branch; each (W,)."""
+
+    row: Tensor       # of the batch
+    column: Tensor    # of the block (B, R) of new tokens
+    example: Tensor   # ids as in Batch
+    branch: Tensor
+    position: Tensor  # of the next token
+
+    @classmethod
+    def of(cls, batch: Batch) -> tuple["Tips", Tensor]:
+        """Of all branches (of the trunk, where there are none), and the place (W,) of their last tokens."""
+        if batch.example_ids.max() > 0:
+            raise ValueError("only one prompt can wait for answers in a row")
+        found = []
+        for row, (example, branch) in enumerate(zip(batch.example_ids, batch.branch_ids)):
+            branch = branch[example >= 0]
+            found += [(row, int((branch == b).nonzero()[-1])) for b in branch.unique() if b > 0 or not branch.any()]
+        row, place = torch.tensor(found, device=batch.tokens.device).T
+        ids = (values[row, place] for values in (batch.example_ids, batch.branch_ids, batch.positions + 1))
+        return cls(row, beside(row), *ids), place
+
+    def block(self, values: Tensor, shape: tuple[int, int], fill: int = 0) -> Tensor:
+        """values (W, ...) -> (B, R, ...), each in its place."""
+        return values.new_full((*shape, *values.shape[1:]), fill).index_put_((self.row, self.column), values)
+
+
+def beside(row: Tensor) -> Tensor:
+    """How often the same number stands before each, (W,)."""
+    return (row[:, None] == row).tril(-1).sum(1)
+
+
+@once
+def compiled_blocks():
+    """For every shape of a block and of a cache once; on a GPU a CUDA graph. (Not yet run on a GPU.)"""
+    return torch.compile(Molmo.through_blocks, mode="reduce-overhead", dynamic=False)
+
+
+class Growth:
+    """The trees in a cache: their ids, for the mask, and the next step.
+
+    way: "views" reads what is written, without a mask if it hides nothing, and blocks get narrower as branches end;
+    "static" keeps all shapes: a block as wide as the first, the whole room of the cache, a mask; "compiled" is compiled, too.
+    """
+
+    def __init__(self, model: Molmo, cache: Cache, ids: Ids, tips: Tips, way: str):
+        self.model, self.cache, self.tips, self.static = model, cache, tips, way != "views"
+        self.blocks = compiled_blocks() if way == "compiled" else Molmo.through_blocks
+        empty = lambda field, fill: F.pad(field, (0, cache.room - field.shape[1]), value=fill)
+        self.ids = Ids(empty(ids.example, -1), empty(ids.branch, 0), torch.arange(cache.room, device=tips.row.device).expand(
+            len(ids.order), -1), empty(ids.visual, False))
+        if self.static:
+            cache.read_whole()
+        self.lay_out()
+
+    def lay_out(self) -> None:
+        """The next blocks: a column for each branch of the largest tree; where a tree has fewer, padding."""
+        tips = self.tips
+        self.shape = len(self.ids.example), int(tips.column.max()) + 1
+        self.example, self.branch = tips.block(tips.example, self.shape, -1), tips.block(tips.branch, self.shape)
+        self.visual = torch.zeros_like(self.branch, dtype=torch.bool)
+        self.unmasked = not self.static and self.shape[1] == 1 and bool(may_attend(
+            self.queries(), Ids(*(field[:, :self.cache.used] for field in self.ids))).all())  # its own tokens hide nothing more
+
+    def queries(self) -> Ids:
+        """The ids of the next block."""
+        used = self.cache.used
+        order = torch.arange(used, used + self.shape[1], device=self.branch.device).expand(self.shape)
+        return Ids(self.example, self.branch, order, self.visual)
+
+    def keep(self, going: list[int]) -> None:
+        """The other branches have ended."""
+        self.tips = Tips(*(field[going] for field in self.tips))
+        if not self.static:
+            self.tips = self.tips._replace(column=beside(self.tips.row))
+            self.lay_out()
+
+    def step(self, x: Tensor) -> Tensor:
+        """Inputs (W, d) of a new token for each branch -> hidden states (W, d)."""
+        tips, new = self.tips, self.queries()
+        self.cache.reserve(self.shape[1])
+        self.ids.example[:, self.cache.at], self.ids.branch[:, self.cache.at] = self.example, self.branch
+        mask = Few(None if self.unmasked else may_attend(new, Ids(*(field[:, :self.cache.end] for field in self.ids))))
+        h = self.blocks(self.model, tips.block(x, self.shape), tips.block(tips.position, self.shape), mask, self.cache)
+        self.tips = tips._replace(position=tips.position + 1)
+        return h[tips.row, tips.column]
+
+
+@torch.inference_mode()
+def generate(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int, sample=sampler(), speed: Speed | None = None,
+             way: str | None = None) -> list[Answer]:
+    """Answers every branch of B prompts (padded on the right, one tree a row), row by row and branch by branch, as
+    `generate_slowly` answers each alone. `way` of the steps: see `Growth`; compiled on a GPU, views elsewhere."""
+    # 1. Prefill: every tree once; its keys and values stay.
+    device, speed, way = batch.tokens.device, speed or Speed(), way or ("compiled" if batch.tokens.is_cuda else "views")
+    speed.lap(device)
+    tips, place = Tips.of(batch)
+    room = batch.tokens.shape[1] + max_new_tokens * (int(tips.column.max()) + 1)
+    ids, sight = model.mask_ids(batch), model.see(batch)
+    x = model.inputs(batch, sight)
+    cache = Cache(model.config.llm, len(x), room if way == "views" else -(-room // STATIC_ROOM) * STATIC_ROOM, like=x)
+    h = model.decode(x, batch.positions, masked(ids), cache)
+    owners = model.owners(batch)[tips.row, place].tolist()
+    first = {owner: start_decoder(model, h, sight, owner, spelling.close) for owner in set(owners)}
+    decoders = [first[owner].another() for owner in owners]  # branches of a tree share the keys of its visual tokens
+    h, growth = h[tips.row, place], Growth(model, cache, ids, tips, way)
+    del x, sight
+    speed.prompt += int((batch.example_ids >= 0).sum())
+    speed.prefill += speed.lap(device)
+
+    # 2. Grow: in every step a token for each branch that has not ended.
+    answers, reasons, waiting = [[] for _ in decoders], ["length"] * len(decoders), range(len(decoders))
+    spoken, weights = speakable(model, device), step_bytes(model)
     for step in range(max_new_tokens):
-        logits = speakable(model, model.logits(h))
-        x = model.embed(torch.full((rows, 1), spelling.eos, device=x.device))
-        for row in range(rows):
-            if finished[row]:
-                continue
-            token, carried = decoders[row].step(logits[row], h[row], sample)
+        logits, going = model.logits(h).where(spoken, float("-inf")), []
+        for at, w in enumerate(waiting):
+            token, carried = decoders[w].step(logits[at], h[at], sample)
             if token in (spelling.eos, *spelling.stops):
-                finished[row] = True
-                continue
-            answers[row].append(token)
-            x[row, 0] = model.embed(torch.tensor([[token]], device=x.device))[0, 0] + (0 if carried is None else carried)
-        if all(finished) or step + 1 == max_new_tokens:
+                reasons[w] = "stop"
+            else:
+                answers[w].append(token)
+                going.append((at, w, token, carried))
+        if not going or step + 1 == max_new_tokens:
             break
-        new = Ids(batch.example_ids[every, last], batch.branch_ids[every, last],
-                  torch.full_like(last, length + step), torch.zeros_like(last, dtype=torch.bool))
-        new = Ids(*(field[:, None] for field in new))
-        keys = Ids(*(torch.cat([old, field], dim=1) for old, field in zip(keys, new)))
-        h = model.decode(x, (position + 1 + step)[:, None], Dense.of(new, keys), cache)[:, 0]
-    return [Answer(a, d.rows, "stop" if f else "length") for a, d, f in zip(answers, decoders, finished)]
+        if len(going) < len(waiting):
+            growth.keep([at for at, *_ in going])
+        waiting = [w for _, w, *_ in going]
+        x = model.embed(torch.tensor([token for _, _, token, _ in going], device=device))
+        for row, (*_, carried) in zip(x, going):
+            if carried is not None:
+                row += carried
+        h = growth.step(x)
+        speed.written += len(going)
+        speed.read += weights + cache.bytes_read
+    speed.decode += speed.lap(device)
+    return [Answer(tokens, d.rows, reason) for tokens, d, reason in zip(answers, decoders, reasons)]

@@ -3,6 +3,7 @@
     python infer.py street.jpg "Point to the cups."
     python infer.py before.png after.png "How many cups are there?"
     python infer.py clip.mp4 "Point to the red cup."
+    python infer.py clip.mp4 "Point to the red cup." --ask "How many cups are there?"   # several questions, the clip read once
     python infer.py clip.mp4 "Point to the red cup." --per-frame    # each sampled frame is asked about on its own
     python infer.py clip.mp4 "segment the red cup" --masks          # and what is pointed at is followed through all frames
 
@@ -41,7 +42,7 @@ from tqdm import tqdm
 import data
 import weights
 from masks import Growing, Masks, Points, Propagator, Sam2, shifted, through_time
-from generate import Answer, generate, sampler
+from generate import Answer, Speed, bandwidth, generate, sampler, to_int8
 from model import Molmo
 from packing import collate
 from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, Point
@@ -78,23 +79,27 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", default=HOME / "assets/tiny", help="a folder written by train.py")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default: %(default)s)")
     parser.add_argument("--json", choices=["-"], help="print the result as JSON and nothing else")
+    parser.add_argument("--ask", action="append", default=[], metavar="PROMPT", help="another question; may be given again")
     parser.add_argument("--per-frame", action="store_true", help="ask about every sampled frame of a video on its own")
     parser.add_argument("--masks", action="store_true", help="the same, and a mask of every object in every frame of the video")
     parser.add_argument("--sam2", metavar="FOLDER", help="for masks: SAM 2 with these weights (default: colour and motion)")
     parser.add_argument("--max-frames", type=data.number(int, 1, 10_000), help="at most so many are sampled from a video")
     parser.add_argument("--fps", type=data.number(float, 0.001, 1000), help="frames sampled per second of a video")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: as in the checkpoint)")
+    parser.add_argument("--int8", action="store_true", help="the language model's weights in eight bits")
     parser.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=data.number(int, 0, 2**32), default=0, help="of the sampling")
     parser.add_argument("--temperature", type=data.number(float, 0, 100), default=0, help="0 takes the likeliest token")
     parser.add_argument("--top-p", type=data.number(float, 0.001, 1), default=0.95, help="for temperatures above 0")
     parser.add_argument("--max-new-tokens", type=data.number(int, 1, 10_000), default=256)
     args = parser.parse_intermixed_args(argv)
-    if not args.prompt.strip():
+    if not all(map(str.strip, (args.prompt, *args.ask))):
         raise ValueError("the prompt is empty: ask something")
     if len(args.media) > 1 and any(map(is_video, args.media)):
         raise ValueError("a video must come alone: give one video, or images only")
     args.per_frame |= args.masks
+    if args.ask and args.per_frame:
+        raise ValueError(f"--ask is not for --{'masks' if args.masks else 'per-frame'}: frame by frame one question is asked")
     if args.sam2 and not args.masks:
         raise ValueError("--sam2 is for --masks")
     if args.per_frame and not is_video(args.media[0]):
@@ -143,10 +148,11 @@ def look(paths: list[str], config: ViewConfig) -> tuple[Media, Views]:
     return Media(paths, images, [], []), image_views(images, config)
 
 
-def ask(model: Molmo, tokenizer: Tokenizer, views: Views, args: argparse.Namespace) -> Answer:
-    batch = collate([data.prompt(tokenizer, views, args.prompt)]).to(args.device)
+def ask(model: Molmo, tokenizer: Tokenizer, views: Views, args: argparse.Namespace, speed: Speed) -> list[Answer]:
+    """To every question; what is seen is read once."""
+    batch = collate([data.prompts(tokenizer, views, [args.prompt, *args.ask])]).to(args.device)
     sample = sampler(args.temperature, args.top_p, args.seed)
-    return generate(model, batch, data.spelling(tokenizer), args.max_new_tokens, sample)[0]
+    return generate(model, batch, data.spelling(tokenizer), args.max_new_tokens, sample, speed)
 
 
 GROUNDING_RUN = re.compile("(?:%s(?:%s(?:%s[0-9]*)?)?)+" % tuple(map(re.escape, (TOKEN_INDEX, VIT_INDEX, VIT_LOC))))
@@ -168,19 +174,33 @@ def readable(text: str, points: Sequence[Point], views: Views) -> str:
     return GROUNDING_RUN.sub(coordinates, text)
 
 
-def sentence(model: Molmo, tokenizer: Tokenizer, views: Views, args: argparse.Namespace) -> tuple[Answer, str, list[Point]]:
-    """The answer, in readable words, and its points."""
-    answer = ask(model, tokenizer, views, args)
-    text, points = data.read_answer(answer, tokenizer, views)
-    return answer, readable(text, points, views) if answer.rows else text, points
+@dataclass
+class Said:
+    """An answer, in readable words, and its points."""
+
+    answer: Answer
+    text: str
+    points: list[Point]
+
+    def result(self) -> dict:
+        """A part of the report."""
+        return {"text": self.text, "count": len({point.id for point in self.points}), "finish_reason": self.answer.finish_reason}
+
+
+def sentences(model: Molmo, tokenizer: Tokenizer, views: Views, args: argparse.Namespace, speed: Speed) -> list[Said]:
+    found = []
+    for answer in ask(model, tokenizer, views, args, speed):
+        text, points = data.read_answer(answer, tokenizer, views)
+        found.append(Said(answer, readable(text, points, views) if answer.rows else text, points))
+    return found
 
 
 class FrameByFrame:
     """A video asked about frame by frame, each sampled frame on its own with the frames right before it; with `--masks`,
     what is pointed at is followed through all frames. (VideoMolmo.) Streams: no more of the file is in memory than lies between two questions."""
 
-    def __init__(self, model: Molmo, tokenizer: Tokenizer, config: ViewConfig, args: argparse.Namespace):
-        self.model, self.tokenizer, self.config, self.args = model, tokenizer, config, args
+    def __init__(self, model: Molmo, tokenizer: Tokenizer, config: ViewConfig, args: argparse.Namespace, speed: Speed):
+        self.model, self.tokenizer, self.config, self.args, self.speed = model, tokenizer, config, args, speed
         self.memory = model.config.temporal.memory
         times = frame_times(args.media[0])
         most = args.max_frames or int(times[-1] * config.fps) + 2
@@ -199,10 +219,11 @@ class FrameByFrame:
 
     def ask(self, number: int, recent: Sequence[np.ndarray]) -> dict[int, tuple[float, float]]:
         """Ask about the last of some frames, number `number` of the file; -> the places of its points."""
-        answer, text, points = sentence(self.model, self.tokenizer, image_views([recent[-1]], self.config, recent[:-1]), self.args)
-        self.answers.append(answer)
-        self.said.append({"frame": number, "time": round(self.media.frame_times[number], 3), "text": text})
-        return {order: (point.x, point.y) for order, point in enumerate(points, start=1)}
+        views = image_views([recent[-1]], self.config, recent[:-1])
+        said, = sentences(self.model, self.tokenizer, views, self.args, self.speed)
+        self.answers.append(said.answer)
+        self.said.append({"frame": number, "time": round(self.media.frame_times[number], 3), "text": said.text})
+        return {order: (point.x, point.y) for order, point in enumerate(said.points, start=1)}
 
     def tell(self, number: int, points: Points) -> None:
         self.points += [Point(identity, self.picture[number], x, y) for identity, (x, y) in sorted(points.items())]
@@ -344,16 +365,33 @@ def describe(points: Sequence[Point], media: Media) -> list[dict]:
     return [{"id": p.id, **where(p.picture), "x": round(p.x, 1), "y": round(p.y, 1)} for p in points]
 
 
-def table(result: dict) -> str:
-    timing = result["timing"]
-    lines = [result["text"], ""]
-    if result["points"]:
-        place = "image" if result["points"][0]["time"] is None else "time"
+def table(answer: dict) -> list[str]:
+    """An answer and its points, in lines."""
+    lines = [answer["text"], ""]
+    if answer["points"]:
+        place = "image" if answer["points"][0]["time"] is None else "time"
         lines.append(f"{'id':>4} {place:>8} {'x':>8} {'y':>8}")
-        lines += [f"{p['id']:4} {p[place]:8} {p['x']:8.1f} {p['y']:8.1f}" for p in result["points"][:MOST_ROWS]]
-        lines += [f"... and {len(result['points']) - MOST_ROWS} more"] * (len(result["points"]) > MOST_ROWS) + [""]
-    return "\n".join([*lines, f"count: {result['count']}", f"finish reason: {result['finish_reason']}",
-                      f"{timing['tokens']} tokens, {timing['tokens_per_second']} tokens/s"])
+        lines += [f"{p['id']:4} {p[place]:8} {p['x']:8.1f} {p['y']:8.1f}" for p in answer["points"][:MOST_ROWS]]
+        lines += [f"... and {len(answer['points']) - MOST_ROWS} more"] * (len(answer["points"]) > MOST_ROWS) + [""]
+    return [*lines, f"count: {answer['count']}", f"finish reason: {answer['finish_reason']}"]
+
+
+def report(result: dict) -> list[str]:
+    """For the terminal; of several answers each after its question."""
+    timing, answers = result["timing"], result.get("answers")
+    lines = [line for a in answers for line in (f"> {a['prompt']}", *table(a), "")] if answers else table(result)
+    share = f", {timing['bandwidth_share']:.0%} of what the memory's bandwidth allows" if "bandwidth_share" in timing else ""
+    return [*lines, f"prefill {timing['prompt_tokens']} tokens, {timing['prefill_tokens_per_second']} tokens/s; "
+                    f"decode {timing['tokens']} tokens, {timing['decode_tokens_per_second']} tokens/s{share}"]
+
+
+def rates(speed: Speed, device: torch.device) -> dict:
+    """Of reading and of writing; on a GPU also what share of the bandwidth limit writing reached."""
+    per_second = lambda tokens, seconds: round(tokens / seconds, 1) if seconds else 0.0
+    share = {"bandwidth_share": round(speed.read / speed.decode / bandwidth(device), 3)} if device.type == "cuda" and speed.decode else {}
+    return {"prompt_tokens": speed.prompt, "prefill": round(speed.prefill, 3), "decode": round(speed.decode, 3),
+            "prefill_tokens_per_second": per_second(speed.prompt, speed.prefill),
+            "decode_tokens_per_second": per_second(speed.written, speed.decode), **share}
 
 
 def stopwatch():
@@ -370,10 +408,11 @@ def stopwatch():
 def main(argv: Sequence[str] | None = None) -> None:
     with data.one_line("infer.py"):
         # 1. What is asked
-        args, lap, timing = arguments(argv), stopwatch(), {}
+        args, lap, timing, speed = arguments(argv), stopwatch(), {}, Speed()
 
         # 2. The model
         model, tokenizer = weights.load(args.checkpoint, args.device, args.dtype and getattr(torch, args.dtype))
+        model = to_int8(model) if args.int8 else model
         propagate = Sam2(args.sam2, args.device) if args.sam2 else Growing()
         given = {"max_frames": args.max_frames, "fps": args.fps}
         config = replace(model.config.views, **{name: value for name, value in given.items() if value is not None})
@@ -381,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         # 3. What it sees; a video frame by frame is seen as it is asked about
         if args.per_frame:
-            asked = FrameByFrame(model, tokenizer, config, args)
+            asked = FrameByFrame(model, tokenizer, config, args, speed)
             media = asked.media
         else:
             media, views = look(args.media, config)
@@ -395,12 +434,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 asked.follow(propagate, folder) if args.masks else asked.point()
                 points, answers, said = asked.points, asked.answers, asked.result()
             else:
-                answer, text, points = sentence(model, tokenizer, views, args)
-                answers, said = [answer], {"text": text, "count": len({point.id for point in points}),
-                                           "finish_reason": answer.finish_reason}
-            timing["generate"] = lap()  # the prompt included
-            timing["tokens"] = sum(len(answer.tokens) for answer in answers)
-            timing["tokens_per_second"] = round(timing["tokens"] / max(timing["generate"], 1e-3), 1)
+                several = sentences(model, tokenizer, views, args, speed)
+                points, answers, said = several[0].points, [one.answer for one in several], several[0].result()
+                if args.ask:
+                    said["answers"] = [{"prompt": prompt, "points": describe(one.points, media), **one.result()}
+                                       for prompt, one in zip([args.prompt, *args.ask], several)]
+            timing["generate"] = lap()
+            timing |= {"tokens": sum(len(answer.tokens) for answer in answers), **rates(speed, torch.device(args.device))}
 
             # 5. The results: all of them, or none
             annotate(media, points, folder)
@@ -416,7 +456,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         # 6. The report
         sys.stdout.reconfigure(errors="replace")  # an answer may hold characters that the terminal has not
-        print(json.dumps(result) if args.json else "\n".join([table(result), *(f"wrote {path}" for path in written)]))
+        print(json.dumps(result) if args.json else "\n".join([*report(result), *(f"wrote {path}" for path in written)]))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from attention import Ids, Mask, masked
 from connector import Connector, ConnectorConfig, TemporalConfig, gather_windows, mean_past
-from pointing import TOKEN_INDEX, VIT_INDEX, PointConfig, PointPredictor, RMSNorm, Sight, frequencies, rope
+from pointing import TOKEN_INDEX, VIT_INDEX, PointConfig, PointPredictor, RMSNorm, Sight, frequencies, rotation, turn
 from preprocess import ViewConfig
 from tokenizer import EXTRA_TOKENS, RESERVED
 from vit import ViT, ViTConfig
@@ -117,6 +117,7 @@ def _build(cls, values: dict, name: str):
 
 # Sizes: Molmo2 and MolmoPoint papers and the released config files. `tiny` trains on two CPU cores: 126 px crops of 9x9
 # patches (odd like 27x27, so that 2x2 pooling leaves an empty column and 3x3 does not), every mechanism of the large ones.
+# `small` is for one consumer GPU. Both have the vocabulary of assets/tokenizer.json.
 QWEN3_8B = LLMConfig()
 QWEN3_4B = replace(QWEN3_8B, width=2560, mlp_hidden=9728, rope_theta=5e6, tied=True)  # 1e6 in the paper's table
 OLMO3_7B = LLMConfig(vocabulary=100_278, layers=32, kv_heads=32, mlp_hidden=11_008, rope_theta=5e5, norm_after=True,
@@ -142,6 +143,15 @@ PRESETS = {
         llm=LLMConfig(vocabulary=768, width=160, layers=4, heads=4, kv_heads=2, head_width=40, mlp_hidden=320,
                       rope_theta=1e4, dropout=0.0),
         point=PointConfig(width=256),
+        optimizer="muon",
+    ),
+    "small": MolmoConfig(  # crops and windows of the released models
+        views=ViewConfig(max_crops=8, max_frames=32),
+        vit=ViTConfig(width=384, layers=6, heads=6, mlp_hidden=1536, taps=(-1, -3)),
+        connector=ConnectorConfig(width=384, heads=6, mlp_hidden=1536, output_layer=False),
+        temporal=TemporalConfig(width=384, heads=6),
+        llm=LLMConfig(vocabulary=768, width=512, layers=12, heads=8, kv_heads=2, head_width=64, mlp_hidden=1536,
+                      rope_theta=1e4, dropout=0.0),
         optimizer="muon",
     ),
     "molmo2-4b": _molmo2(QWEN3_4B),
@@ -182,17 +192,48 @@ class Batch:
 
 
 class Cache:
-    """Keys and values of all layers, allocated once: (layers, B, kv_heads, room, head_width)."""
+    """Keys and values of all layers, allocated once: of each layer (B, kv_heads, room, head_width).
+
+    A layer reads what is written so far, a view. After `read_whole` it reads the whole room every time, so that no shape
+    ever changes and a compiled step, or a CUDA graph of it, serves every token; the mask then hides what is not written.
+    """
 
     def __init__(self, c: LLMConfig, batch: int, room: int, like: Tensor):
-        shape = (c.layers, batch, c.kv_heads, room, c.head_width)
-        self.keys, self.values, self.used = like.new_zeros(shape), like.new_zeros(shape), 0
+        shape = (batch, c.kv_heads, room, c.head_width)
+        self.keys, self.values = ([like.new_empty(shape) for _ in range(c.layers)] for _ in range(2))
+        self.room, self.used, self.whole = room, 0, False
+        self.at: slice | Tensor = slice(0)  # where the tokens go that are being added,
+        self.end = 0                        # and where reading ends
+
+    @property
+    def bytes_read(self) -> int:
+        """In a step."""
+        return 2 * len(self.keys) * self.keys[0][:, :, :self.end].nbytes
+
+    def read_whole(self) -> None:
+        for tensor in (*self.keys, *self.values):
+            tensor[:, :, self.used:] = 0  # hidden numbers count nothing, unless they are NaN
+            torch._dynamo.mark_static_address(tensor)  # a CUDA graph may write only to what never moves
+        self.whole, self.end = True, self.room
+
+    def reserve(self, count: int) -> None:
+        """Places for `count` more tokens. ValueError if there are not so many."""
+        if self.used + count > self.room:
+            raise ValueError(f"{count} more tokens do not fit into a cache of {self.room} that holds {self.used}")
+        before, self.used = self.used, self.used + count
+        if self.whole:
+            self.at = torch.arange(before, self.used, device=self.keys[0].device)
+        else:
+            self.at, self.end = slice(before, self.used), self.used
 
     def add(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k and v (B, kv_heads, T, head_width) behind what is there; returns all so far."""
-        end = self.used + k.shape[2]
-        self.keys[layer, :, :, self.used:end], self.values[layer, :, :, self.used:end] = k, v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        """Stores k and v (B, kv_heads, T, head_width) in the reserved places; returns what is to be read."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, self.at], values[:, :, self.at] = k, v
+        return keys[:, :, :self.end], values[:, :, :self.end]
+
+
+Rotation = tuple[Tensor, Tensor]
 
 
 class SelfAttention(nn.Module):
@@ -205,22 +246,15 @@ class SelfAttention(nn.Module):
         self.q_norm, self.k_norm = (RMSNorm(c.head_width * (1 if c.norm_heads else heads), c.norm_eps)
                                     for heads in (c.heads, c.kv_heads))
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Mask, cache: Cache | None) -> Tensor:
-        c, split = self.c, lambda y: y.unflatten(-1, (-1, c.head_width)).transpose(1, 2)  # (B, heads, T, head_width)
+    def forward(self, x: Tensor, rotation: Rotation, mask: Mask, cache: Cache | None) -> Tensor:
+        c = self.c
         q, k, v = self.att_proj(x).split([n * c.head_width for n in (c.heads, c.kv_heads, c.kv_heads)], dim=-1)
-        q, k = (norm(y.unflatten(-1, (-1, len(norm.weight)))).flatten(-2)
-                for norm, y in ((self.q_norm, q), (self.k_norm, k)))
-        q, k = (self.turn(split(y), positions[:, None]) for y in (q, k))
-        v = split(v)
+        q, k = (norm(y.unflatten(-1, (-1, len(norm.weight)))) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
+        q, k, v = (y.reshape(*x.shape[:2], -1, c.head_width).transpose(1, 2) for y in (q, k, v))  # (B, heads, T, head_width)
+        q, k = turn(q, rotation), turn(k, rotation)
         if cache is not None:
             k, v = cache.add(self.layer, k, v)
         return self.attn_out(mask.attend(q, k, v).transpose(1, 2).flatten(2))
-
-    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
-        c = self.c
-        if self.yarn is None:
-            return rope(x, positions, frequencies(c.head_width, c.rope_theta, x.device))
-        return rope(x, positions, self.yarn.frequencies(c.head_width, c.rope_theta, x.device), self.yarn.attention_factor)
 
 
 class MLP(nn.Module):
@@ -244,11 +278,11 @@ class Block(nn.Module):
         self.self_attn, self.mlp = SelfAttention(c, layer), MLP(c)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Mask, cache: Cache | None, drop: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, mask: Mask, cache: Cache | None, drop: Tensor | None) -> Tensor:
         if self.norm_after:
-            x = x + self.dropped(self.attn_norm(self.self_attn(x, positions, mask, cache)), drop)
+            x = x + self.dropped(self.attn_norm(self.self_attn(x, rotation, mask, cache)), drop)
             return x + self.dropped(self.ff_norm(self.mlp(x)), drop)
-        x = x + self.dropped(self.self_attn(self.attn_norm(x), positions, mask, cache), drop)
+        x = x + self.dropped(self.self_attn(self.attn_norm(x), rotation, mask, cache), drop)
         return x + self.dropped(self.mlp(self.ff_norm(x)), drop)
 
     def dropped(self, x: Tensor, at: Tensor | None) -> Tensor:
@@ -399,11 +433,23 @@ class Molmo(nn.Module):
 
     def decode(self, x: Tensor, positions: Tensor, mask: Mask, cache: Cache | None = None, drop: Tensor | None = None) -> Tensor:
         """x (B, T, d) -> hidden states after the last block, before the final norm; `drop` (B, T) says where dropout acts."""
-        for block in self.blocks:
-            x = block(x, positions, mask, cache, drop)
         if cache is not None:
-            cache.used += x.shape[1]
+            cache.reserve(x.shape[1])
+        return self.through_blocks(x, positions, mask, cache, drop)
+
+    def through_blocks(self, x: Tensor, positions: Tensor, mask: Mask, cache: Cache | None, drop: Tensor | None = None) -> Tensor:
+        """`decode` with its places in the cache reserved: all of it runs on the device."""
+        rotations = {yarn: self.rotation(positions, yarn, x.dtype) for yarn in {block.self_attn.yarn for block in self.blocks}}
+        for block in self.blocks:
+            x = block(x, rotations[block.self_attn.yarn], mask, cache, drop)
         return x
+
+    def rotation(self, positions: Tensor, yarn: Yarn | None, dtype: torch.dtype) -> Rotation:
+        """For every head: each (B, 1, T, head_width)."""
+        width, theta = self.config.llm.head_width, self.config.llm.rope_theta
+        if yarn is None:
+            return rotation(positions[:, None], frequencies(width, theta, positions.device), dtype=dtype)
+        return rotation(positions[:, None], yarn.frequencies(width, theta, positions.device), yarn.attention_factor, dtype)
 
     def logits(self, h: Tensor) -> Tensor:
         """h (..., d) -> (..., V) scores of the base vocabulary, and of the extra tokens if points are grounding tokens."""

@@ -22,6 +22,7 @@ B sequences, T tokens, d LLM width, M visual tokens, K slots of a pool window, v
 
 import re
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
 
@@ -134,16 +135,23 @@ def frequencies(width: int, theta: float, device=None) -> Tensor:
     return theta ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
 
 
-def rope(x: Tensor, positions: Tensor, frequency: Tensor, gain: float = 1.0) -> Tensor:
-    """Rotary position embedding, rotate-half: channel i turns with channel i + c/2 by positions * frequency[i].
-
-    x (..., T, c), positions broadcastable to (..., T), frequency (c/2,); angles in float32. `gain` is YaRN's.
-    """
-    half = x.shape[-1] // 2
+def rotation(positions: Tensor, frequency: Tensor, gain: float = 1.0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines for `turn`, each (..., c): positions (...), frequency (c/2,); angles in float32. `gain` is
+    YaRN's."""
     angle = positions[..., None].float() * frequency
-    cos, sin = (angle.cos() * gain).to(x.dtype), (angle.sin() * gain).to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    cos, sin = (angle.cos() * gain).to(dtype), (angle.sin() * gain).to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def turn(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding, rotate-half: channel i of x (..., c) turns with channel i + c/2."""
+    cos, sin = rotation
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+
+
+def rope(x: Tensor, positions: Tensor, frequency: Tensor, gain: float = 1.0) -> Tensor:
+    """x (..., T, c), positions broadcastable to (..., T): both of the above in one."""
+    return turn(x, rotation(positions, frequency, gain, x.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,10 +291,19 @@ class PointDecoder:
         """h (M, d) hidden states of the example's visual tokens, `close` the token ids of `">`."""
         self.predictor, self.sight, self.ids, self.close = predictor, sight, ids, list(close)
         self.keys = predictor.patch_keys(predictor.x_norm(h), sight.index)
+        banned = (VIT_INDEX, VIT_LOC) if sight.indexable.any() else (VIT_INDEX, VIT_LOC, TOKEN_INDEX)
+        self.banned = torch.tensor([ids[name] for name in banned], device=h.device)  # where text is free
         self.rows: list[list[int]] = []
         self.expects: str | None = None  # a grounding token that must come next
         self.forced: list[int] = []      # the rest of `">`
         self.begin_list()
+
+    def another(self) -> "PointDecoder":
+        """For another answer about the same example: the keys are shared."""
+        fresh = copy(self)
+        fresh.rows, fresh.expects, fresh.forced = [], None, []
+        fresh.begin_list()
+        return fresh
 
     def begin_list(self):
         self.token, self.slot = -1, -1   # the last choice of the list at hand
@@ -295,21 +312,18 @@ class PointDecoder:
         """logits (V,), h (d,) at the last position -> the next token and what is added to its word embedding."""
         if self.forced:
             return self.forced.pop(0), None
-        x = self.predictor.x_norm(h)[None]
         if self.expects == VIT_INDEX:
-            self.rows[-1][1] = self.slot = self.choose_slot(x)
+            self.rows[-1][1] = self.slot = self.choose_slot(self.predictor.x_norm(h)[None])
             self.expects = VIT_LOC
             return self.ids[VIT_INDEX], self.predictor.build_vit_embedding(self.sight.windows[self.token, self.slot])
         if self.expects == VIT_LOC:
             self.rows[-1][2] = int(self.predictor.location_scores(h).argmax())
             self.expects = None
             return self.ids[VIT_LOC], None
-        banned = [VIT_INDEX, VIT_LOC] if self.sight.indexable.any() else [VIT_INDEX, VIT_LOC, TOKEN_INDEX]
-        logits = logits.index_fill(0, torch.tensor([self.ids[name] for name in banned], device=logits.device), float("-inf"))
-        token = sample(logits)
+        token = sample(logits.index_fill(0, self.banned, float("-inf")))
         if token == self.close[0]:
             self.begin_list()            # the list was closed without asking for a stop
-        return (token, self.choose_token(x)) if token == self.ids[TOKEN_INDEX] else (token, None)
+        return token, self.choose_token(self.predictor.x_norm(h)[None]) if token == self.ids[TOKEN_INDEX] else None
 
     def choose_token(self, x: Tensor) -> Tensor | None:
         """Choose a visual token (its embedding is fed back) or "no more points" (nothing is, and `">` is forced)."""

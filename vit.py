@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+PATCHES_AT_ONCE = {False: 1500, True: 50_000}  # on a CPU what its caches hold: two crops of 27x27; on a GPU 68 of them
+
 
 @dataclass(frozen=True)
 class ViTConfig:
@@ -91,7 +93,17 @@ class ViT(nn.Module):
         return table[0].flatten(1).T
 
     def forward(self, crops: Tensor) -> Tensor:
-        """(N, S, 3P²) uint8 pixels, each patch flattened (row, column, channel) -> (N, S, taps * v) features."""
+        """(N, S, 3P²) uint8 pixels, each patch flattened (row, column, channel) -> (N, S, taps * v) features. For an answer
+        a few crops at a time: crops never meet here, so only the features of a long video need memory, not all its layers."""
+        at_once = max(PATCHES_AT_ONCE[crops.is_cuda] // crops.shape[1], 1)
+        if not torch.is_inference_mode_enabled() or len(crops) <= at_once:
+            return self.features(crops)
+        features = self.positional_embedding.new_empty(*crops.shape[:2], self.config.feature_width)
+        for part, crops in zip(features.split(at_once), crops.split(at_once)):
+            part.copy_(self.features(crops))
+        return features
+
+    def features(self, crops: Tensor) -> Tensor:
         dtype = self.patch_embedding.weight.dtype
         pixels = (crops.to(torch.promote_types(dtype, torch.float32)) / 255 - 0.5) / 0.5  # rounded to bf16 only after that
         x = self.patch_embedding(pixels.to(dtype)) + self.positions(crops.shape[1])

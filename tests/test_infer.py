@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import data
@@ -169,6 +171,31 @@ def test_points_written_as_text(run, media, tmp_path, tiny, monkeypatch):
                           ("tall.points.png", "wide.points.json", "wide.points.png")]
 
 
+def test_several_questions_are_answered_at_once(run, media, tiny):
+    """With --ask one prefill serves all questions; each answer is the one it gets alone, and the first has its usual place."""
+    questions = ["Point to the cups.", "How many rings are there?", "What is this?"]
+    _, out, _ = run(media / "clip.mp4", questions[0], "--ask", questions[1], "--ask", questions[2], "--json", "-")
+    together = json.loads(out)
+    alone = [json.loads(run(media / "clip.mp4", question, "--json", "-")[1]) for question in questions]
+    named = ("prompt", "text", "points", "count", "finish_reason")
+    assert together["answers"] == [{name: result[name] for name in named} for result in alone] and "answers" not in alone[0]
+    assert {name: together[name] for name in named} == together["answers"][0]
+    timing = together["timing"]
+    assert timing["prompt_tokens"] < sum(result["timing"]["prompt_tokens"] for result in alone)
+    assert timing["tokens"] == sum(result["timing"]["tokens"] for result in alone) and "bandwidth_share" not in timing
+    lines = run(media / "clip.mp4", *questions[:1], "--ask", questions[1])[1].splitlines()
+    assert [line for line in lines if line.startswith("> ")] == ["> " + question for question in questions[:2]]
+    assert re.fullmatch(r"prefill \d+ tokens, [\d.]+ tokens/s; decode 8 tokens, [\d.]+ tokens/s", lines[-3]), lines
+
+
+def test_eight_bit_weights(run, media, monkeypatch):
+    """--int8 gives an answer from a language model in eight bits."""
+    seen, real = [], infer.generate
+    monkeypatch.setattr(infer, "generate", lambda model, *given: seen.append(model.blocks[0].mlp.ff_out.weight.dtype) or real(model, *given))
+    status, out, _ = run(media / "wide.png", "Point to the cups.", "--int8")
+    assert status == 0 and seen == [torch.int8] and "decode 4 tokens" in out
+
+
 def test_readable_spells_points_out_wherever_they_stand(tiny):
     """Several lists, and one cut off in the middle of a point, become text with the model's ids; the rest stays."""
     views = image_views([np.zeros((100, 200, 3), np.uint8)] * 2, VIEWS)
@@ -250,7 +277,7 @@ def test_command_writes_inside_out_only(media, tmp_path, checkpoint):
     done = command("media/wide.png", "media/tall.png", "--out", "new/results", "--checkpoint", checkpoint,
                    "Point to the cups.", "--max-new-tokens", 3, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "\ncount: " in done.stdout and "\nfinish reason: length\n3 tokens, " in done.stdout
+    assert "\ncount: " in done.stdout and "\nfinish reason: length\nprefill " in done.stdout and "; decode 3 tokens, " in done.stdout
     results = {f"new/results/{name}" for name in ("wide.points.json", "wide.points.png", "tall.points.png")}
     assert tree(tmp_path) - before == {"new", "new/results"} | results
 
@@ -311,6 +338,9 @@ def refused(outcome, *reasons):
     (["text.mp4", "Hello.", "--masks"], "text.mp4: cannot be read as a video"),
     (["clip.mp4", "Hello.", "--masks", "--sam2", "nowhere"], "SAM 2"),
     (["clip.mp4", "Hello.", "--sam2", "nowhere"], "--sam2 is for --masks"),
+    (["clip.mp4", "Hello.", "--ask", "And?", "--per-frame"], "--ask is not for --per-frame"),
+    (["clip.mp4", "Hello.", "--ask", "And?", "--masks"], "--ask is not for --masks"),
+    (["wide.png", "Hello.", "--ask", " "], "the prompt is empty"),
 ])
 def test_bad_input_ends_in_one_line(run, media, tmp_path, monkeypatch, words, reason):
     """Exit status 2, one line that names the culprit, and nothing is written."""
