@@ -50,7 +50,7 @@ from tokenizer import Tokenizer
 
 HOME = Path(__file__).resolve().parent
 PARTS = ("vit", "connector", "llm", "point")
-SMALL = ("tiny", "small")  # presets that need no care for memory
+LIGHT = ("tiny", "small")  # presets that need no care for memory
 LOSSES = ("token", "patch", "slot", "location")
 SMALL_EVALUATION = 40  # records of each set
 Z_LOSS = 1e-4          # weight of the squared log-normaliser of the head, which keeps it from drifting
@@ -109,8 +109,11 @@ TINY = {
     4: Stage(300, 1, 1024, 100, 32, {"moments": 1.0}, "uniform", each(2e-4, 8e-4, 8e-4, 8e-4), each(20, 20, 20, 20),
              ("moments",), branches=5),
 }
-STAGES = {("tiny", n): stage for n, stage in TINY.items()} | {
-    (preset, n): stage for preset in PRESETS if preset != "tiny" for n, stage in RELEASED.items()} | {
+# Crops of 27x27 patches: an image of the synthetic worlds is two of them and 400 tokens. (Not yet trained: that needs a GPU.)
+SMALL = {n: replace(TINY[n], packs=packs, tokens=tokens, crops=crops)
+         for n, packs, tokens, crops in ((1, 8, 2560, 32), (2, 8, 4096, 64), (3, 4, 8192, 128), (4, 4, 4096, 320))}
+STAGES = {("tiny", n): stage for n, stage in TINY.items()} | {("small", n): stage for n, stage in SMALL.items()} | {
+    (preset, n): stage for preset in PRESETS if preset not in LIGHT for n, stage in RELEASED.items()} | {
     (preset, 2): replace(RELEASED[2], steps=22_000, packs=160) for preset in PRESETS if preset.startswith("molmopoint")} | {
     ("molmopoint-vid-4b", n): replace(RELEASED[n], steps=steps, packs=64, rates={"video pointing": 1.0})
     for n, steps in ((2, 6_000), (3, 800))}
@@ -407,7 +410,7 @@ def main(argv: list[str] | None = None):
 
 def parts_of_a_step(args: argparse.Namespace, stage: Stage, groups: int) -> int:
     """Into how many parts a step is cut, if its packs go to so many groups of processes."""
-    return args.accumulate or (1 if args.preset in SMALL else max(stage.packs // max(groups, 1), 1))
+    return args.accumulate or (1 if args.preset in LIGHT else max(stage.packs // max(groups, 1), 1))
 
 
 def start(args: argparse.Namespace, world: World):
@@ -454,7 +457,7 @@ def start(args: argparse.Namespace, world: World):
             look(run, state)  # every process the same
             state = None
         if not asked:
-            parallel.shard(model, world, args.device, recompute=args.preset not in SMALL)
+            parallel.shard(model, world, args.device, recompute=args.preset not in LIGHT)
             train(run, loader, state, accumulate)
 
 

@@ -26,6 +26,7 @@ import model as model_file  # noqa: E402
 from attention import Cut, Dense, Ids, Sparse  # noqa: E402
 from model import PRESETS, Block, Molmo  # noqa: E402
 from packing import collate  # noqa: E402
+from pointing import frequencies, rotation  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 HOME = Path(__file__).resolve().parent.parent
@@ -118,12 +119,13 @@ def blocks_of_8b(length: int, top: float):
             torch.nn.init.normal_(p, 0, 0.02)
     order = torch.arange(length, device="cuda")[None]
     ids = Ids(order * 4 // length, torch.zeros_like(order), order, order % 10 > 2)
+    turned = rotation(order[:, None], frequencies(config.head_width, config.rope_theta, "cuda"), dtype=torch.bfloat16)
     mask, x = Sparse.of(ids), torch.randn(1, length, config.width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
     def step():
         h = x
         for block in blocks:
-            h = torch.utils.checkpoint.checkpoint(block, h, order, mask, None, None, use_reentrant=False)
+            h = torch.utils.checkpoint.checkpoint(block, h, turned, mask, None, None, use_reentrant=False)
         h.sum().backward()
 
     each, visual = length / 4, int((order % 10 > 2).sum()) / 4
