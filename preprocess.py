@@ -20,10 +20,12 @@ frame rate, a late start or a cut-off end are common.
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain, islice
+from itertools import chain, dropwhile, islice
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -40,6 +42,7 @@ MAX_PIXELS = 64_000_000        # of an image or a frame
 MAX_CLIP_PIXELS = 1 << 30      # of all the sampled frames together, 3 GB
 MAX_DECODED_FRAMES = 200_000   # nearly two hours at 30 fps
 MAX_MISSING = 0.25             # seconds; a video that ends earlier than its header says by more than this is cut off
+MIN_LEAP = 12                  # frames; a seek costs about as much as decoding a few
 TIME_EPS = 1e-6                # seconds; timestamps are rounded to the container's clock
 
 
@@ -316,39 +319,133 @@ def frames_of(path: str | os.PathLike) -> Iterator[tuple[float, np.ndarray]]:
 
 
 def frame_times(path: str | os.PathLike) -> list[float]:
-    """The seconds of all frames of a video since the first. Raises MediaError; warns about a file that ends early."""
-    return [seconds for seconds, _ in _decode(path)]
+    """The seconds of all frames of a video since the first. Raises MediaError; warns about a file that ends early.
+    Of a long file only the two ends are decoded: what is said of leaps at `read_video` goes for the part between."""
+    return _pick(path, lambda times: [])[1]
 
 
 def read_video(path: str | os.PathLike, fps: float, max_frames: int) -> tuple[list[np.ndarray], list[float]]:
     """Sample a video as `sample_times` says: frames (H, W, 3) uint8 and the seconds at which they really start.
 
-    Decodes twice: once for the times alone, once to keep the frames wanted. A frame that is on the screen at two
-    sampled times comes once. Raises MediaError; warns about a file that ends early.
+    A frame that is on the screen at two sampled times comes once. Raises MediaError; warns about a file that ends early.
+    Decoding leaps to the key frame before the next wanted frame if that saves enough. A part leapt over is believed to
+    hold the frames that its packets announce, each with a time of its own and none of them flagged as broken; damage
+    inside these packets goes unseen, and the clip goes on behind it. Any other damage ends the clip.
     """
-    times, pixels = [], 0
+    frames, times, wanted = _pick(path, lambda times: displayed_at(times, sample_times(times[-1], fps, max_frames)))
+    return frames, [times[number] for number in wanted]
+
+
+Picked = tuple[list[np.ndarray], list[float], list[int]]  # frames (H, W, 3), seconds of all frames, numbers of the picked
+
+
+def _pick(path: str | os.PathLike, choose: Callable[[list[float]], list[int]]) -> Picked:
+    """The frames that `choose` names, given the seconds of all. What the quick ways give, `_pick_slowly` would give too."""
+    if listed := _list_frames(path):
+        wanted = sorted(set(choose(listed.times)))
+        for leap in (True, False):
+            try:
+                return _pick_listed(path, listed, wanted, leap), listed.times, wanted
+            except (_Unsure, av.FFmpegError, IndexError):  # the list is wrong, the file damaged or not made for seeking
+                pass
+    return _pick_slowly(path, choose)
+
+
+def _pick_slowly(path: str | os.PathLike, choose: Callable[[list[float]], list[int]]) -> Picked:
+    """Decodes twice: once for the times alone, once to keep the frames wanted."""
+    times, pixels, frames = [], 0, []
     for seconds, frame in _decode(path):
         times.append(seconds)
         pixels = pixels or frame.width * frame.height
-    wanted = sorted(set(displayed_at(times, sample_times(times[-1], fps, max_frames))))
+    wanted = sorted(set(choose(times)))
     if pixels * len(wanted) > MAX_CLIP_PIXELS:
         raise MediaError(f"{path}: {len(wanted)} frames of {pixels} pixels are more than fits in memory: "
                          f"sample at most {MAX_CLIP_PIXELS // pixels} frames, or shrink the video")
-    frames = []
-    for number, (_, frame) in enumerate(islice(_decode(path), wanted[-1] + 1)):  # ends before any damage: warns once
+    count = max(wanted, default=-1) + 1
+    for number, (_, frame) in enumerate(islice(_decode(path), count)):  # ends before any damage: warns once
         if number == wanted[len(frames)]:
             frames.append(_picture(frame, frames[0].shape[:2] if frames else None))
-    return frames, [times[number] for number in wanted]
+    return frames, times, wanted
+
+
+class _Unsure(Exception):
+    """A quick way cannot answer; the slow one will."""
+
+
+class _Listed(NamedTuple):
+    """The frames of a video by time, as its packets announce them; true where decoding agrees."""
+    stamps: list[int]      # by the clock of the stream
+    seconds: list[float]   # the same in seconds
+    times: list[float]     # seconds since the first frame
+    keys: list[int]        # numbers of the frames that decoding can start at, 0 among them
+
+
+def _list_frames(path: str | os.PathLike) -> _Listed | None:
+    """The frames there should be, without decoding any. None if the packets leave that open: one has no time or that of
+    another, one is broken, or there are too many. Raises MediaError."""
+    is_key = {}
+    with _open(path) as container:
+        stream = _video_stream(path, container)
+        try:
+            for packet in container.demux(stream):
+                if packet.is_discard or not packet.size:  # an edit list hides it; the mark of the end
+                    continue
+                if packet.pts is None or packet.pts in is_key or packet.is_corrupt or len(is_key) == MAX_DECODED_FRAMES:
+                    return None
+                is_key[packet.pts] = packet.is_keyframe
+        except (av.FFmpegError, IndexError):
+            return None
+        stamps, clock = sorted(is_key), stream.time_base
+    seconds = [float(stamp) * clock.numerator / clock.denominator for stamp in stamps]  # rounds as `frame.time` does
+    keys = [number for number, stamp in enumerate(stamps) if is_key[stamp] or number == 0]
+    return _Listed(stamps, seconds, [second - seconds[0] for second in seconds], keys) if stamps else None
+
+
+def _pick_listed(path: str | os.PathLike, listed: _Listed, wanted: list[int], leap: bool) -> list[np.ndarray]:
+    """Decodes the frames wanted and, for the checks, the first and the last. Raises _Unsure or FFmpeg's errors."""
+    frames = []
+    for number, frame in _visit(path, listed, sorted({0, *wanted, len(listed.times) - 1}), leap):
+        if frame.width * frame.height * len(wanted) > MAX_CLIP_PIXELS:
+            raise _Unsure
+        if number in wanted[len(frames):len(frames) + 1]:
+            frames.append(_picture(frame, frames[0].shape[:2] if frames else None))
+    return frames
+
+
+def _visit(path: str | os.PathLike, listed: _Listed, numbers: list[int], leap: bool) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Decode up to each of the frames `numbers`, of which the last is the last of the file, and yield these.
+
+    Each frame that decodes must be the next one listed, beginning at the first or the key frame leapt to. In the end none
+    may follow, nor any be missing by the header. Raises _Unsure if it is otherwise.
+    """
+    with _open(path) as container:
+        stream = _video_stream(path, container)
+        decoded, due = container.decode(stream), 0
+        for number in numbers:
+            key = listed.keys[bisect_right(listed.keys, number) - 1]
+            if leap and key - due >= MIN_LEAP:
+                container.seek(listed.stamps[key], stream=stream)
+                decoded, due = _since(listed.seconds[key], container.decode(stream)), key
+            while due <= number:
+                frame = next(decoded, None)
+                if frame is None or frame.time != listed.seconds[due] or frame.width * frame.height > MAX_PIXELS:
+                    raise _Unsure
+                due += 1
+            yield number, frame
+        if next(decoded, None) is not None or _seconds_missing(container, stream, frame) > MAX_MISSING:
+            raise _Unsure
+
+
+def _since(start: float, decoded: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """Without the frames before `start` seconds, which may come after a seek, and be broken where they need still earlier ones."""
+    return dropwhile(lambda frame: frame.time is not None and frame.time < start, decoded)
 
 
 def _decode(path: str | os.PathLike) -> Iterator[tuple[float, av.VideoFrame]]:
     """Stream decoded frames with the seconds since the first, ascending. Nothing but timestamps is believed: counts,
     rates and durations in headers are wrong or missing too often."""
     with _open(path) as container:
-        stream = next((stream for stream in container.streams.video if stream.codec_context), None)
-        if stream is None:
-            raise _unreadable(path, "no video stream")
-        stream.thread_type = "SLICE"  # frame threads can hang when decoding stops early
+        stream = _video_stream(path, container)
         step = 1 / (stream.average_rate or 25)  # only for frames without a timestamp
         start = last = problem = None
         try:
@@ -392,6 +489,15 @@ def _open(path: str | os.PathLike) -> av.container.InputContainer:
         return av.open(f"file:{os.fspath(path)}", options=options)  # file: lets a name contain a colon
     except (av.FFmpegError, ValueError) as error:
         raise _unreadable(path, _reason(error)) from error
+
+
+def _video_stream(path: str | os.PathLike, container: av.container.InputContainer) -> av.VideoStream:
+    """The first that can be decoded. Raises MediaError."""
+    stream = next((stream for stream in container.streams.video if stream.codec_context), None)
+    if stream is None:
+        raise _unreadable(path, "no video stream")
+    stream.thread_type = "SLICE"  # frame threads can hang when decoding stops early
+    return stream
 
 
 def _unreadable(path: str | os.PathLike, reason: str) -> MediaError:
