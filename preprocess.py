@@ -428,7 +428,7 @@ def _visit(path: str | os.PathLike, listed: _Listed, numbers: list[int], leap: b
                 decoded, due = _since(listed.seconds[key], container.decode(stream)), key
             while due <= number:
                 frame = next(decoded, None)
-                if frame is None or frame.time != listed.seconds[due] or frame.width * frame.height > MAX_PIXELS:
+                if frame is None or frame.time != listed.seconds[due] or frame.is_corrupt or frame.width * frame.height > MAX_PIXELS:
                     raise _Unsure
                 due += 1
             yield number, frame
@@ -470,7 +470,7 @@ def _decode(path: str | os.PathLike) -> Iterator[tuple[float, av.VideoFrame]]:
         if problem is None and missing > MAX_MISSING:
             problem = f"its header promises {missing:.1f} s more"
         if problem:
-            warnings.warn(f"{path}: ends early, after {last - start:.1f} s ({problem}); using the frames before")
+            warnings.warn(f"{path}: ends early, after {float(last - start):.1f} s ({problem}); using the frames before")
 
 
 def _seconds_missing(container: av.container.InputContainer, stream: av.VideoStream, last: av.VideoFrame) -> float:
