@@ -42,7 +42,7 @@ MAX_PIXELS = 64_000_000        # of an image or a frame
 MAX_CLIP_PIXELS = 1 << 30      # of all the sampled frames together, 3 GB
 MAX_DECODED_FRAMES = 200_000   # nearly two hours at 30 fps
 MAX_MISSING = 0.25             # seconds; a video that ends earlier than its header says by more than this is cut off
-MIN_LEAP = 12                  # frames; a seek costs about as much as decoding a few
+MIN_LEAP = 30                  # frames; a seek costs as much as decoding a dozen, and what is leapt over goes unchecked
 TIME_EPS = 1e-6                # seconds; timestamps are rounded to the container's clock
 
 
@@ -197,9 +197,9 @@ def select_tiling(height: int, width: int, config: ViewConfig) -> tuple[int, int
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(H, W, 3) uint8 -> (h, w, 3) uint8 for size (h, w): bilinear between pixel centres, without antialiasing."""
-    pixels = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)[None]  # torch rounds twice on uint8
+    pixels = torch.from_numpy(image.astype(np.float32))[None].permute(0, 3, 1, 2)  # torch rounds twice on uint8
     pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=False)
-    return pixels[0].permute(1, 2, 0).round_().clamp_(0, 255).to(torch.uint8).contiguous().numpy()
+    return pixels[0].permute(1, 2, 0).round_().to(torch.uint8).contiguous().numpy()  # contiguous already: channels stay last
 
 
 def cut(image: np.ndarray, tiling: tuple[int, int], config: ViewConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -428,7 +428,9 @@ def _visit(path: str | os.PathLike, listed: _Listed, numbers: list[int], leap: b
                 decoded, due = _since(listed.seconds[key], container.decode(stream)), key
             while due <= number:
                 frame = next(decoded, None)
-                if frame is None or frame.time != listed.seconds[due] or frame.is_corrupt or frame.width * frame.height > MAX_PIXELS:
+                if frame is None or frame.time != listed.seconds[due]:
+                    raise _Unsure
+                if frame.is_corrupt or frame.width * frame.height > MAX_PIXELS:  # how damage looks varies
                     raise _Unsure
                 due += 1
             yield number, frame

@@ -1,0 +1,102 @@
+"""How long it takes to get from a file to crops, side by side: decode everything to pictures, sample, cut; or read_video.
+
+    python tests/bench_video.py [FILE]    # without a file: a clip of a minute, 640x360 at 30 fps, made for the occasion
+
+Also an image of 1800 x 1200 to its 9 crops, by the former `resize` and by the present one. The best of some rounds, in ms.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import preprocess  # noqa: E402
+from preprocess import ViewConfig, Views  # noqa: E402
+
+ROUNDS = 5
+
+
+def best(*ways: Callable) -> list[float]:
+    """Milliseconds each way takes, in turns, so that what else the machine does meets all of them."""
+    taken = [[] for _ in ways]
+    for _ in range(ROUNDS):
+        for way, times in zip(ways, taken):
+            start = time.perf_counter()
+            way()
+            times.append(1000 * (time.perf_counter() - start))
+    return [min(times) for times in taken]
+
+
+def everything(path: str, config: ViewConfig) -> Views:
+    """The plain way: all frames become pictures, of which some are cut."""
+    with av.open(path) as container:
+        container.streams.video[0].thread_type = "SLICE"  # as in preprocess
+        seconds, pictures = zip(*((frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)))
+    times = [second - seconds[0] for second in seconds]
+    wanted = sorted(set(preprocess.displayed_at(times, preprocess.sample_times(times[-1], config.fps, config.max_frames))))
+    return preprocess.video_views([pictures[n] for n in wanted], [times[n] for n in wanted], config)
+
+
+def ours(path: str, config: ViewConfig) -> Views:
+    return preprocess.video_views(*preprocess.read_video(path, config.fps, config.max_frames), config)
+
+
+def film(count: int, height: int, width: int) -> Iterator[np.ndarray]:
+    """The camera wanders over a picture, and a square runs through it."""
+    coarse = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    ground = np.asarray(Image.fromarray(coarse).resize((2 * width, 2 * height), Image.Resampling.BICUBIC))
+    for n in range(count):
+        y, x = (int(side / 2 * (1 + np.sin(n / period))) for side, period in ((height, 150), (width, 210)))
+        frame = ground[y:y + height, x:x + width].copy()
+        frame[(2 * n) % height:][:40, (3 * n) % width:][:, :40] = (255, 0, 0)
+        yield frame
+
+
+def former_resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    pixels = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)[None]
+    pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=False)
+    return pixels[0].permute(1, 2, 0).round_().clamp_(0, 255).to(torch.uint8).contiguous().numpy()
+
+
+def bench_video(path: str) -> None:
+    for most in (16, 128):
+        config = ViewConfig(max_frames=most)
+        same = np.array_equal(everything(path, config).crops, (views := ours(path, config)).crops)
+        plain, quick = best(lambda: everything(path, config), lambda: ours(path, config))
+        print(f"{Path(path).name}, {len(views.times)} frames: everything {plain:.0f} ms, read_video {quick:.0f} ms: "
+              f"{plain / quick:.2f} times as fast, {'the same crops' if same else 'OTHER CROPS'}")
+
+
+def bench_image() -> None:
+    config, image = ViewConfig(max_crops=8), next(film(1, 1200, 1800))
+
+    def cut(resize: Callable) -> np.ndarray:
+        preprocess.resize = resize
+        return preprocess.image_views([image], config).crops
+
+    present = preprocess.resize
+    same = np.array_equal(cut(former_resize), cut(present))
+    before, now = best(lambda: cut(former_resize), lambda: cut(present))
+    print(f"image 1800x1200, {len(cut(present))} crops: formerly {before:.1f} ms, now {now:.1f} ms, "
+          f"{'the same crops' if same else 'OTHER CROPS'}")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = sys.argv[1] if len(sys.argv) > 1 else f"{folder}/minute.mp4"
+        if len(sys.argv) == 1:
+            preprocess.write_video(path, film(1800, 360, 640), fps=30)
+        bench_video(path)
+    bench_image()
+
+
+if __name__ == "__main__":
+    main()
