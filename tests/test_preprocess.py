@@ -254,10 +254,10 @@ def test_displayed_at():
 
 # ---- reading videos --------------------------------------------------------------------------------------------------
 
-def write_clip(path, milliseconds, size=(48, 64), shade=lambda n: 6 * n, codec="libx264", muxer=None, **options):
+def write_clip(path, milliseconds, size=(48, 64), shade=lambda n: 6 * n, codec="libx264", muxer=None, encoder=None, **options):
     """A clip whose n-th frame has the grey value 6 n and is shown at the n-th of the given times."""
     with av.open(str(path), "w", format=muxer, options=options) as container:
-        stream = container.add_stream(codec, rate=30)
+        stream = container.add_stream(codec, rate=30, options=encoder or {})
         stream.height, stream.width = size
         stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, 1000)
         for number, time in enumerate(milliseconds):
@@ -395,6 +395,206 @@ def test_sampling_stays_in_bounds(tmp_path, monkeypatch):
             with pytest.raises(MediaError, match=f"long.mp4: .*{message}"):
                 preprocess.read_video(path, 2, 16)
     assert len(preprocess.read_video(path, 2, 16)[0]) == 3
+
+
+# ---- reading videos quickly ------------------------------------------------------------------------------------------
+
+SHORT = {"g": "10", "bf": "2"}  # a key frame every ten frames at most
+OPEN = {"x264-params": "open-gop=1:bframes=3:b-pyramid=2:keyint=10:min-keyint=10:scenecut=0"}
+ROLLING = {"x264-params": "intra-refresh=1:keyint=10"}  # no key frames after the first: the picture is renewed bit by bit
+STEADY = [40 * n for n in range(42)]
+STAMPED = [("variable.mp4", dict(times=VARIABLE)), ("late.mkv", dict(times=[5000 + time for time in VARIABLE], encoder=SHORT)),
+           ("vp9.webm", dict(codec="libvpx-vp9", encoder={"g": "10"})), ("short.mp4", dict(encoder=SHORT)),
+           ("open.mp4", dict(encoder=OPEN)), ("open.mkv", dict(encoder=OPEN)), ("rolling.mp4", dict(encoder=ROLLING)),
+           ("pieces.mp4", dict(encoder=SHORT, movflags="frag_keyframe+empty_moov")),
+           ("short.ts", dict(encoder=SHORT)), ("late.ts", dict(times=[5000 + time for time in VARIABLE], encoder=OPEN)),
+           ("short.avi", dict(encoder=SHORT)), ("raw.h264", dict(encoder=SHORT))]
+
+
+def trap(tmp_path, name):
+    """A file that is awkward to read in the way its name says."""
+    path = tmp_path / name
+    source = write_clip(tmp_path / f"source{path.suffix}", STEADY, encoder=SHORT) if path.suffix != ".gif" else None
+    whole = source.read_bytes() if source else b""
+    if path.stem == "glued":
+        path.write_bytes(b"".join(write_clip(tmp_path / f"{start}.ts", [start + time for time in STEADY]).read_bytes()
+                                  for start in (3000, 2000)))
+    elif path.stem == "resized":
+        path.write_bytes(whole + write_clip(tmp_path / f"other{path.suffix}", [9000 + time for time in STEADY], (80, 32)).read_bytes())
+    elif path.stem == "headless":  # begins amid the frames after a key frame
+        path.write_bytes(whole[188 * 20:])
+    elif path.stem == "rotated":
+        matrix = whole.index(b"tkhd") + 44
+        path.write_bytes(whole[:matrix] + struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30) + whole[matrix + 36:])
+    elif path.stem == "trimmed":  # the frames before the cut are in the file but not shown
+        with av.open(str(source)) as old, av.open(str(path), "w") as cut:
+            stream = cut.add_stream_from_template(old.streams.video[0])
+            packets = [packet for packet in old.demux(video=0) if packet.pts is not None]
+            first = [number for number, packet in enumerate(packets) if packet.is_keyframe][1]
+            late = packets[first + 5].pts
+            for packet in packets[first:]:
+                packet.stream, packet.pts, packet.dts = stream, packet.pts - late, packet.dts - late
+                cut.mux(packet)
+    elif path.suffix == ".gif":
+        pictures = [Image.fromarray(noise(40, 50, 1)).convert("P")] * 30
+        for n in range(1, 30):  # each adds to the one before
+            pictures[n] = pictures[n - 1].copy()
+            pictures[n].paste(n, (n, n, n + 9, n + 9))
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=[100, 700, 50] * 10)
+    return path
+
+
+def outcome(read, *given):
+    """What came of reading: the result or the error, and the warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            frames, *rest = read(*given)
+            return [(frame.shape, frame.tobytes()) for frame in frames], rest, [str(warning.message) for warning in caught]
+        except MediaError as error:
+            return str(error), [str(warning.message) for warning in caught]
+
+
+CHOICES = [lambda times: preprocess.displayed_at(times, preprocess.sample_times(times[-1], 3, 16)),
+           lambda times: [len(times) * 3 // 4], lambda times: []]
+
+
+def check_ways_agree(path, choices=CHOICES):
+    """What `read_video` and `frame_times` go by gives the same frames, times and warnings as decoding everything."""
+    for choose in choices:
+        assert outcome(preprocess._pick, path, choose) == outcome(preprocess._pick_slowly, path, choose)
+
+
+@pytest.mark.parametrize("least", [1, 30])
+@pytest.mark.parametrize("name, kind", STAMPED, ids=lambda value: value if isinstance(value, str) else "")
+def test_quick_reading_equals_slow_reading(tmp_path, monkeypatch, name, kind, least):
+    """Whatever the container, the clock and the key frames, and however eagerly it leaps."""
+    monkeypatch.setattr(preprocess, "MIN_LEAP", least)
+    kind = dict(kind)
+    check_ways_agree(write_clip(tmp_path / name, kind.pop("times", STEADY), **kind))
+
+
+@pytest.mark.parametrize("name", ["glued.ts", "resized.h264", "resized.ts", "headless.ts", "rotated.mp4", "trimmed.mp4",
+                                  "adding.gif"])
+def test_quick_reading_falls_into_no_trap(tmp_path, monkeypatch, name):
+    """Two clocks, two sizes, a start in mid-stream, a display matrix, hidden frames, pictures that build on each other."""
+    monkeypatch.setattr(preprocess, "MIN_LEAP", 1)
+    check_ways_agree(trap(tmp_path, name))
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "ts", "webm", "h264"])
+def test_quick_reading_of_damaged_files(tmp_path, ending):
+    """Cut off anywhere, or with bits turned over anywhere: the same frames, times and warnings as decoding gives."""
+    options = {"movflags": "faststart"} if ending == "mp4" else {}
+    codec = "libvpx-vp9" if ending == "webm" else "libx264"
+    whole = write_clip(tmp_path / f"whole.{ending}", STEADY, codec=codec, **options).read_bytes()
+    random, path = np.random.default_rng(3), tmp_path / f"damaged.{ending}"
+    for part in (0.1, 0.5, 0.8, 0.99):
+        path.write_bytes(whole[:int(part * len(whole))])
+        check_ways_agree(path, CHOICES[:1])
+    for _ in range(5):
+        data = bytearray(whole)
+        for place in random.integers(len(whole), size=4):
+            data[place] ^= 1 << random.integers(8)
+        path.write_bytes(data)
+        check_ways_agree(path, CHOICES[:1])
+
+
+class Counting:
+    """A container that counts the frames it decodes."""
+    frames = 0
+
+    def __init__(self, container):
+        self.container = container
+
+    def __getattr__(self, name):
+        return getattr(self.container, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.container.close()
+
+    def decode(self, stream):
+        for frame in self.container.decode(stream):
+            Counting.frames += 1
+            yield frame
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """A function that reads and says how many frames were decoded and how many became pictures."""
+    opened, picture, pictures = preprocess._open, preprocess._picture, []
+    monkeypatch.setattr(preprocess, "_open", lambda path: Counting(opened(path)))
+    monkeypatch.setattr(preprocess, "_picture", lambda *given: pictures.append(1) or picture(*given))
+
+    def count(read, *given):
+        Counting.frames, pictures[:] = 0, []
+        read(*given)
+        return Counting.frames, len(pictures)
+    return count
+
+
+def test_little_is_decoded_where_little_is_wanted(tmp_path, counted):
+    """Of 600 frames with a key frame every 30: each at most once, only the wanted made pictures, and for a few of them,
+    or the times alone, no more than lie between a key frame and the frame after it that is looked at."""
+    path = write_clip(tmp_path / "long.mp4", [40 * n for n in range(600)], encoder={"g": "30", "sc_threshold": "0"}, shade=lambda n: n % 250)
+    assert counted(preprocess.read_video, path, 25, 600) == (600, 600)
+    decoded, pictures = counted(preprocess.read_video, path, 2, 5)  # 0, 149, 299, 449, 599
+    assert pictures == 5 and decoded == 1 + 4 * 30
+    assert counted(preprocess.frame_times, path) == (1 + 30, 0)
+    assert counted(preprocess.read_video, path, 2, 1) == (1 + 30, 1)
+    one_run = write_clip(tmp_path / "one run.mp4", STEADY)  # nowhere to leap to
+    assert counted(preprocess.read_video, one_run, 2, 5) == (42, 5) and counted(preprocess.frame_times, one_run) == (42, 0)
+
+
+@pytest.mark.parametrize("lie", ["one too few", "one too many", "one moved", "last left out", "one after the end"])
+def test_wrong_lists_are_found_out(tmp_path, monkeypatch, counted, lie):
+    """If the packets announce other frames than decode, everything is decoded, and the answer is as true as ever."""
+    path = write_clip(tmp_path / "clip.mp4", STEADY, encoder=SHORT)
+    truth, (start, *_) = preprocess.read_video(path, 5, 16), preprocess._list_frames(path).seconds
+    seconds = [start + time / 1000 for time in STEADY]
+    where = {"one too few": seconds.pop, "one moved": lambda n: seconds.insert(n, seconds.pop(n) + 0.001),
+             "one too many": lambda n: seconds.insert(n, seconds[n] - 0.001), "last left out": lambda n: seconds.pop(),
+             "one after the end": lambda n: seconds.append(seconds[-1] + 0.04)}
+    where[lie](23)
+    times = [second - start for second in seconds]
+    monkeypatch.setattr(preprocess, "_list_frames", lambda path: preprocess._Listed(list(range(len(times))), seconds, times, [0]))
+    assert counted(preprocess.read_video, path, 5, 16)[0] >= 2 * 42
+    frames, found = preprocess.read_video(path, 5, 16)
+    assert found == truth[1] and np.array_equal(frames, truth[0])
+
+
+def test_a_seek_that_misses_is_found_out(tmp_path, monkeypatch, counted):
+    """Where seeking lands behind the key frame, as it does in .ts, or is refused, all is decoded in one go from the start."""
+    path = write_clip(tmp_path / "clip.mp4", STEADY, encoder=SHORT)
+    monkeypatch.setattr(preprocess, "MIN_LEAP", 8)
+    leaping, listed = counted(preprocess.read_video, path, 2, 3)[0], preprocess._list_frames(path)
+    truth = preprocess.read_video(path, 2, 3)
+    assert leaping < 36
+    late = listed._replace(stamps=[*listed.stamps[:11], *[listed.stamps[-1]] * 31])  # seeks to the last key frame
+    monkeypatch.setattr(preprocess, "_list_frames", lambda path: late)
+    assert 42 < counted(preprocess.read_video, path, 2, 3)[0] <= 42 + leaping
+    frames, times = preprocess.read_video(path, 2, 3)
+    assert times == truth[1] and np.array_equal(frames, truth[0])
+
+
+def test_damage_in_a_part_leapt_over(tmp_path):
+    """It goes unseen and the clip goes on behind it, as the documentation says; looked at, it ends the clip."""
+    path = write_clip(tmp_path / "clip.mp4", [40 * n for n in range(160)], encoder={"g": "40", "bf": "0"}, shade=lambda n: n)
+    with av.open(str(path)) as container:
+        places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    data = bytearray(path.read_bytes())
+    for pos, size in places[50:60]:
+        data[pos:pos + size] = b"\xff" * size
+    path.write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frames, times = preprocess.read_video(path, 2, 2)
+    assert times == pytest.approx([0, 159 * 0.04]) and frames[1].mean() == pytest.approx(159, abs=2.5)
+    with pytest.warns(UserWarning, match="clip.mp4: ends early"):
+        assert preprocess.read_video(path, 2, 16)[1][-1] < 60 * 0.04
 
 
 def bad_video(tmp_path, case):
