@@ -340,7 +340,8 @@ Picked = tuple[list[np.ndarray], list[float], list[int]]  # frames (H, W, 3), se
 
 
 def _pick(path: str | os.PathLike, choose: Callable[[list[float]], list[int]]) -> Picked:
-    """The frames that `choose` names, given the seconds of all. What the quick ways give, `_pick_slowly` would give too."""
+    """The frames that `choose` numbers, given the seconds of all: by the list of the packets, as far as decoding bears it
+    out, leaping or from the start, or else slowly. All ways give the same."""
     if listed := _list_frames(path):
         wanted = sorted(set(choose(listed.times)))
         for leap in (True, False):
@@ -428,9 +429,8 @@ def _visit(path: str | os.PathLike, listed: _Listed, numbers: list[int], leap: b
                 decoded, due = _since(listed.seconds[key], container.decode(stream)), key
             while due <= number:
                 frame = next(decoded, None)
-                if frame is None or frame.time != listed.seconds[due]:
-                    raise _Unsure
-                if frame.is_corrupt or frame.width * frame.height > MAX_PIXELS:  # how damage looks varies
+                if (frame is None or frame.time != listed.seconds[due] or frame.is_corrupt  # how damage looks is chance
+                        or frame.width * frame.height > MAX_PIXELS):
                     raise _Unsure
                 due += 1
             yield number, frame
@@ -439,7 +439,7 @@ def _visit(path: str | os.PathLike, listed: _Listed, numbers: list[int], leap: b
 
 
 def _since(start: float, decoded: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-    """Without the frames before `start` seconds, which may come after a seek, and be broken where they need still earlier ones."""
+    """Without the frames before `start` seconds: after a seek some may come, and be broken for want of still earlier ones."""
     return dropwhile(lambda frame: frame.time is not None and frame.time < start, decoded)
 
 

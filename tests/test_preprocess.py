@@ -566,18 +566,37 @@ def test_wrong_lists_are_found_out(tmp_path, monkeypatch, counted, lie):
     assert found == truth[1] and np.array_equal(frames, truth[0])
 
 
-def test_a_seek_that_misses_is_found_out(tmp_path, monkeypatch, counted):
-    """Where seeking lands behind the key frame, as it does in .ts, or is refused, all is decoded in one go from the start."""
+@pytest.mark.parametrize("landing", [0, -1])
+def test_a_seek_that_misses(tmp_path, monkeypatch, counted, landing):
+    """Where it lands before the key frame, what comes until then is dropped; where it lands behind, as it does in .ts, all
+    is decoded from the start."""
     path = write_clip(tmp_path / "clip.mp4", STEADY, encoder=SHORT)
     monkeypatch.setattr(preprocess, "MIN_LEAP", 8)
-    leaping, listed = counted(preprocess.read_video, path, 2, 3)[0], preprocess._list_frames(path)
-    truth = preprocess.read_video(path, 2, 3)
+    leaping, truth = counted(preprocess.read_video, path, 2, 3)[0], preprocess.read_video(path, 2, 3)
     assert leaping < 36
-    late = listed._replace(stamps=[*listed.stamps[:11], *[listed.stamps[-1]] * 31])  # seeks to the last key frame
-    monkeypatch.setattr(preprocess, "_list_frames", lambda path: late)
-    assert 42 < counted(preprocess.read_video, path, 2, 3)[0] <= 42 + leaping
+    listed = preprocess._list_frames(path)
+    wrong = listed._replace(stamps=[listed.stamps[landing]] * 42)
+    monkeypatch.setattr(preprocess, "_list_frames", lambda path: wrong)
+    decoded = counted(preprocess.read_video, path, 2, 3)[0]
+    assert 42 < decoded <= (42 + leaping if landing else 3 * 42)
     frames, times = preprocess.read_video(path, 2, 3)
     assert times == truth[1] and np.array_equal(frames, truth[0])
+
+
+def test_what_packets_leave_open(tmp_path, counted):
+    """Frames that an edit list hides are not listed, and the others decode once; there is no list where a packet has no
+    time, or that of another, or is cut off."""
+    path = trap(tmp_path, "trimmed.mp4")
+    listed = preprocess._list_frames(path)
+    assert counted(preprocess.frame_times, path) == (len(listed.times), 0) and listed.times == preprocess.frame_times(path)
+    assert preprocess._list_frames(write_clip(tmp_path / "raw.h264", STEADY)) is None
+    clip = write_clip(tmp_path / "clip.ts", STEADY).read_bytes()
+    path = tmp_path / "twice.ts"
+    path.write_bytes(clip + clip)
+    assert preprocess._list_frames(path) is None
+    path = write_clip(tmp_path / "cut.mp4", STEADY, movflags="faststart")
+    path.write_bytes(path.read_bytes()[:-10])
+    assert preprocess._list_frames(path) is None
 
 
 def test_damage_in_a_part_leapt_over(tmp_path):
