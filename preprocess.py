@@ -329,8 +329,8 @@ def read_video(path: str | os.PathLike, fps: float, max_frames: int) -> tuple[li
 
     A frame that is on the screen at two sampled times comes once. Raises MediaError; warns about a file that ends early.
     Decoding leaps to the key frame before the next wanted frame if that saves enough. A part leapt over is believed to
-    hold the frames that its packets announce, each with a time of its own and none of them flagged as broken; damage
-    inside these packets goes unseen, and the clip goes on behind it. Any other damage ends the clip.
+    hold the frames that its packets announce, if each of these has a time and arrives whole; damage inside them goes
+    unseen, and the clip goes on behind it. Any other damage ends the clip.
     """
     frames, times, wanted = _pick(path, lambda times: displayed_at(times, sample_times(times[-1], fps, max_frames)))
     return frames, [times[number] for number in wanted]
@@ -382,8 +382,8 @@ class _Listed(NamedTuple):
 
 
 def _list_frames(path: str | os.PathLike) -> _Listed | None:
-    """The frames there should be, without decoding any. None if the packets leave that open: one has no time or that of
-    another, one is broken, or there are too many. Raises MediaError."""
+    """The frames there should be, without decoding any. None if the packets leave that open: one has no time or is broken,
+    or there are too many. Raises MediaError."""
     is_key = {}
     with _open(path) as container:
         stream = _video_stream(path, container)
@@ -391,7 +391,7 @@ def _list_frames(path: str | os.PathLike) -> _Listed | None:
             for packet in container.demux(stream):
                 if packet.is_discard or not packet.size:  # an edit list hides it; the mark of the end
                     continue
-                if packet.pts is None or packet.pts in is_key or packet.is_corrupt or len(is_key) == MAX_DECODED_FRAMES:
+                if packet.pts is None or packet.is_corrupt or len(is_key) == MAX_DECODED_FRAMES:
                     return None
                 is_key[packet.pts] = packet.is_keyframe
         except (av.FFmpegError, IndexError):
