@@ -410,6 +410,7 @@ def _pick_listed(path: str | os.PathLike, listed: _Listed, wanted: list[int], le
             raise _Unsure
         if number in wanted[len(frames):len(frames) + 1]:
             frames.append(_picture(frame, frames[0].shape[:2] if frames else None))
+        del frame  # the decoder uses its memory again, and a frame damaged unnoticed shows what was there: as in `_pick_slowly`
     return frames
 
 
