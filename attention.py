@@ -21,6 +21,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 
+MOST_DENSE = 4096  # tokens of a row on a GPU that still get a mask of all pairs
+
+
 class Ids(NamedTuple):
     """All that the rule asks of a token; each (B, T)."""
 
@@ -137,5 +140,7 @@ def compiled(function):
 
 
 def masked(ids: Ids) -> Mask:
-    """The way for these tokens' device."""
-    return Sparse.of(ids) if ids.example.is_cuda else Cut.of(ids)
+    """The way for these tokens' device and number; on a GPU short rows are not worth the compilation."""
+    if ids.example.device.type == "cpu":
+        return Cut.of(ids)
+    return Dense.of(ids, ids) if ids.example.shape[1] <= MOST_DENSE else Sparse.of(ids)

@@ -15,10 +15,12 @@ numbers can be held out for evaluation.
 
 import argparse
 import os
+import queue
 import re
 import signal
 import sys
 import textwrap
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -498,18 +500,24 @@ class Loader:
     state: dict[str, list[int]] | None = None
     rank: int = 0
     world: int = 1
+    multiple: int = 1          # to which rows are padded
     names: Sequence[str] = ()  # of the examples in the last batch
 
     MOST_SKIPPED = 100
 
     def __iter__(self) -> Iterator[Batch]:
         state = self.state or {"next": [self.rank], "pool": []}
-        self.packer.pool, numbers = {}, Numbers(state["pool"], state["next"][0], self.world)
-        items = DataLoader(self.examples, batch_size=None, sampler=numbers, num_workers=self.workers,
-                           worker_init_fn=leave_signals, generator=torch.Generator())  # the model's own stays as it is
-        after, skipped, in_a_row, packs = state["next"][0], set(), 0, []
+        numbers = Numbers(state["pool"], state["next"][0], self.world)
+        items = iter(DataLoader(self.examples, batch_size=None, sampler=numbers, num_workers=self.workers,
+                                worker_init_fn=leave_signals, generator=torch.Generator()))  # the model's own stays as it is
+        for batch, self.names, self.state in ahead(self.batches(items, state["next"][0])):
+            yield batch
+
+    def batches(self, items: Iterator[tuple[int, Example | str]], start: int) -> Iterator[tuple[Batch, list[str], dict]]:
+        """Batches, each with the names of its examples and the state after it."""
+        self.packer.pool, after, skipped, in_a_row, packs = {}, start, set(), 0, []
         for number, item in items:
-            after = max(after, number + self.world)
+            after = max(after, number + self.world if number >= start else 0)
             try:
                 if isinstance(item, str):
                     raise ValueError(item)
@@ -527,10 +535,56 @@ class Loader:
             if self.packer.full:
                 packs.append(self.packer.take())
             if len(packs) == self.rows:
-                self.state = {"next": [after], "pool": self.packer.numbers}
-                self.names = [tree.name for pack in packs for tree in pack]
-                yield collate(packs, self.weights)
+                names = [tree.name for pack in packs for tree in pack]
+                yield collate(packs, self.weights, self.multiple), names, {"next": [after], "pool": self.packer.numbers}
                 packs = []
+
+
+def ahead(items: Iterator, most: int = 2) -> Iterator:
+    """The same items, up to so many made by a thread while the last one is in use; what goes wrong there is raised here, when
+    its turn comes."""
+    made, over = queue.Queue(most), threading.Event()
+
+    def hand(entry: tuple) -> None:
+        while not over.is_set():
+            try:
+                return made.put(entry, timeout=0.1)
+            except queue.Full:
+                pass
+
+    def work() -> None:
+        try:
+            for item in items:
+                hand((item, None))
+                if over.is_set():
+                    return
+            hand((None, StopIteration()))
+        except Exception as error:
+            hand((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = made.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        over.set()
+        thread.join(timeout=10)
+
+
+def shared_out(states: Sequence[dict[str, list[int]]], rank: int, world: int) -> dict[str, list[int]]:
+    """The state of loader `rank` of `world`, from those of all loaders of a run that may have had another number of them: what
+    none of them has taken comes once."""
+    if len(states) == world:
+        return states[rank]
+    start = max(state["next"][0] for state in states)
+    waiting = [n for state in states for n in (*state["pool"], *range(state["next"][0], start, len(states)))]
+    return {"next": [start + rank], "pool": sorted(waiting)[rank::world]}
 
 
 @dataclass

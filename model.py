@@ -13,7 +13,6 @@ B sequences, T tokens, d LLM width, N crops of the batch, S patches per crop, v 
 batch, K slots of a pool window, G points, V rows of the base vocabulary.
 """
 
-import argparse
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -184,7 +183,8 @@ class Batch:
     frames: Tensor        # (N,) how many crops right before each show the same place earlier; -1 = an image
 
     def to(self, device) -> "Batch":
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        on_gpu = torch.device(device).type == "cuda"  # from pinned memory the copy does not keep the program waiting
+        return Batch(*((x.pin_memory() if on_gpu and not x.is_cuda else x).to(device, non_blocking=True) for x in (getattr(self, f.name) for f in fields(self))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,10 +314,21 @@ class Table(nn.Module):
 # The whole
 
 
+class Alone:
+    """One process does all the work on a batch. (`parallel.Context`: several share it out, tokens and pictures.)"""
+
+    mask = part = whole = own = staticmethod(lambda x: x)
+
+    @staticmethod
+    def spread(module: nn.Module, *rows: Tensor) -> Tensor:
+        return module(*rows)
+
+
 class Molmo(nn.Module):
     def __init__(self, config: MolmoConfig):
         super().__init__()
-        c = self.config = config
+        c, self.context = config, Alone()
+        self.config = config
         self.ids = c.token_ids()
         self.vit = ViT(c.vit)
         self.connector = Connector(c.connector, c.temporal, c.vit.feature_width, c.llm.width)
@@ -370,7 +381,7 @@ class Molmo(nn.Module):
             raise ValueError(f"{count} visual placeholder tokens, but {len(batch.pooling)} pool windows")
         features = self.encode(batch)
         windows, valid = gather_windows(features.flatten(0, 1), batch.pooling)
-        embeddings = self.connector(windows, valid, *self.remember(features, batch))
+        embeddings = self.context.spread(self.connector, windows, valid, *self.remember(features, batch))
         at, indexable = placeholder.flatten().nonzero()[:, 0], batch.tokens[placeholder] == self.ids["<im_patch>"]
         return Sight.of(windows, valid, embeddings, at, self.owners(batch)[placeholder], indexable)
 
@@ -379,22 +390,22 @@ class Molmo(nn.Module):
         there is no temporal module, not at all."""
         read = torch.zeros(len(batch.crops), dtype=torch.bool, device=batch.crops.device)
         read[batch.pooling[batch.pooling >= 0] // batch.crops.shape[1]] = True
-        if read.all():
-            return self.vit(batch.crops)
-        seen = self.vit(batch.crops[read])
+        seen = self.context.spread(self.vit, batch.crops[read])
+        if self.config.temporal.mode == "none" and read.all():
+            return seen
         features = seen.new_zeros(len(read), *seen.shape[1:]).index_put((read,), seen)
-        if self.config.temporal.mode != "none":
+        if self.config.temporal.mode != "none":  # even if there is none: elsewhere there may be, and all processes go together
             with torch.no_grad():
-                features[~read] = self.vit(batch.crops[~read])
+                features[~read] = self.context.spread(self.vit, batch.crops[~read])
         return features
 
     def remember(self, features: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         """What the temporal module needs besides the windows themselves: the same windows in the past, and whether there
         is any; () without such a module."""
-        if self.config.temporal.mode == "none" or not len(features):
+        if self.config.temporal.mode == "none":
             return ()
         with torch.no_grad():
-            black = self.vit(torch.zeros_like(batch.crops[:1]))[0]
+            black = self.vit(batch.crops.new_zeros(1, *batch.crops.shape[1:]))[0]
         past, known = mean_past(features, black, batch.frames, self.config.temporal)
         crop = batch.pooling.amax(1) // features.shape[1]
         return gather_windows(past.flatten(0, 1), batch.pooling)[0], known[crop]
@@ -457,13 +468,16 @@ class Molmo(nn.Module):
     def forward(self, batch: Batch, drop: Tensor | None = None) -> tuple[Tensor, Sight]:
         """-> hidden states (B, T, d) and what was seen."""
         sight = self.see(batch)
-        return self.decode(self.inputs(batch, sight), batch.positions, masked(self.mask_ids(batch)), drop=drop), sight
+        x, share = self.inputs(batch, sight), self.context
+        mask = share.mask(masked(self.mask_ids(batch)))
+        h = self.decode(share.part(x), share.part(batch.positions), mask, drop=share.part(drop))
+        return share.whole(h), sight
 
     def losses(self, batch: Batch, drop_responses_only: bool = False) -> dict[str, Tensor]:
         """Weighted sums: `token`, `z` (the squared log-normaliser of the head), `patch`, `slot`, `location`; and counts
         `right` of `choices`. The caller divides by the summed loss weights (of all devices)."""
-        h, sight = self(batch, batch.loss_weights > 0 if drop_responses_only else None)
-        h, targets, weights = h.flatten(0, 1), batch.targets.flatten(), batch.loss_weights.flatten()
+        h, sight = self.forward(batch, batch.loss_weights > 0 if drop_responses_only else None)
+        h, targets, weights = h.flatten(0, 1), batch.targets.flatten(), self.context.own(batch.loss_weights).flatten()
         rows = weights.nonzero()[:, 0]
         logits = self.logits(h[rows]).float()
         normaliser = logits.logsumexp(-1)
@@ -473,41 +487,3 @@ class Molmo(nn.Module):
             owners, branches = self.owners(batch).flatten(), batch.branch_ids.flatten()
             losses |= self.point_predictor.losses(h, targets, weights, owners, branches, batch.points, sight, self.ids)
         return losses
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# python model.py --preset molmo2-8b: what a model costs, without allocating it
-
-
-def costs(config: MolmoConfig) -> dict[str, float]:
-    """Parameters per part and in all, bytes of the key-value cache per token (bf16), and FLOPs per token: two per weight
-    that a token meets (word embeddings are looked up), attention over other tokens not counted."""
-    with torch.device("meta"):
-        model = Molmo(config)
-    count = lambda *modules: sum(p.numel() for module in modules if module is not None for p in module.parameters())
-    t = config.llm
-    figures = {"vit": count(model.vit), "connector": count(model.connector), "point predictor": count(model.point_predictor),
-               "word embeddings": count(model.wte), "decoder blocks": count(model.blocks, model.ln_f),
-               "head": count(model.lm_head)}
-    return figures | {
-        "parameters": sum(figures.values()),
-        "cache bytes per token": 2 * t.layers * t.kv_heads * t.head_width * 2,
-        "flops per token": 2 * (count(model.blocks) + t.width * t.vocabulary),
-        "flops per crop": 2 * count(model.vit.blocks, model.vit.patch_embedding) * config.views.grid**2,
-    }
-
-
-def main():
-    parser = argparse.ArgumentParser(description="What a preset costs: parameters, memory, arithmetic.",
-                                     usage=argparse.SUPPRESS)  # an error is one line
-    parser.add_argument("--preset", choices=PRESETS, default="tiny")
-    figures = costs(PRESETS[parser.parse_args().preset])
-    for name, value in figures.items():
-        if "per" in name.split():
-            print(f"{name:24}{value:>18,}")
-        else:
-            print(f"{name:24}{value:>18,}{value * 2 / 2**30:>9.2f} GiB bf16{value * 4 / 2**30:>9.2f} GiB float32")
-
-
-if __name__ == "__main__":
-    main()

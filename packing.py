@@ -115,12 +115,12 @@ def lay_out(pack: Sequence[Example], weights: str = "uniform") -> Row:
     return Row(*(np.concatenate(field) for field in zip(*parts)))
 
 
-def collate(packs: Sequence[Example | Sequence[Example]], weights: str = "uniform") -> Batch:
-    """Packs (or single examples) -> a batch, a row each, padded on the right; pooling and points are shifted to count
-    over the whole batch."""
+def collate(packs: Sequence[Example | Sequence[Example]], weights: str = "uniform", multiple: int = 1) -> Batch:
+    """Packs (or single examples) -> a batch, a row each, padded on the right to a multiple of so many tokens; pooling and
+    points are shifted to count over the whole batch."""
     packs = [pack if isinstance(pack, Sequence) else [pack] for pack in packs]
     rows = [lay_out(pack, weights) for pack in packs]
-    length = max(len(row.tokens) for row in rows)
+    length = -(-max(len(row.tokens) for row in rows) // multiple) * multiple
     def stack(name: str, fill: int) -> torch.Tensor:
         values = [getattr(row, name) for row in rows]
         return torch.from_numpy(np.stack([np.pad(v, (0, length - len(v)), constant_values=fill) for v in values]))

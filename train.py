@@ -6,6 +6,8 @@
     python train.py --stage 4 --init assets/tiny --temporal attention    # VideoMolmo: frame by frame, with a temporal module
     python train.py --stage 2 --resume                         # goes on where a run of stage 2 was stopped or killed
     python train.py --stage 2 --init assets/tiny --data mine.jsonl --steps 500    # your own points (records.py has the format)
+    torchrun --nproc-per-node 8 train.py --stage 3 --preset molmo2-8b --init FOLDER --context-parallel 8    # parallel.py
+    python train.py --stage 2 --preset molmo2-8b --plan 64     # what that takes on 64 GPUs
 
 Writes a run folder: metrics.jsonl (a line per step and per evaluation), curves.png, and a checkpoint for
 `infer.py --checkpoint` that also holds all that --resume needs: on the CPU a resumed run repeats the uninterrupted one
@@ -18,9 +20,10 @@ import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -29,20 +32,25 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import costs
 import data
+import parallel
 import weights
 from connector import TEMPORAL
 from evaluate import evaluate, fresh
 from model import POINTS_AS, PRESETS, Molmo, MolmoConfig
 from packing import Packer
+from parallel import World
 from records import Lines
 from tokenizer import Tokenizer
 
 HOME = Path(__file__).resolve().parent
 PARTS = ("vit", "connector", "llm", "point")
+SMALL = ("tiny", "small")  # presets that need no care for memory
 LOSSES = ("token", "patch", "slot", "location")
 SMALL_EVALUATION = 40  # records of each set
 Z_LOSS = 1e-4          # weight of the squared log-normaliser of the head, which keeps it from drifting
@@ -122,11 +130,15 @@ def parse(argv: list[str] | None):
     parser.add_argument("--missing", choices=("black", "masked"), help="what stands for frames before the first (default: black)")
     parser.add_argument("--out", help="run folder (default: runs/stage<N>)")
     parser.add_argument("--steps", type=data.number(int, 1, 10**9), help="instead of the stage's own number")
-    parser.add_argument("--accumulate", type=data.number(int, 1, 10**6), default=1, help="parts of a step, for less memory")
+    parser.add_argument("--accumulate", type=data.number(int, 1, 10**6),
+                        help="parts of a step, for less memory (default: 1, of the large presets a pack of each process at a time)")
     parser.add_argument("--seed", type=data.number(int, 0, 10_000), default=0, help="of the weights and of the scenes")
     parser.add_argument("--eval-every", type=data.number(int, 1, 10**9), default=400, help="steps between small evaluations")
     parser.add_argument("--save-every", type=data.number(int, 1, 10**9), default=200, help="steps between checkpoints")
     parser.add_argument("--workers", type=data.number(int, 0, 256), default=1, help="processes that draw scenes")
+    parser.add_argument("--context-parallel", type=data.number(int, 1, 1024), default=1, metavar="C",
+                        help="so many processes share every batch (torchrun)")
+    parser.add_argument("--plan", type=data.number(int, 1, 10**6), metavar="GPUS", help="print what the stage takes on so many, and end")
     parser.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
@@ -167,14 +179,14 @@ def optimizers(module: nn.Module, kind: str) -> list[torch.optim.Optimizer]:
     return made
 
 
-def clip(parts: dict[str, dict[str, nn.Parameter]], loss: float, step: int, names: Sequence[str] = ()) -> dict[str, float]:
+def clip(parts: dict[str, dict[str, nn.Parameter]], loss: float, step: int, names: Callable[[], Sequence[str]] = list) -> dict[str, float]:
     """Gradients clipped to norm 1 in every part; -> the norms before. ValueError, with the names of the batch's
     examples, if anything is not finite."""
     learned = {part: [p for p in params.values() if p.requires_grad] for part, params in parts.items()}
-    norms = {part: nn.utils.clip_grad_norm_(params, 1.0).item() for part, params in learned.items() if params}
+    norms = {part: parallel.full(nn.utils.clip_grad_norm_(params, 1.0)).item() for part, params in learned.items() if params}
     if not all(map(math.isfinite, [loss, *norms.values()])):
         raise ValueError(f"step {step}: loss {loss}, gradient norms {norms}: stopped before the step"
-                         + (f"; in the batch: {', '.join(names)}" if names else ""))
+                         + (f"; in the batch: {', '.join(named)}" if (named := names()) else ""))
     return norms
 
 
@@ -201,10 +213,13 @@ def learning_rates(stage: Stage, step: int) -> dict[str, float]:
 
 
 class Log:
-    def __init__(self, folder: Path, step: int | None = None):
-        """A new metrics.jsonl, or the old one up to `step`, where a resumed run goes on."""
+    def __init__(self, folder: Path, step: int | None = None, silent: bool = False):
+        """A new metrics.jsonl, or the old one up to `step`, where a resumed run goes on. `silent`: another process writes."""
+        self.folder, self.lines, self.silent, self.start = folder, [], silent, time.time()
+        if silent:
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        path, self.folder, self.lines = folder / "metrics.jsonl", folder, []
+        path = folder / "metrics.jsonl"
         for text in path.read_text().splitlines() if step is not None and path.exists() else ():
             try:
                 self.lines += [line for line in [json.loads(text)] if line["step"] < step]
@@ -217,12 +232,16 @@ class Log:
         self.file = open(path, "a")
 
     def write(self, **values):
+        if self.silent:
+            return
         line = {"seconds": round(time.time() - self.start, 1)} | values
         self.lines.append(line)
         print(json.dumps(line), file=self.file, flush=True)
 
     def draw(self):
         """curves.png: the losses (log scale) on the left, F1 and HOTA on the right; steps below 0 are the ViT's."""
+        if self.silent:
+            return
         width, height = 480, 320
         sheet = Image.new("RGB", (2 * width, height), "white")
         shares = ["named"] + sorted({k for line in self.lines for k in line if k.endswith((" f1", " hota"))})
@@ -294,25 +313,41 @@ class Run:
     args: argparse.Namespace
     log: Log
     asked: list[int]  # signals to stop
+    world: World
 
-    def save(self, module: nn.Module, optimisers: list[torch.optim.Optimizer], step: int, more: dict[str, np.ndarray]):
+    @property
+    def folder(self) -> Path:
+        return self.log.folder / "checkpoint"
+
+    def save(self, module: nn.Module, optimisers: list[torch.optim.Optimizer], step: int, loader: dict | None = None, **more: np.ndarray):
         """A checkpoint with all that the run is besides the model's parameters; `step` is the next one."""
         names = {p: name for name, p in module.named_parameters()}
-        state = {f"{i}/{names[p]}/{key}": value.cpu().numpy() for i, optimiser in enumerate(optimisers)
-                 for p, values in optimiser.state.items() for key, value in values.items()}
-        state |= {"step": np.array(step), "rng": torch.get_rng_state().numpy(), "settings": np.array(json.dumps(self.settings))}
-        weights.save(self.log.folder / "checkpoint", self.model, self.tokenizer, training=state | more)
+        moments = {f"{i}/{names[p]}/{key}": value for i, optimiser in enumerate(optimisers)
+                   for p, values in optimiser.state.items() for key, value in values.items()}
+        state = {"step": np.array(step), "settings": np.array(json.dumps(self.settings)),
+                 "loaders": np.array(json.dumps(self.world.collect(loader)[::self.world.context])),
+                 "rng": np.stack(self.world.collect(torch.get_rng_state().numpy()))} | more
+        whole, sharded = self.model, any(isinstance(p, DTensor) for p in names)
+        if sharded:
+            whole = parallel.whole(self.model, self.world)
+        else:
+            state |= {name: value.cpu().numpy() for name, value in moments.items()}
+            moments = {}
+        parallel.save(self.folder, moments, self.world, partial(weights.save, self.folder, whole, self.tokenizer, training=state))
 
 
-def restore(module: nn.Module, optimisers: list[torch.optim.Optimizer], state: dict[str, np.ndarray]) -> int:
-    """Optimisers and random numbers as they were saved; -> the next step."""
-    parameters = dict(module.named_parameters())
-    for name, array in state.items():
-        if "/" in name:
-            i, parameter, key = name.split("/")
-            value = torch.from_numpy(array).clone()  # in torch's own memory: its alignment decides how sums are grouped
-            optimisers[int(i)].state[parameters[parameter]][key] = value if key == "step" else value.to(parameters[parameter].device)
-    torch.set_rng_state(torch.from_numpy(state["rng"]))
+def restore(module: nn.Module, optimisers: list[torch.optim.Optimizer], state: dict[str, np.ndarray], run: Run) -> int:
+    """Optimisers and random numbers as they were saved, by however many processes; -> the next step."""
+    parameters, shards = dict(module.named_parameters()), run.folder / "shards"
+    if shards.is_dir():
+        moments = parallel.load(shards, parameters)
+    else:  # in torch's own memory: its alignment decides how sums are grouped
+        moments = {name: torch.from_numpy(array).clone() for name, array in state.items() if "/" in name}
+    for name, value in moments.items():
+        i, parameter, key = name.split("/")
+        p = parameters[parameter]
+        optimisers[int(i)].state[p][key] = value if key == "step" or isinstance(value, DTensor) else parallel.placed(value, p)
+    torch.set_rng_state(torch.from_numpy(state["rng"][run.world.rank % len(state["rng"])]))
     return int(state["step"])
 
 
@@ -331,11 +366,11 @@ def look(run: Run, state: dict[str, np.ndarray] | None):
     parts, optimisers, first = parts_of(seeing), optimizers(seeing, model.config.optimizer), -stage.look
     if state:
         names.load_state_dict({key: torch.from_numpy(state[f"names {key}"]) for key in ("weight", "bias")})
-        first = restore(seeing, optimisers, state)
+        first = restore(seeing, optimisers, state, run)
     numbers = range((first + stage.look) * LOOK_BATCH, stage.look * LOOK_BATCH)
     scenes = DataLoader(data.PatchSet(run.seed, model.config, stage.clips), LOOK_BATCH, sampler=numbers, collate_fn=data.collate_patches,
                         num_workers=args.workers, worker_init_fn=data.leave_signals, generator=torch.Generator())
-    bar = tqdm(scenes, initial=first + stage.look, total=stage.look, desc="the ViT alone", dynamic_ncols=True)
+    bar = tqdm(scenes, initial=first + stage.look, total=stage.look, desc="the ViT alone", dynamic_ncols=True, disable=run.log.silent)
     for step, (crops, labels) in enumerate(bar, start=first):
         scores = names(model.vit(crops.to(args.device))).flatten(0, 1)
         truth = labels.to(args.device).flatten(0, 1)
@@ -349,7 +384,7 @@ def look(run: Run, state: dict[str, np.ndarray] | None):
         run.log.write(step=step, **line)
         bar.set_postfix(line)
         if run.asked or (step + 1) % args.save_every == 0:
-            run.save(seeing, optimisers, step + 1, {f"names {key}": value.cpu().numpy() for key, value in names.state_dict().items()})
+            run.save(seeing, optimisers, step + 1, **{f"names {key}": value.cpu().numpy() for key, value in names.state_dict().items()})
         if run.asked:
             bar.write(f"stopped {-step - 1} steps before the model takes over: --resume goes on from there")
             return
@@ -361,15 +396,28 @@ def look(run: Run, state: dict[str, np.ndarray] | None):
 
 def main(argv: list[str] | None = None):
     with data.one_line("train.py"):
-        start(parse(argv))
+        args = parse(argv)
+        if args.plan:
+            stage = STAGES[args.preset, args.stage]
+            parts = parts_of_a_step(args, stage, args.plan // args.context_parallel)
+            return costs.print_plan(args.preset, PRESETS[args.preset], args.stage, stage, args.plan, args.context_parallel, parts)
+        with parallel.together(args.device, args.context_parallel) as (world, args.device):
+            start(args, world)
 
 
-def start(args: argparse.Namespace):
+def parts_of_a_step(args: argparse.Namespace, stage: Stage, groups: int) -> int:
+    """Into how many parts a step is cut, if its packs go to so many groups of processes."""
+    return args.accumulate or (1 if args.preset in SMALL else max(stage.packs // max(groups, 1), 1))
+
+
+def start(args: argparse.Namespace, world: World):
     stage = STAGES[args.preset, args.stage]
     steps = args.steps or stage.steps
     stage = replace(stage, steps=steps, look=min(stage.look, args.steps or stage.look))
-    if stage.packs % args.accumulate:
-        raise ValueError(f"--accumulate {args.accumulate}: the {stage.packs} packs of a step cannot be cut into so many parts")
+    accumulate = parts_of_a_step(args, stage, world.data_size)
+    if stage.packs % (accumulate * world.data_size):
+        raise ValueError(f"the {stage.packs} packs of a step cannot be cut into {accumulate} parts (--accumulate) "
+                         f"for {world.data_size} processes")
     if not args.temporal and (args.temporal_init or args.missing):
         raise ValueError("--temporal-init and --missing go with --temporal")
     seed = args.stage + 100 * args.seed
@@ -380,11 +428,11 @@ def start(args: argparse.Namespace):
     if state:
         same_run(settings, json.loads(str(state.get("settings", "{}"))), folder)
     if args.init or state:
-        model, tokenizer = weights.load(folder / "checkpoint" if state else args.init, args.device)
+        model, tokenizer = weights.load(folder / "checkpoint" if state else args.init)
     else:
         tokenizer = Tokenizer.load(HOME / "assets/tokenizer.json")
         config = replace(PRESETS[args.preset], points_as=args.points_as)
-        model = Molmo(config).initialize(args.seed).to(args.device)
+        model = Molmo(config).initialize(args.seed)
     if args.temporal and not state:
         temporal = replace(model.config.temporal, mode=args.temporal, missing=args.missing or model.config.temporal.missing)
         if args.temporal_init and temporal.mode == model.config.temporal.mode:
@@ -395,17 +443,19 @@ def start(args: argparse.Namespace):
     model.train()
     torch.use_deterministic_algorithms(torch.device(args.device).type == "cpu")  # else threads add gradients in any order
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
-    torch.manual_seed(seed)  # of dropout
+    torch.manual_seed(seed + 1_000_003 * world.rank)  # of dropout
     views = replace(views, max_crops=stage.image_crops or views.max_crops)  # in training only
-    loader = make_loader(stage, seed, tokenizer, replace(model.config, views=views), args)
-    log = Log(folder, int(state["step"]) if state else None)  # not before bad input is out: it begins a new metrics.jsonl
+    loader = make_loader(stage, seed, tokenizer, replace(model.config, views=views), args, world, accumulate)
+    log = Log(folder, int(state["step"]) if state else None, silent=world.rank > 0)  # not before bad input is out: it begins a new file
     with stoppable() as asked:
-        run = Run(model, tokenizer, stage, seed, settings, args, log, asked)
+        run = Run(model, tokenizer, stage, seed, settings, args, log, asked, world)
         if "names weight" in state if state else stage.look and not args.data and "vit" not in args.freeze:
-            look(run, state)
+            model.to(args.device)
+            look(run, state)  # every process the same
             state = None
         if not asked:
-            train(run, loader, state)
+            parallel.shard(model, world, args.device, recompute=args.preset not in SMALL)
+            train(run, loader, state, accumulate)
 
 
 def same_run(settings: dict, before: dict, folder: Path):
@@ -415,65 +465,77 @@ def same_run(settings: dict, before: dict, folder: Path):
             raise ValueError(f"--resume: the run in {folder} has {name} {before[name]}, not {value}: give the same, or another --out")
 
 
-def make_loader(stage: Stage, seed: int, tokenizer: Tokenizer, config: MolmoConfig, args) -> data.Loader:
+def make_loader(stage: Stage, seed: int, tokenizer: Tokenizer, config: MolmoConfig, args, world: World, accumulate: int) -> data.Loader:
     if args.data:
         lines = Lines(args.data)
         sets, rates = {args.data: [data.Moments(lines, seed) if args.stage == 4 else lines]}, {args.data: 1.0}
     else:
         sets, rates = data.synthetic_sets(stage.rates, seed, stage.branches, stage.absent), stage.rates
     mixture = data.Mixture(sets, rates, seed, tokenizer, config, stage.tokens)
-    return data.Loader(mixture, Packer(stage.tokens, stage.crops, stage.pool), stage.packs // args.accumulate, stage.weights, args.workers)
+    rows = stage.packs // (accumulate * world.data_size)
+    multiple = math.lcm(world.context, 128 if torch.device(args.device).type == "cuda" else 1)  # few lengths: blocks of a mask
+    return data.Loader(mixture, Packer(stage.tokens, stage.crops, stage.pool), rows, stage.weights, args.workers,
+                       rank=world.data_rank, world=world.data_size, multiple=multiple)
 
 
-def train(run: Run, loader: data.Loader, state: dict[str, np.ndarray] | None):
-    model, stage, args, parts = run.model, run.stage, run.args, parts_of(run.model)
+def train(run: Run, loader: data.Loader, state: dict[str, np.ndarray] | None, accumulate: int):
+    model, stage, args, world, parts = run.model, run.stage, run.args, run.world, parts_of(run.model)
     for part, params in parts.items():
         for p in params.values():
             p.requires_grad_(part not in args.freeze)
     optimisers, first = optimizers(model, model.config.optimizer), 0
     if state:
-        loader.state = {key: state[f"loader {key}"].tolist() for key in ("next", "pool")}
-        first = restore(model, optimisers, state)
+        loader.state = data.shared_out(json.loads(str(state["loaders"])), world.data_rank, world.data_size)
+        first = restore(model, optimisers, state, run)
     batches = iter(loader)
-    bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=f"stage {args.stage}", dynamic_ncols=True)
+    bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=f"stage {args.stage}", dynamic_ncols=True,
+               disable=run.log.silent)
     started, tokens = time.time(), 0
-    half = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=has_bfloat16(args.device))
+    half = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=has_bfloat16(args.device) and world.mesh is None)
     for step in bar:
-        # the batch, in as many parts as asked for; all losses are divided by the summed weights of the whole
-        micro = [(batch.to(args.device), loader.names) for batch in islice(batches, args.accumulate)]
-        divisor = sum(batch.loss_weights.sum() for batch, _ in micro).clamp(min=1)
+        # the batch, in as many parts as asked for; all losses are divided by the summed weights of the whole, as a mean over
+        # processes, since their gradients are averaged
+        micro = [(batch, loader.names) for batch in islice(batches, accumulate)]
+        learned = sum(model.context.own(batch.loss_weights).sum() for batch, _ in micro)
+        divisor = world.sum(learned.to(args.device)).clamp(min=1) / world.size
 
         # forward and backward
         totals = Counter()
         for batch, _ in micro:
             with half:
-                losses = model.losses(batch, stage.drop_responses_only)
+                losses = model.losses(batch.to(args.device), stage.drop_responses_only)
             loss = (sum(losses[name] for name in LOSSES if name in losses) + Z_LOSS * losses["z"]) / divisor
             loss.backward()
             totals.update({name: value.item() for name, value in losses.items()} | {"loss": loss.item()})
-            tokens += int((batch.example_ids >= 0).sum())
-        norms = clip(parts, totals["loss"], step, [name for _, names in micro for name in names])
+            totals["tokens"] += int((batch.example_ids >= 0).sum())
+        own = totals["loss"]
+        totals = world.totals(totals)
+        totals["loss"] /= world.size
+        norms = clip(parts, totals["loss"], step, lambda: world.names([] if math.isfinite(own) else [n for _, names in micro for n in names]))
         update(optimisers, learning_rates(stage, step))
 
         # report
-        shown = {name: totals[name] / divisor.item() for name in LOSSES if name in totals}
+        shown = {name: totals[name] / divisor.item() / world.size for name in LOSSES if name in totals}
         if totals["choices"]:  # the share of visual tokens (and of stops) chosen right
             shown["right"] = totals["right"] / totals["choices"]
+        tokens += int(totals["tokens"]) // world.context
         run.log.write(step=step, loss=totals["loss"], **shown, norms=norms)
         bar.set_postfix({"loss": totals["loss"], **shown, "tokens/s": int(tokens / (time.time() - started))})
 
         # save, evaluate, stop
-        last, due = step + 1 == stage.steps, lambda every: (step + 1) % every == 0
-        if last or due(args.save_every) or due(args.eval_every) or run.asked:  # before evaluating
-            run.save(model, optimisers, step + 1, {f"loader {key}": np.array(numbers, np.int64) for key, numbers in loader.state.items()})
-        if run.asked:
+        last, due, stop = step + 1 == stage.steps, lambda every: (step + 1) % every == 0, world.any(bool(run.asked))
+        if last or due(args.save_every) or due(args.eval_every) or stop:  # before evaluating
+            run.save(model, optimisers, step + 1, loader.state)
+        if stop:
             bar.write(f"stopped after step {step + 1}: --resume goes on from there")
             return
         if (last or due(args.eval_every)) and stage.watch and not args.data:
-            figures = small_evaluation(model, run.tokenizer, stage.watch)
-            run.log.write(step=step, **figures)
-            run.log.draw()
-            bar.write(f"step {step + 1}: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()))
+            if (whole := parallel.whole(model, world)) is not None:
+                figures = small_evaluation(whole, run.tokenizer, stage.watch)
+                run.log.write(step=step, **figures)
+                run.log.draw()
+                bar.write(f"step {step + 1}: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()))
+            world.wait()
     run.log.draw()
 
 

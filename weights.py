@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -37,14 +38,15 @@ class CheckpointError(ValueError):
 
 
 def save(folder: str | Path, model: Molmo, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32,
-         training: dict[str, np.ndarray] | None = None) -> None:
-    """`training`: what else a run needs to go on, kept in training.npz. Writes the folder under another name and renames
-    it, so that a reader never meets half a checkpoint. A model that came with a released tokenizer is written in the
-    released layout."""
+         training: dict[str, np.ndarray] | None = None, also: Callable[[Path], None] = lambda fresh: None) -> None:
+    """`training`: what else a run needs to go on, kept in training.npz; `also` may write more into the folder. Writes the
+    folder under another name (`unfinished`) and renames it, so that a reader never meets half a checkpoint. A model that
+    came with a released tokenizer is written in the released layout."""
     if isinstance(tokenizer, ReleasedTokenizer):
-        return save_released(folder, model, tokenizer, training)
+        return save_released(folder, model, tokenizer, training, also)
     folder = Path(folder)
     fresh = _fresh(folder)
+    also(fresh)
     (fresh / "config.json").write_text(model.config.to_json() + "\n")
     tokenizer.save(fresh / "tokenizer.json")
     arrays = {name: p.detach().to(dtype).cpu().numpy() for name, p in model.state_dict().items()}
@@ -71,10 +73,15 @@ def _fresh(folder: Path) -> Path:
     if folder.exists() and not (folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))):
         raise CheckpointError(f"{folder}: is there already and is no checkpoint: give another name")
     _recover(folder)
-    fresh = folder.with_name(f".{folder.name}.new")
+    fresh = unfinished(folder)
     shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed
     fresh.mkdir(parents=True)
     return fresh
+
+
+def unfinished(folder: Path) -> Path:
+    """The name of a checkpoint that is being written."""
+    return folder.with_name(f".{folder.name}.new")
 
 
 def _swap(fresh: Path, folder: Path) -> None:
@@ -448,11 +455,12 @@ def _shards(folder: Path) -> dict[str, _Shard]:
 
 
 def save_released(folder: str | Path, model: Molmo, tokenizer: Tokenizer,
-                  training: dict[str, np.ndarray] | None = None) -> None:
+                  training: dict[str, np.ndarray] | None = None, also: Callable[[Path], None] = lambda fresh: None) -> None:
     """Writes the released layout, which the `transformers` library loads too (Molmo2, that is: points as text): the
     tensors in one file, config.json, tokenizer and processor files. The folder appears under its name when complete."""
     folder, save_file = Path(folder), _extra("safetensors.torch").save_file
     fresh = _fresh(folder)
+    also(fresh)
     tensors = {released_name(name, model.config): p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
     tensors |= {theirs: model.get_parameter(ours).detach().cpu().clone() for theirs, ours in _tied_copies(model.config).items()}
     save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})

@@ -163,3 +163,13 @@ def test_one_compilation_serves_all_lengths(monkeypatch):
         blocks = make(rule, 2, None, length, length, device="cpu")
         assert torch.equal(unfolded(blocks, length), may_attend(ids, ids))
     assert counter.frame_count <= 2, counter.frame_count
+
+
+def test_the_way_goes_by_device_and_length():
+    """On a CPU the mask is cut by example; elsewhere rows of up to 4096 tokens are dense and no longer row ever is."""
+    short, long = (Ids(*(torch.zeros(1, length, dtype=torch.long, device="meta") for _ in range(4))) for length in (4096, 4097))
+    assert isinstance(attention.masked(packed(np.random.default_rng(4), 1, 50)), Cut)
+    assert isinstance(attention.masked(short), Dense)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sparse, "of", classmethod(lambda cls, ids: cls(None)))
+        assert isinstance(attention.masked(long), Sparse)

@@ -5,12 +5,12 @@ import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
+import costs
 import data
 import differ
 import evaluate
 import infer
 import masks
-import model
 import packing
 import strangers
 import synthetic
@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
             for line in block.splitlines() if line.strip()]
 PROGRAMS = {"train.py": train.main, "evaluate.py": evaluate.main, "infer.py": infer.main, "synthetic.py": synthetic.main,
-            "tokenizer.py": tokenizer.main, "packing.py": packing.main, "weights.py": weights.main, "model.py": model.main,
+            "tokenizer.py": tokenizer.main, "packing.py": packing.main, "weights.py": weights.main, "costs.py": costs.main,
             "data.py": data.main, "masks.py": masks.main, "tests/differ.py": differ.main,
             "tests/strangers.py": strangers.main}
 EXTRA = {"weights.py": "safetensors", "runs/released": "safetensors", "tests/differ.py": "transformers"}  # word: package
@@ -43,6 +43,17 @@ def test_make_targets_are_what_continuous_integration_runs():
     made = [command for command in COMMANDS if command.startswith("make")]
     assert sorted(made) == ["make demo", "make test"]
     assert set(made) <= set((ROOT / ".ci/run").read_text().splitlines())
+
+
+def test_commands_for_many_processes_are_understood(capsys):
+    """What the README starts with torchrun can be shared out to as many GPUs: the plan of the same stage says so."""
+    started = [command for command in COMMANDS if "torchrun" in command]
+    assert len(started) == 3
+    for command in started:
+        nodes, each = (int((re.search(rf"--{name} (\d+)", command) or [0, 1])[1]) for name in ("nnodes", "nproc-per-node"))
+        words = shlex.split(command[command.index("train.py"):])[1:]
+        train.main([*words, "--plan", str(nodes * each)])
+        assert "the stage" in capsys.readouterr().out
 
 
 def test_every_python_command_runs(tmp_path, monkeypatch, capfd):

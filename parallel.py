@@ -1,0 +1,314 @@
+"""Many processes, one model: parameters in shards (FSDP2), long rows in parts (context parallelism), and checkpoints that any
+number of processes can read.
+
+    torchrun --nproc-per-node 8 train.py --stage 3 --preset molmo2-8b --context-parallel 8
+
+The processes form a grid. Those of one column hold different batches (data parallelism); those of one row work on the same
+batch, each on a part of its tokens and of its pictures (context parallelism, groups of 8 in stage 3):
+
+                    context 0   context 1                        tokens of a row       heads
+        data 0      process 0   process 1     same batch      process 0  [a a a a . . . .]     [A A . .]  of all tokens
+        data 1      process 2   process 3     another         process 1  [. . . . a a a a] <-> [. . A A]  of all tokens
+
+Everything but attention works on tokens one by one, so a part of the row is enough. For attention (Ulysses) an all-to-all
+exchanges parts of the row with all heads for the whole row with a part of the heads, and back: any mask will do. Every
+parameter, gradient and optimiser state is cut over all processes. A process without pictures runs ViT, connector and
+pointing head on nothing, so that nobody waits for it in vain.
+
+    whole loss = sum over processes of their weighted sums / (mean over processes of the summed weights)
+
+which FSDP2's mean of gradients turns into the gradient of (all weighted sums) / (all weights). (SPEC section 6.)
+
+B sequences, T tokens, C processes in a context group.
+"""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+import weights
+from attention import Mask
+from model import Molmo
+
+# their names since torch 2.13, and before
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+TIMEOUT = timedelta(minutes=10)  # how long a process waits for the others before it gives up
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The processes
+
+
+@dataclass(frozen=True)
+class World:
+    """Who takes part. Alone, everything here does nothing."""
+
+    rank: int = 0
+    size: int = 1
+    context: int = 1                 # processes that work on one batch
+    mesh: DeviceMesh | None = None   # all processes, in one dimension: over these parameters are cut
+    group: dist.ProcessGroup | None = None  # those of the own batch
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.context
+
+    @property
+    def data_size(self) -> int:
+        return self.size // self.context
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over all processes."""
+        if self.mesh is not None:
+            dist.all_reduce(values)
+        return values
+
+    def collect(self, value) -> list:
+        """What each process holds, by rank; small things that JSON could hold."""
+        values = [value] * self.size
+        if self.mesh is not None:
+            dist.all_gather_object(values, value)
+        return values
+
+    def totals(self, values: dict[str, float]) -> Counter:
+        """The sums over all processes of numbers by name, the same names everywhere."""
+        if self.mesh is None:
+            return Counter(values)
+        device = "cuda" if self.mesh.device_type == "cuda" else "cpu"
+        return Counter(dict(zip(values, self.sum(torch.tensor([*values.values()], dtype=torch.float64, device=device)).tolist())))
+
+    def any(self, here: bool) -> bool:
+        """Is it so anywhere?"""
+        return bool(self.totals({"here": here})["here"])
+
+    def names(self, own: Sequence[str]) -> list[str]:
+        """The names of all processes together."""
+        return [name for names in self.collect(list(own)) for name in names]
+
+    def wait(self):
+        if self.mesh is not None:
+            dist.barrier()
+
+
+@contextmanager
+def together(device: str, context: int):
+    """The world as torchrun's environment has it (one process without), left at the end. ValueError if it cannot be cut into
+    groups of `context`."""
+    if "RANK" not in os.environ:
+        if context > 1:
+            raise ValueError(f"--context-parallel {context} needs as many processes: start with torchrun --nproc-per-node {context}")
+        yield World(), device
+        return
+    kind = torch.device(device).type
+    if kind == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        if size % context:
+            raise ValueError(f"--context-parallel {context}: {size} processes cannot be cut into such groups")
+        mesh = init_device_mesh(kind, (size,))
+        grid = init_device_mesh(kind, (size // context, context), mesh_dim_names=("data", "context"))
+        yield World(rank, size, context, mesh, grid.get_group("context")), device
+    except dist.DistError as error:
+        raise _gone(error) from None
+    except RuntimeError as error:
+        if any(word in str(error).lower() for word in ("connection", "gloo", "nccl", "timed out")):
+            raise _gone(error) from None
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _gone(error: Exception) -> ValueError:
+    return ValueError(f"another process has gone or is stuck ({str(error).splitlines()[0][:120]}): "
+                      "start again with --resume, which goes on from the last checkpoint")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Context parallelism: collectives with a gradient
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all: cut along one dimension, one piece for each process; what arrives is joined along another."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup, cut: int, join: int) -> Tensor:
+        ctx.group, ctx.cut, ctx.join = group, cut, join
+        sent = torch.stack(x.chunk(dist.get_world_size(group), dim=cut))
+        arrived = torch.empty_like(sent)
+        dist.all_to_all_single(arrived, sent, group=group)
+        return torch.cat(arrived.unbind(), dim=join)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return _Exchange.apply(gradient, ctx.group, ctx.join, ctx.cut), None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather along the first dimension; back, everyone's gradient of a part is summed where the part came from."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        whole = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
+        all_gather(whole, x.contiguous(), group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        part = gradient.new_empty(len(gradient) // dist.get_world_size(ctx.group), *gradient.shape[1:])
+        reduce_scatter(part, gradient.contiguous(), group=ctx.group)
+        return part, None
+
+
+class Ulysses(NamedTuple):
+    """Attention of whole rows with a part of the heads, between parts of rows with all heads. (arXiv 2309.14509.)"""
+
+    mask: Mask  # of the whole row
+    group: dist.ProcessGroup
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B, heads, T / C, head_width), k, v (B, kv_heads, T / C, head_width) -> as q. Where there are fewer key heads
+        than processes, each goes to several."""
+        copies = math.lcm(k.shape[1], dist.get_world_size(self.group)) // k.shape[1]
+        k, v = (x.repeat_interleave(copies, dim=1) for x in (k, v))
+        q, k, v = (_Exchange.apply(x, self.group, 1, 2) for x in (q, k, v))  # (B, heads / C, T, head_width)
+        return _Exchange.apply(self.mask.attend(q, k, v), self.group, 2, 1)
+
+
+class Context:
+    """How a model shares a batch with the other processes of its context group; takes the place of `model.Alone`."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+
+    def mask(self, mask: Mask) -> Ulysses:
+        return Ulysses(mask, self.group)
+
+    def part(self, x: Tensor | None) -> Tensor | None:
+        """The own part of (B, T, ...) along T."""
+        return x if x is None else x.chunk(self.size, dim=1)[self.rank]
+
+    def whole(self, x: Tensor) -> Tensor:
+        """(B, T / C, ...) -> (B, T, ...)."""
+        return _Gather.apply(x.transpose(0, 1), self.group).transpose(0, 1)
+
+    def own(self, weights: Tensor) -> Tensor:
+        """(B, T) with zeros outside the own part: everyone answers for the loss there."""
+        mine = torch.zeros_like(weights)
+        self.part(mine).copy_(self.part(weights))
+        return mine
+
+    def spread(self, module: Callable, *rows: Tensor) -> Tensor:
+        """module(*rows) with the rows (n, ...) shared out; the last ones may be counted twice, to make the shares equal."""
+        n = len(rows[0])
+        if n == 0:
+            return module(*rows)
+        each = -(-n // self.size)
+        share = torch.arange(self.rank * each, (self.rank + 1) * each, device=rows[0].device).clamp(max=n - 1)
+        return _Gather.apply(module(*(x[share] for x in rows)), self.group)[:n]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FSDP2
+
+
+def shard(model: Molmo, world: World, device: str, recompute: bool = False) -> Molmo:
+    """Cuts the model over all processes, block by block: gathered when used, gone when not. Parameters and the reduction of
+    gradients stay float32, a GPU computes in bfloat16. `recompute`: blocks keep their input only and run again in the
+    backward pass (activation checkpointing)."""
+    if recompute:
+        for block in (*model.vit.blocks, *model.blocks):
+            block.forward = _recomputed(block.forward)
+    if world.context > 1:
+        if model.config.llm.heads % world.context:
+            raise ValueError(f"--context-parallel {world.context}: {model.config.llm.heads} heads cannot be shared out evenly")
+        model.context = Context(world.group)
+    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if torch.device(device).type == "cuda" else MixedPrecisionPolicy()
+    for module in (*model.vit.blocks, model.vit, model.connector, *model.blocks, model):
+        module.to(device, torch.promote_types(next(module.parameters()).dtype, torch.float32))  # one at a time, for memory
+        if world.mesh is not None:
+            fully_shard(module, mesh=world.mesh, mp_policy=half)
+    register_fsdp_forward_method(model, "losses")
+    return model
+
+
+def _recomputed(forward: Callable) -> Callable:
+    return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False)
+
+
+def full(x: Tensor) -> Tensor:
+    """The whole of a tensor that may be in shards."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def whole(model: Molmo, world: World) -> Molmo | None:
+    """The model in the memory of process 0, tensor by tensor; all take part. Alone: the model itself."""
+    if world.mesh is None:
+        return model
+    tensors = {}
+    for name, p in model.state_dict().items():
+        p = full(p)
+        if world.rank == 0:
+            tensors[name] = p.cpu().clone()
+    if world.rank:
+        return None
+    with torch.device("meta"):
+        copy = Molmo(model.config)
+    copy.load_state_dict(tensors, assign=True)
+    return copy.train(model.training)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save(folder: Path, moments: dict[str, Tensor], world: World, finish: Callable[..., None]) -> None:
+    """A checkpoint of many processes. Process 0 writes the whole model with `finish(also=...)`, which is `weights.save`; the
+    optimisers' moments, twice the model's size, are written in shards by all of them at once (none: nothing is in shards
+    yet). Whole or not at all; the processes share the file system."""
+    shards = lambda fresh: dcp.save(moments, checkpoint_id=fresh / "shards") if moments else None
+    if world.rank == 0:
+        finish(also=shards)
+    else:
+        shards(weights.unfinished(folder))
+    world.wait()
+
+
+def load(shards: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The moments that `save` was given, now cut as the parameters are, over however many processes there are now; also in one
+    process alone. (torch's index of the shards is a pickle: only --resume reads it, in the folder of the own run.)"""
+    try:
+        stored = dcp.FileSystemReader(shards).read_metadata().state_dict_metadata
+        moments = {}
+        for name, entry in stored.items():
+            p = parameters[name.split("/")[1]]
+            moments[name] = torch.zeros_like(p.detach()) if entry.size == p.shape else torch.zeros(entry.size)
+        dcp.load(moments, checkpoint_id=shards)
+    except (OSError, KeyError, dcp.api.CheckpointException) as error:
+        raise ValueError(f"{shards}: not readable ({error}): nothing to resume") from None
+    return moments
+
+
+def placed(value: Tensor, p: Tensor) -> Tensor:
+    """A tensor of the shape of a parameter, cut and stored as that is."""
+    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) else value.to(p.device)

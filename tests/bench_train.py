@@ -1,0 +1,152 @@
+"""What training costs on this machine, measured side by side in one run.
+
+    python tests/bench_train.py            # a packed step under each way to attend, and attention alone by length
+    python tests/bench_train.py --quick    # the same, small
+
+MFU is the FLOPs of costs.py per second over the peak: of the data sheet for GPUs listed here, else of a large matrix product
+measured in the same run. Times are medians; on a CPU they are the process's own seconds, which other programs change less.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch._dynamo.utils import counters
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import attention  # noqa: E402
+import costs  # noqa: E402
+import data  # noqa: E402
+import model as model_file  # noqa: E402
+from attention import Cut, Dense, Ids, Sparse  # noqa: E402
+from model import PRESETS, Block, Molmo  # noqa: E402
+from packing import collate  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
+
+HOME = Path(__file__).resolve().parent.parent
+DATA_SHEETS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 FLOPs a second
+WAYS = {"dense": lambda ids: Dense.of(ids, ids), "cut": Cut.of, "sparse": Sparse.of}
+
+
+def seconds(work, device: str, times: int = 3) -> float:
+    """Median over some runs, after one to warm up."""
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    taken = []
+    for _ in range(times + 1):
+        start = clock()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken.append(clock() - start)
+    return median(taken[1:])
+
+
+def peak(device: str) -> float:
+    """FLOPs a second that the machine could do."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+        return next((flops for chip, flops in DATA_SHEETS.items() if chip in name), float("nan"))
+    x = torch.randn(2048, 2048)
+    return 2 * 2048**3 / seconds(lambda: x @ x, device)
+
+
+def memory(work, device: str) -> str:
+    """The most that the work needs on top of what is there, on a GPU."""
+    if device != "cuda":
+        return ""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    return f"{(torch.cuda.max_memory_allocated() - before) / 2**30:8.2f} GiB"
+
+
+def packed_step(device: str, tokens: int, top: float):
+    """Forward and backward of 16 examples in one pack: with one dense mask, and without what the mask leaves out."""
+    config, tokenizer = PRESETS["small"], Tokenizer.load(HOME / "assets/tokenizer.json")
+    rates, each = {"image points": 1.0, "video points": 1.0}, tokens // 16
+    mixture, trees, number = data.Mixture(data.synthetic_sets(rates, 0, 6), rates, 0, tokenizer, config, each), [], 0
+    while len(trees) < 16:
+        tree, number = mixture[number][1], number + 1
+        if not isinstance(tree, str) and tree.length > 0.8 * each:
+            trees.append(tree)
+    batch, model = collate([trees], multiple=128 if device == "cuda" else 1).to(device), Molmo(config).initialize(0).to(device)
+    flops = costs.training_flops(config, costs.Work.of(model, batch))
+    print(f"a step on 16 examples in a pack of {batch.tokens.shape[1]} tokens and {len(batch.crops)} crops, preset small")
+
+    def step():
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            losses = model.losses(batch)
+        sum(losses[name] for name in ("token", "patch", "slot", "location")).backward()
+        model.zero_grad()
+
+    found, ways = {}, ("dense", "sparse" if device == "cuda" else "cut")
+    for way in ways:
+        model_file.masked = WAYS[way]
+        found[way] = seconds(step, device)
+        print(f"  {way:8}{found[way]:8.3f} s   MFU {flops / found[way] / top:6.1%}  {memory(step, device)}")
+    print(f"  {found[ways[0]] / found[ways[1]]:.2f} times")
+
+
+def attention_by_length(device: str, lengths):
+    """Attention alone, forward and backward, heads as in the 8B model; packs of four examples."""
+    heads, kv_heads, width = (32, 8, 128) if device == "cuda" else (8, 4, 64)
+    print(f"attention by length, {heads} heads, {kv_heads} key heads of {width}, four examples in a pack")
+    for length in lengths:
+        order = torch.arange(length, device=device)[None]
+        ids = Ids(order * 4 // length, torch.zeros_like(order), order, order % 10 > 2)
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        q, k, v = (torch.randn(1, n, length, width, device=device, dtype=dtype, requires_grad=True) for n in (heads, kv_heads, kv_heads))
+        for way in ("dense", "sparse") if device == "cuda" else ("dense", "cut"):
+            if way == "dense" and length > 16_384:
+                continue
+            mask = WAYS[way](ids)
+            work = lambda: mask.attend(q, k, v).sum().backward()
+            print(f"  {length:6} tokens  {way:8}{1000 * seconds(work, device):10.1f} ms  {memory(work, device)}")
+
+
+def blocks_of_8b(length: int, top: float):
+    """MFU of a packed step through eight decoder blocks of the 8B model, which keep their inputs only."""
+    config = replace(PRESETS["molmo2-8b"].llm, layers=8, dropout=0.0)
+    blocks = [Block(config, layer).to("cuda", torch.bfloat16) for layer in range(8)]
+    for block in blocks:
+        for p in block.parameters():
+            torch.nn.init.normal_(p, 0, 0.02)
+    order = torch.arange(length, device="cuda")[None]
+    ids = Ids(order * 4 // length, torch.zeros_like(order), order, order % 10 > 2)
+    mask, x = Sparse.of(ids), torch.randn(1, length, config.width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def step():
+        h = x
+        for block in blocks:
+            h = torch.utils.checkpoint.checkpoint(block, h, order, mask, None, None, use_reentrant=False)
+        h.sum().backward()
+
+    each, visual = length / 4, int((order % 10 > 2).sum()) / 4
+    work = costs.Work(0, 0, 9, length, 4 * costs.seen(each, visual), 0)
+    flops = 3 * costs.flops(replace(PRESETS["molmo2-8b"], llm=config), work)["llm"]
+    print(f"eight blocks of the 8B model, {length} tokens: MFU {flops / seconds(step, 'cuda') / top:.1%}, {memory(step, 'cuda')}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true")
+    quick, device = parser.parse_args(argv).quick, "cuda" if torch.cuda.is_available() else "cpu"
+    top = peak(device)
+    print(f"{torch.cuda.get_device_name() if device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}: peak {top / 1e12:.3f} TFLOP/s")
+    packed_step(device, 1024 if quick else 4096, top)
+    attention_by_length(device, (512, 1024) if quick else (4096, 8192, 16_384, 36_864) if device == "cuda" else (1024, 2048, 4096))
+    if device == "cuda":
+        start = time.perf_counter()
+        attention.compiled.cache_clear()
+        torch._dynamo.reset()
+        blocks_of_8b(16_384, top)
+        print(f"{time.perf_counter() - start:.0f} s with compilation; graphs compiled: {counters['stats']['unique_graphs']}")
+
+
+if __name__ == "__main__":
+    main()

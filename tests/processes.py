@@ -1,0 +1,144 @@
+"""What tests/test_parallel.py runs in several processes: torchrun --nproc-per-node N tests/processes.py CHECK ..."""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+import parallel  # noqa: E402
+import train  # noqa: E402
+import weights  # noqa: E402
+from connector import TemporalConfig  # noqa: E402
+from packing import collate  # noqa: E402
+from test_model import CONFIG, TOKENIZER, scrambled, tree  # noqa: E402
+
+TEXT, STILL, ALBUM, CLIP = (dict(seed=1, branches=3), dict(seed=2, branches=3, images=1), dict(seed=3, branches=2, images=2), dict(seed=4, branches=1, frames=4))
+
+
+def batches(kind: str):
+    """Of two processes: one and three pictures, a clip; or text alone on one, so that what can be pointed at is on the other
+    only."""
+    packs = {"uneven": ([tree(**STILL)], [tree(**ALBUM), tree(**CLIP)]), "text": ([tree(**TEXT)], [tree(**CLIP), tree(**STILL)])}[kind]
+    return [collate([pack], "paper", multiple=2) for pack in packs]
+
+
+def backward(model, some, divisor) -> float:
+    """Their loss, and its gradient in the parameters."""
+    total = 0.0
+    for batch in some:
+        losses = model.losses(batch)
+        loss = (sum(losses[name] for name in train.LOSSES) + train.Z_LOSS * losses["z"]) / divisor
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def step(model, optimisers):
+    norms = train.clip(train.parts_of(model), 0.0, 0)
+    train.update(optimisers, dict.fromkeys(train.PARTS, 0.1))
+    return norms
+
+
+@torch.no_grad()
+def same(found: dict, expected: dict, what: str, tolerance: float = 1e-6):
+    assert found.keys() == expected.keys(), f"{what}: {sorted(found.keys() ^ expected.keys())}"
+    for name, value in expected.items():
+        worst = float((parallel.full(found[name]) - value).abs().max()) / max(float(value.abs().max()), 1e-3)
+        assert worst < tolerance, f"{what}: {name} differs by {worst:.1e} of its scale"
+
+
+def equal(world: parallel.World, config, kind: str, recompute: bool = False):
+    """Loss, gradients, gradient norms of the parts, and parameters after a step, in float64, where sums in another order differ by
+    less than a mistake would."""
+    everything = batches(kind)
+    divisor = sum(float(batch.loss_weights.sum()) for batch in everything)
+    alone, what = scrambled(0, config).double().train(), f"context {world.context}, {kind}"
+    model = parallel.shard(scrambled(0, config).double().train(), world, "cpu", recompute)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    expected = backward(alone, everything, divisor)
+    own = everything if world.context > 1 else [everything[world.data_rank]]
+    loss = world.totals({"": backward(model, own, divisor / world.size)})[""] / world.size
+    assert abs(loss - expected) < 1e-6 * expected, (what, loss, expected)
+    gradients = lambda model: {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    same(gradients(model), gradients(alone), what)
+    norms = [step(m, train.optimizers(m, "adamw")) for m in (model, alone)]
+    same(*({name: torch.tensor(norm) for name, norm in n.items()} for n in norms), what)
+    before = scrambled(0, config).double().state_dict()
+    changes = lambda model: {name: parallel.full(p) - before[name] for name, p in model.named_parameters()}
+    same(changes(model), changes(alone), f"{what}, after a step", 1e-3)  # AdamW makes the smallest gradients large
+
+
+def muon(world: parallel.World):
+    """A step of Muon, which needs whole matrices, comes out the same in shards, but for its rounding to bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    value, gradient = (torch.randn(48, 64, generator=generator) for _ in range(2))
+    steps = []
+    for cut in (lambda x: x, lambda x: distribute_tensor(x, world.mesh, [Shard(0)])):
+        p = torch.nn.Parameter(cut(value.clone()))
+        p.grad = cut(gradient.clone())
+        torch.optim.Muon([p], lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+        steps.append(parallel.full(p.detach()) - value)
+    assert (steps[0] - steps[1]).norm() < 0.03 * steps[0].norm() > 0, (steps[0] - steps[1]).norm() / steps[0].norm()
+
+
+def check_equal():
+    with parallel.together("cpu", 2) as (shared, _):
+        apart = replace(shared, context=1, group=None)
+        past = replace(CONFIG, temporal=TemporalConfig(mode="attention", width=32, heads=4))
+        for world in (apart, shared):
+            equal(world, CONFIG, "uneven")
+            equal(world, CONFIG, "text", recompute=True)
+            equal(world, past, "text")
+        one_head = replace(CONFIG, llm=replace(CONFIG.llm, kv_heads=1))
+        equal(shared, one_head, "uneven")
+        muon(apart)
+
+
+def check_resize(source: str, target: str):
+    """Goes on from `source`, if there is such a checkpoint, else from nothing with one step; saves in `target`, prints what the next
+    batch costs and what the parameters and moments amount to."""
+    with parallel.together("cpu", 1) as (world, _):
+        source, target = Path(source), Path(target)
+        state = weights.load_training(source / "checkpoint")
+        model = weights.load(source / "checkpoint")[0].train() if state else scrambled(0).train()
+        model = parallel.shard(model, world, "cpu")
+        optimisers = train.optimizers(model, "adamw")
+        run = lambda folder: train.Run(model, TOKENIZER, None, 0, {}, None, train.Log(folder, silent=True), [], world)
+        if state:
+            train.restore(model, optimisers, state, run(source))
+        else:
+            backward(model, [batches("uneven")[world.rank]], 1.0)
+            step(model, optimisers)
+        run(target).save(model, optimisers, 1, {"next": [world.rank], "pool": []})
+        total = lambda values: sum(float(parallel.full(x).double().square().sum()) for x in values)
+        moments = total(x for optimiser in optimisers for values in optimiser.state.values() for x in values.values())
+        parameters, loss = total(model.parameters()), float(model.losses(batches("text")[1])["token"])
+        if world.rank == 0:
+            print(json.dumps([parameters, moments, loss]))
+
+
+def check_train(dies: str, *words: str):
+    """train.py on a small mixture; process 1 ends without a word after so many steps (0: never)."""
+    steps = 0
+
+    def counted(*given):
+        nonlocal steps
+        update(*given)
+        steps += 1
+        if steps == int(dies) and os.environ.get("RANK") == "1":
+            os._exit(9)
+
+    update, train.update = train.update, counted
+    train.STAGES["tiny", 3] = replace(train.TINY[3], packs=2, tokens=512, rates={"image points": 8, "text": 2}, pool=2, branches=2, watch=())
+    train.main(["--stage", "3", "--workers", "0", *words])
+
+
+torch.set_num_threads(1)
+if __name__ == "__main__":
+    {"equal": check_equal, "resize": check_resize, "train": check_train}[sys.argv[1]](*sys.argv[2:])
