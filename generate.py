@@ -226,6 +226,8 @@ class Tips(NamedTuple):
 
     def block(self, values: Tensor, shape: tuple[int, int], fill: int = 0) -> Tensor:
         """values (W, ...) -> (B, R, ...), each in its place."""
+        if len(values) == shape[0] * shape[1]:  # every place is taken
+            return values.view(*shape, *values.shape[1:])
         return values.new_full((*shape, *values.shape[1:]), fill).index_put_((self.row, self.column), values)
 
 
@@ -258,22 +260,21 @@ class Growth:
         self.lay_out()
 
     def lay_out(self) -> None:
-        """The next blocks: a column for each branch of the largest tree; where a tree has fewer, padding."""
-        tips = self.tips
+        """The blocks from here on: a column for each branch of the largest tree; where a tree has fewer, padding."""
+        tips, used = self.tips, self.cache.used
         self.shape = len(self.ids.example), int(tips.column.max()) + 1
-        self.example, self.branch = tips.block(tips.example, self.shape, -1), tips.block(tips.branch, self.shape)
-        self.visual = torch.zeros_like(self.branch, dtype=torch.bool)
-        self.unmasked = not self.static and self.shape[1] == 1 and bool(may_attend(
-            self.queries(), Ids(*(field[:, :self.cache.used] for field in self.ids))).all())  # its own tokens hide nothing more
+        for ids, block in ((self.ids.example, tips.block(tips.example, self.shape, -1)), (self.ids.branch, tips.block(tips.branch, self.shape))):
+            ids[:, used:] = block.repeat(1, -(-self.cache.room // self.shape[1]))[:, :self.cache.room - used]
+        self.position = tips.block(tips.position, self.shape)
+        first, before = self.among(used, used + self.shape[1]), self.among(0, used)
+        self.unmasked = not self.static and self.shape[1] == 1 and bool(may_attend(first, before).all())  # nor will it be later
 
-    def queries(self) -> Ids:
-        """The ids of the next block."""
-        used = self.cache.used
-        order = torch.arange(used, used + self.shape[1], device=self.branch.device).expand(self.shape)
-        return Ids(self.example, self.branch, order, self.visual)
+    def among(self, start: int, end: int) -> Ids:
+        return Ids(*(field[:, start:end] for field in self.ids))
 
     def keep(self, going: list[int]) -> None:
         """The other branches have ended."""
+        self.tips = self.tips._replace(position=self.position[self.tips.row, self.tips.column])
         self.tips = Tips(*(field[going] for field in self.tips))
         if not self.static:
             self.tips = self.tips._replace(column=beside(self.tips.row))
@@ -281,13 +282,12 @@ class Growth:
 
     def step(self, x: Tensor) -> Tensor:
         """Inputs (W, d) of a new token for each branch -> hidden states (W, d)."""
-        tips, new = self.tips, self.queries()
+        used, tips = self.cache.used, self.tips
         self.cache.reserve(self.shape[1])
-        self.ids.example[:, self.cache.at], self.ids.branch[:, self.cache.at] = self.example, self.branch
-        mask = Few(None if self.unmasked else may_attend(new, Ids(*(field[:, :self.cache.end] for field in self.ids))))
-        h = self.blocks(self.model, tips.block(x, self.shape), tips.block(tips.position, self.shape), mask, self.cache)
-        self.tips = tips._replace(position=tips.position + 1)
-        return h[tips.row, tips.column]
+        mask = Few(None if self.unmasked else may_attend(self.among(used, self.cache.used), self.among(0, self.cache.end)))
+        h = self.blocks(self.model, tips.block(x, self.shape), self.position, mask, self.cache)
+        self.position = self.position + 1
+        return h.flatten(0, 1) if h.shape[:2].numel() == len(x) else h[tips.row, tips.column]
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from attention import Ids, Mask, masked
 from connector import Connector, ConnectorConfig, TemporalConfig, gather_windows, mean_past
-from pointing import TOKEN_INDEX, VIT_INDEX, PointConfig, PointPredictor, RMSNorm, Sight, frequencies, rotation, turn
+from pointing import TOKEN_INDEX, VIT_INDEX, PointConfig, PointPredictor, RMSNorm, Sight, frequencies, normalized, rotation, turn
 from preprocess import ViewConfig
 from tokenizer import EXTRA_TOKENS, RESERVED
 from vit import ViT, ViTConfig
@@ -248,13 +248,20 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, mask: Mask, cache: Cache | None) -> Tensor:
         c = self.c
-        q, k, v = self.att_proj(x).split([n * c.head_width for n in (c.heads, c.kv_heads, c.kv_heads)], dim=-1)
-        q, k = (norm(y.unflatten(-1, (-1, len(norm.weight)))) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
-        q, k, v = (y.reshape(*x.shape[:2], -1, c.head_width).transpose(1, 2) for y in (q, k, v))  # (B, heads, T, head_width)
-        q, k = turn(q, rotation), turn(k, rotation)
+        qk, v = self.att_proj(x).unflatten(-1, (-1, c.head_width)).split([c.heads + c.kv_heads, c.kv_heads], dim=2)
+        qk = turn(self.normed(qk), rotation).transpose(1, 2)  # queries and keys alike; (B, heads, T, head_width) from here on
+        (q, k), v = qk.split([c.heads, c.kv_heads], dim=1), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.add(self.layer, k, v)
         return self.attn_out(mask.attend(q, k, v).transpose(1, 2).flatten(2))
+
+    def normed(self, qk: Tensor) -> Tensor:
+        """(B, T, heads + kv_heads, head_width): each head by itself, or all queries and all keys."""
+        c = self.c
+        if c.norm_heads:
+            return normalized(qk, self.q_norm.eps) * torch.cat([self.q_norm.weight.expand(c.heads, -1), self.k_norm.weight.expand(c.kv_heads, -1)])
+        q, k = qk.split([c.heads, c.kv_heads], dim=2)
+        return torch.cat([self.q_norm(q.flatten(2)), self.k_norm(k.flatten(2))], dim=-1).view(qk.shape)
 
 
 class MLP(nn.Module):
@@ -287,6 +294,8 @@ class Block(nn.Module):
 
     def dropped(self, x: Tensor, at: Tensor | None) -> Tensor:
         """Dropout at some tokens, (B, T) bool, or at all."""
+        if not self.training:
+            return x
         return self.dropout(x) if at is None else torch.where(at[..., None], self.dropout(x), x)
 
 
@@ -445,11 +454,11 @@ class Molmo(nn.Module):
         return x
 
     def rotation(self, positions: Tensor, yarn: Yarn | None, dtype: torch.dtype) -> Rotation:
-        """For every head: each (B, 1, T, head_width)."""
+        """For every head: each (B, T, 1, head_width)."""
         width, theta = self.config.llm.head_width, self.config.llm.rope_theta
         if yarn is None:
-            return rotation(positions[:, None], frequencies(width, theta, positions.device), dtype=dtype)
-        return rotation(positions[:, None], yarn.frequencies(width, theta, positions.device), yarn.attention_factor, dtype)
+            return rotation(positions[..., None], frequencies(width, theta, positions.device), dtype=dtype)
+        return rotation(positions[..., None], yarn.frequencies(width, theta, positions.device), yarn.attention_factor, dtype)
 
     def logits(self, h: Tensor) -> Tensor:
         """h (..., d) -> (..., V) scores of the base vocabulary, and of the extra tokens if points are grounding tokens."""

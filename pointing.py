@@ -127,7 +127,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
+        return normalized(x, self.eps) * self.weight
+
+
+def normalized(x: Tensor, eps: float) -> Tensor:
+    """x / rms(x) over the last dimension, computed in float32."""
+    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
 
 
 def frequencies(width: int, theta: float, device=None) -> Tensor:

@@ -26,7 +26,8 @@ from packing import collate  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 TOKENIZER = Tokenizer.load(Path(__file__).resolve().parent.parent / "assets/tokenizer.json")
-SIZES = dict(crop=126, patch=14, vit=(32, 5, 4, 64), pool=4, mlp=48, width=48, layers=4, heads=4, kv_heads=2, head=12)
+SIZES = dict(crop=126, patch=14, vit=(32, 5, 4, 64), taps=(4, 2), pool=4, mlp=48, width=48, layers=4, heads=4, kv_heads=2, head=12,
+             hidden=96)
 
 
 def declare_operators() -> torch.library.Library | None:
@@ -49,11 +50,11 @@ def declare_operators() -> torch.library.Library | None:
 OPERATORS = declare_operators()
 
 
-def reference(style: str = "qwen3", tied: bool = False, seed: int = 0):
+def reference(style: str = "qwen3", tied: bool = False, seed: int = 0, sizes: dict = SIZES):
     """A small random Molmo2 of the `transformers` library. style: "qwen3" or "olmo" (post-norm, YaRN on two layers)."""
     from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
-    s = SIZES
+    s = sizes
     v, layers, heads, hidden = s["vit"]
     rope = {"rope_type": "default", "rope_theta": 1e4}
     text = {}
@@ -66,12 +67,12 @@ def reference(style: str = "qwen3", tied: bool = False, seed: int = 0):
         vision_config=dict(hidden_size=v, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
                            head_dim=v // heads, intermediate_size=hidden, image_size=[s["crop"], s["crop"]],
                            patch_size=s["patch"]),
-        adapter_config=dict(vision_feature_layer=[4, 2], hidden_size=v, num_attention_heads=s["pool"],
+        adapter_config=dict(vision_feature_layer=list(s["taps"]), hidden_size=v, num_attention_heads=s["pool"],
                             num_key_value_heads=s["pool"], head_dim=v // s["pool"], intermediate_size=s["mlp"],
                             text_hidden_size=s["width"]),
         text_config=dict(hidden_size=s["width"], num_hidden_layers=s["layers"], num_attention_heads=s["heads"],
                          num_key_value_heads=s["heads"] if style == "olmo" else s["kv_heads"], head_dim=s["head"],
-                         vocab_size=base, additional_vocab_size=128, intermediate_size=96, max_position_embeddings=4096,
+                         vocab_size=base, additional_vocab_size=128, intermediate_size=s["hidden"], max_position_embeddings=4096,
                          rope_parameters=rope, **text),
         image_start_token_id=base, image_end_token_id=base + 1, image_patch_id=base + 2,
         low_res_image_start_token_id=base + 4, frame_start_token_id=base + 7, frame_end_token_id=base + 8)
