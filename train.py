@@ -386,9 +386,10 @@ def look(run: Run, state: dict[str, np.ndarray] | None):
         line = {"naming": loss.item(), "named": (kind.argmax(-1) == truth[:, 0])[shown].float().mean().item()}
         run.log.write(step=step, **line)
         bar.set_postfix(line)
-        if run.asked or (step + 1) % args.save_every == 0:
+        stop = run.world.any(bool(run.asked))
+        if stop or (step + 1) % args.save_every == 0:
             run.save(seeing, optimisers, step + 1, **{f"names {key}": value.cpu().numpy() for key, value in names.state_dict().items()})
-        if run.asked:
+        if stop:
             bar.write(f"stopped {-step - 1} steps before the model takes over: --resume goes on from there")
             return
 
@@ -429,7 +430,7 @@ def start(args: argparse.Namespace, world: World):
     settings = {"stage": args.stage, "seed": args.seed, "steps": steps, "data": args.data, "accumulate": args.accumulate,
                 "temporal": args.temporal, "temporal-init": args.temporal_init, "missing": args.missing}
     if state:
-        same_run(settings, json.loads(str(state.get("settings", "{}"))), folder)
+        same_run(settings, json.loads(str(state["settings"])) if "loaders" in state else {}, folder)
     if args.init or state:
         model, tokenizer = weights.load(folder / "checkpoint" if state else args.init)
     else:
@@ -456,13 +457,15 @@ def start(args: argparse.Namespace, world: World):
             model.to(args.device)
             look(run, state)  # every process the same
             state = None
-        if not asked:
+        if not world.any(bool(asked)):
             parallel.shard(model, world, args.device, recompute=args.preset not in LIGHT)
             train(run, loader, state, accumulate)
 
 
 def same_run(settings: dict, before: dict, folder: Path):
     """ValueError if --resume is asked to go on with another run than the one in the folder."""
+    if not before:
+        raise ValueError(f"--resume: the run in {folder} was written by an older version: begin another with --init {folder}/checkpoint")
     for name, value in settings.items():
         if before.get(name, value) != value:
             raise ValueError(f"--resume: the run in {folder} has {name} {before[name]}, not {value}: give the same, or another --out")
