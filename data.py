@@ -15,32 +15,28 @@ numbers can be held out for evaluation.
 
 import argparse
 import os
-import queue
 import re
-import signal
 import sys
 import textwrap
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, count, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch.utils.data import DataLoader, Dataset
 
 import screens
 import synthetic
 from attention import Ids, may_attend
 from connector import TemporalConfig
 from generate import Answer, Spelling
-from model import PRESETS, VISUAL_TOKENS, Batch, MolmoConfig
-from packing import Branch, Example, Packer, collate, lay_out
+from model import PRESETS, VISUAL_TOKENS, MolmoConfig
+from packing import Branch, Example, lay_out
 from pointing import (
     CLOSE_LIST,
     VIT_LOC,
@@ -212,6 +208,18 @@ def example(record: Record, tokenizer: Tokenizer, config: MolmoConfig, rng: np.r
     return Example(trunk(tokenizer, views, record.subtitles), views.crops, views.pooling, branches, record.name, views.frames)
 
 
+def fitting(tree: Example, max_tokens: int) -> Example:
+    """The tree with as many of its branches as fit. ValueError if none does."""
+    room, kept = max_tokens - len(tree.trunk), []
+    for one in tree.branches:
+        if len(one.tokens) - 1 <= room:
+            room -= len(one.tokens) - 1
+            kept.append(one)
+    if not kept:
+        raise ValueError(f"{tree.name}: {tree.length} tokens, there is room for {max_tokens}")
+    return replace(tree, branches=kept)
+
+
 def prompts(tokenizer: Tokenizer, views: Views, questions: Sequence[str], subtitles: str = "") -> Example:
     """Questions about the same pictures, each in a branch that waits for its answer. (The last token of a branch is never
     an input, hence the end token.)"""
@@ -348,315 +356,7 @@ def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, a
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Sets, their mixture, and the loader
-
-NOMINAL = 100_000  # what an endless set counts for beside a finite one of its category
-
-
-@dataclass
-class Drawn:
-    """A synthetic set."""
-
-    name: str
-    seed: int
-    branches: int
-    absent: float = 1.0
-    size: int | None = None  # endless
-
-    def record(self, index: int, config: ViewConfig) -> Record:
-        record = draw(self.name, self.seed, index, self.branches, absent=self.absent).limited(config)
-        seen = {identity for identity, thing in record.objects.items() if record.seen(thing.points)}
-        record.annotations = [said for said in record.annotations if seen.issuperset(said.objects)]
-        return record
-
-
-@dataclass
-class Moments:
-    """The videos of a file as single frames, each asked about on its own with the frames before it."""
-
-    lines: Lines
-    seed: int
-
-    FRAMES = 8    # of every video, drawn from those in which something is pointed at
-    RATE = 8.0    # frames a second, if `max_frames` allows
-
-    @property
-    def size(self) -> int:
-        return self.lines.size * self.FRAMES
-
-    def record(self, index: int, config: ViewConfig) -> Record:
-        """As `Lines.record`; an image with frames before it as it is. ValueError, too, for what is neither or points at
-        nothing."""
-        record = self.lines.record(index // self.FRAMES, replace(config, fps=self.RATE))
-        if record.before is not None:
-            return record
-        frames = sorted({frame for thing in record.objects.values() for frame in record.seen(thing.points)})
-        if record.times is None or not frames:
-            raise ValueError(f"{record.name}: no video with points, and no image with 'before': nothing to ask frame by frame")
-        return record.moment(int(np.random.default_rng([self.seed, index, 13]).choice(frames)), HISTORY)
-
-
-def synthetic_sets(names: Iterable[str], seed: int, branches: int, absent: float = 1.0) -> dict[str, list[Drawn]]:
-    """Category (or the name of one set) -> sets."""
-    return {name: [Drawn(one, seed, branches, absent) for one in CATEGORIES.get(name, (name,))] for name in names}
-
-
-@dataclass
-class Mixture(Dataset):
-    """Examples from sets by rates: item n is a pure function of n, and so is how often each set was drawn before it.
-
-    Numbers come in blocks of 1000 in which each set has its exact share, in shuffled order. A category's rate is divided
-    among its sets by the square root of their sizes. A finite set is gone through epoch by epoch, each in an order of its
-    own. What cannot be read, or does not fit `max_tokens`, comes as a text that says why.
-    """
-
-    sets: dict[str, list[Drawn | Lines | Moments]]   # by category
-    rates: dict[str, float]
-    seed: int
-    tokenizer: Tokenizer
-    config: MolmoConfig
-    max_tokens: int
-
-    BLOCK = 1000
-
-    def __post_init__(self):
-        if missing := sorted(name for name in self.rates if not self.sets.get(name)):
-            raise ValueError(f"there is no set for {missing[0]!r}")
-        self.all = [one for name in self.rates for one in self.sets[name]]
-        total = sum(self.rates.values())
-        shares = np.concatenate([rate / total * self._parts(self.sets[name]) for name, rate in self.rates.items()])
-        counts = np.maximum(np.floor(shares * self.BLOCK).astype(int), 1)
-        for i in np.argsort(counts - shares * self.BLOCK)[:max(self.BLOCK - counts.sum(), 0)]:
-            counts[i] += 1
-        counts[counts.argmax()] += self.BLOCK - counts.sum()
-        self.counts, self._orders = counts.tolist(), {}
-
-    @staticmethod
-    def _parts(sets: Sequence[Drawn | Lines | Moments]) -> np.ndarray:
-        roots = np.sqrt([one.size or NOMINAL for one in sets])
-        return roots / roots.sum()
-
-    def _order(self, *key: int) -> np.ndarray:
-        """A permutation: of the sets over block key = (b,), or of set s in epoch e, key = (s, e)."""
-        if key not in self._orders:
-            if len(self._orders) > 64:
-                self._orders.clear()
-            rng = np.random.default_rng([self.seed, *key, len(key)])
-            sets = np.repeat(np.arange(len(self.all)), self.counts)
-            self._orders[key] = rng.permutation(sets if len(key) == 1 else self.all[key[0]].size)
-        return self._orders[key]
-
-    def place(self, number: int) -> tuple[int, int]:
-        """Which set item `number` comes from, and its index there."""
-        block, at = divmod(number, self.BLOCK)
-        order = self._order(block)
-        chosen = int(order[at])
-        drawn = block * self.counts[chosen] + int((order[:at] == chosen).sum())
-        if (size := self.all[chosen].size) is None:
-            return chosen, drawn
-        epoch, at = divmod(drawn, size)
-        return chosen, int(self._order(chosen, epoch)[at])
-
-    def __len__(self) -> int:
-        return 1 << 40  # endless
-
-    def __getitem__(self, number: int) -> tuple[int, Example | str]:
-        chosen, index = self.place(number)
-        try:
-            record = self.all[chosen].record(index, self.config.views)
-            rng = np.random.default_rng([self.seed, number])
-            record.annotations = [record.annotations[i] for i in rng.permutation(len(record.annotations))]
-            return number, fitting(example(record, self.tokenizer, self.config, rng), self.max_tokens)
-        except ValueError as error:
-            return number, str(error)
-
-
-def fitting(tree: Example, max_tokens: int) -> Example:
-    """The tree with as many of its branches as fit. ValueError if none does."""
-    room, kept = max_tokens - len(tree.trunk), []
-    for one in tree.branches:
-        if len(one.tokens) - 1 <= room:
-            room -= len(one.tokens) - 1
-            kept.append(one)
-    if not kept:
-        raise ValueError(f"{tree.name}: {tree.length} tokens, there is room for {max_tokens}")
-    return replace(tree, branches=kept)
-
-
-@dataclass
-class Loader:
-    """Batches without end: items in the order of their numbers, packed, `rows` packs a batch.
-
-    `state` (the next number, and the numbers that wait in the packer) is all that decides what comes next: a loader made
-    with it goes on where that state was. Of `world` loaders number `rank` takes every world-th item. A bad item is
-    named in a warning, once; ValueError after more than MOST_SKIPPED different ones, or as many in a row.
-    """
-
-    examples: Mixture
-    packer: Packer
-    rows: int
-    weights: str
-    workers: int = 0
-    state: dict[str, list[int]] | None = None
-    rank: int = 0
-    world: int = 1
-    multiple: int = 1          # to which rows are padded
-    names: Sequence[str] = ()  # of the examples in the last batch
-
-    MOST_SKIPPED = 100
-
-    def __iter__(self) -> Iterator[Batch]:
-        state = self.state or {"next": [self.rank], "pool": []}
-        numbers = Numbers(state["pool"], state["next"][0], self.world)
-        items = iter(DataLoader(self.examples, batch_size=None, sampler=numbers, num_workers=self.workers,
-                                worker_init_fn=leave_signals, generator=torch.Generator()))  # the model's own stays as it is
-        for batch, self.names, self.state in ahead(self.batches(items, state["next"][0])):
-            yield batch
-
-    def batches(self, items: Iterator[tuple[int, Example | str]], start: int) -> Iterator[tuple[Batch, list[str], dict]]:
-        """Batches, each with the names of its examples and the state after it."""
-        self.packer.pool, after, skipped, in_a_row, packs = {}, start, set(), 0, []
-        for number, item in items:
-            after = max(after, number + self.world if number >= start else 0)
-            try:
-                if isinstance(item, str):
-                    raise ValueError(item)
-                self.packer.add(number, item)
-                in_a_row = 0
-            except ValueError as error:
-                skipped.add(str(error))
-                in_a_row += 1
-                if max(len(skipped), in_a_row) > self.MOST_SKIPPED:
-                    one_after_the_other = " in a row" if len(skipped) <= self.MOST_SKIPPED else ""
-                    raise ValueError(f"more than {self.MOST_SKIPPED} examples{one_after_the_other} cannot be used; "
-                                     f"the last: {error}") from None
-                warnings.warn(f"left out: {error}")
-                continue
-            if self.packer.full:
-                packs.append(self.packer.take())
-            if len(packs) == self.rows:
-                names = [tree.name for pack in packs for tree in pack]
-                yield collate(packs, self.weights, self.multiple), names, {"next": [after], "pool": self.packer.numbers}
-                packs = []
-
-
-def ahead(items: Iterator, most: int = 2) -> Iterator:
-    """The same items, up to so many made by a thread while the last one is in use; what goes wrong there is raised here, when
-    its turn comes."""
-    made, over = queue.Queue(most), threading.Event()
-
-    def hand(entry: tuple) -> None:
-        while not over.is_set():
-            try:
-                return made.put(entry, timeout=0.1)
-            except queue.Full:
-                pass
-
-    def work() -> None:
-        try:
-            for item in items:
-                hand((item, None))
-                if over.is_set():
-                    return
-            hand((None, StopIteration()))
-        except Exception as error:
-            hand((None, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = made.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        over.set()
-        thread.join(timeout=10)
-
-
-def shared_out(states: Sequence[dict[str, list[int]]], rank: int, world: int) -> dict[str, list[int]]:
-    """The state of loader `rank` of `world`, from those of all loaders of a run that may have had another number of them: what
-    none of them has taken comes once."""
-    if len(states) == world:
-        return states[rank]
-    start = max(state["next"][0] for state in states)
-    waiting = [n for state in states for n in (*state["pool"], *range(state["next"][0], start, len(states)))]
-    return {"next": [start + rank], "pool": sorted(waiting)[rank::world]}
-
-
-@dataclass
-class Numbers:
-    """A sampler: some numbers, then start, start + step, ... without end."""
-
-    first: Sequence[int]
-    start: int
-    step: int
-
-    def __iter__(self) -> Iterator[int]:
-        return chain(self.first, count(self.start, self.step))
-
-
-def leave_signals(worker: int):
-    """Worker processes leave Ctrl-C and SIGTERM, which may go to the whole group, to the program, which ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Labels for every patch
-
-
-PATCH_CLASSES = (1 + len(synthetic.KINDS), 1 + len(synthetic.COLORS), 1 + len(synthetic.KINDS))
-
-
-@dataclass
-class PatchSet(Dataset):
-    """Crops with a label for every patch, to teach a ViT to see before it has anyone to tell. Item i -> crops
-    (N, S, 3P²) and labels (N, S, 3) in PATCH_CLASSES: kind and colour of the thing at the middle of the patch, and the
-    kind of the thing whose point lies in it; 0 = none. Every `clips`-th item is a frame of a clip."""
-
-    seed: int
-    config: MolmoConfig
-    clips: int = 3
-
-    def __len__(self) -> int:
-        return 1 << 40
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if index % self.clips == self.clips - 1:
-            world = synthetic.world(self.seed, index)
-            scene = world.film(np.random.default_rng([self.seed, index, 1]).uniform(0, world.seconds, 1))
-        else:
-            scene = synthetic.still(self.seed, index)
-        views = views_of(scene_record(scene, []), self.config.views)
-        labels = patch_labels(scene, views.patches).reshape(*views.crops.shape[:2], 3)
-        skipped = 0 if scene.is_video else 1  # the global crop of a still: the others show the same, larger
-        return torch.from_numpy(views.crops[skipped:]), torch.from_numpy(labels[skipped:])
-
-
-def collate_patches(items: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    crops, labels = zip(*items)
-    return torch.cat(crops), torch.cat(labels)
-
-
-def patch_labels(scene: Scene, patches: np.ndarray) -> np.ndarray:
-    """The labels of `PatchSet` for patches (N*S, 5) of a scene with one picture: (N*S, 3)."""
-    _, left, top, width, height = patches.T
-    rows, columns = (top + height / 2).astype(int), (left + width / 2).astype(int)
-    names = [(1 + synthetic.KINDS.index(thing.kind), 1 + list(synthetic.COLORS).index(thing.color))
-             for thing in scene.things]
-    labels = np.zeros((len(patches), 3), int)
-    for name, mask, (x, y) in zip(names, scene.masks[0], scene.points[0]):
-        labels[mask[rows, columns], :2] = name
-        labels[(left <= x) & (x < left + width) & (top <= y) & (y < top + height), 2] = name[0]
-    return labels
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. The manners of every command: bad input ends in one line
+# 4. The manners of every command: bad input ends in one line
 
 
 class Parser(argparse.ArgumentParser):
@@ -707,7 +407,7 @@ def one_line(program: str):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. python data.py check, show, draw
+# 5. python data.py check, show, draw
 
 COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#e377c2", "#8c564b")
 

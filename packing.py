@@ -244,6 +244,7 @@ def useful_tokens_per_second(model: Molmo, batches: Sequence[Batch]) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     import data  # here only: packing itself needs no data
+    import loading
     from tokenizer import Tokenizer
 
     with data.one_line("packing.py"):
@@ -254,8 +255,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument("--max-crops", type=data.number(int, 1, 10**6), default=32)
         args = parser.parse_args(argv)
         tokenizer = Tokenizer.load(Path(__file__).resolve().parent / "assets/tokenizer.json")
-        sets = data.synthetic_sets(data.RATES, 0, args.branches)
-        examples = data.Mixture(sets, data.RATES, 0, tokenizer, PRESETS["tiny"], args.max_tokens)
+        sets = loading.synthetic_sets(data.RATES, 0, args.branches)
+        examples = loading.Mixture(sets, data.RATES, 0, tokenizer, PRESETS["tiny"], args.max_tokens)
         model = Molmo(PRESETS["tiny"]).initialize(0)
 
         trees = [examples[i][1] for i in range(args.examples)]

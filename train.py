@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 import costs
 import data
+import loading
 import parallel
 import weights
 from connector import TEMPORAL
@@ -363,7 +364,7 @@ def look(run: Run, state: dict[str, np.ndarray] | None):
     features, thrown away afterwards, names for each patch the kind and colour of the thing at its middle and of which
     kind of thing it holds the point. Steps count up to 0, where the model takes over."""
     model, stage, args = run.model, run.stage, run.args
-    names = nn.Linear(model.config.vit.feature_width, sum(data.PATCH_CLASSES), device=args.device)
+    names = nn.Linear(model.config.vit.feature_width, sum(loading.PATCH_CLASSES), device=args.device)
     nn.init.zeros_(names.weight), nn.init.zeros_(names.bias)
     seeing = nn.ModuleDict({"vit": model.vit, "names": names})
     parts, optimisers, first = parts_of(seeing), optimizers(seeing, model.config.optimizer), -stage.look
@@ -371,13 +372,13 @@ def look(run: Run, state: dict[str, np.ndarray] | None):
         names.load_state_dict({key: torch.from_numpy(state[f"names {key}"]) for key in ("weight", "bias")})
         first = restore(seeing, optimisers, state, run)
     numbers = range((first + stage.look) * LOOK_BATCH, stage.look * LOOK_BATCH)
-    scenes = DataLoader(data.PatchSet(run.seed, model.config, stage.clips), LOOK_BATCH, sampler=numbers, collate_fn=data.collate_patches,
-                        num_workers=args.workers, worker_init_fn=data.leave_signals, generator=torch.Generator())
+    scenes = DataLoader(loading.PatchSet(run.seed, model.config, stage.clips), LOOK_BATCH, sampler=numbers, collate_fn=loading.collate_patches,
+                        num_workers=args.workers, worker_init_fn=loading.leave_signals, generator=torch.Generator())
     bar = tqdm(scenes, initial=first + stage.look, total=stage.look, desc="the ViT alone", dynamic_ncols=True, disable=run.log.silent)
     for step, (crops, labels) in enumerate(bar, start=first):
         scores = names(model.vit(crops.to(args.device))).flatten(0, 1)
         truth = labels.to(args.device).flatten(0, 1)
-        kind, color, pointed = scores.split(data.PATCH_CLASSES, dim=-1)
+        kind, color, pointed = scores.split(loading.PATCH_CLASSES, dim=-1)
         loss = sum(F.cross_entropy(s, t) for s, t in zip((kind, color, pointed), truth.T))
         loss.backward()
         clip(parts, loss.item(), step)
@@ -471,27 +472,27 @@ def same_run(settings: dict, before: dict, folder: Path):
             raise ValueError(f"--resume: the run in {folder} has {name} {before[name]}, not {value}: give the same, or another --out")
 
 
-def make_loader(stage: Stage, seed: int, tokenizer: Tokenizer, config: MolmoConfig, args, world: World, accumulate: int) -> data.Loader:
+def make_loader(stage: Stage, seed: int, tokenizer: Tokenizer, config: MolmoConfig, args, world: World, accumulate: int) -> loading.Loader:
     if args.data:
         lines = Lines(args.data)
-        sets, rates = {args.data: [data.Moments(lines, seed) if args.stage == 4 else lines]}, {args.data: 1.0}
+        sets, rates = {args.data: [loading.Moments(lines, seed) if args.stage == 4 else lines]}, {args.data: 1.0}
     else:
-        sets, rates = data.synthetic_sets(stage.rates, seed, stage.branches, stage.absent), stage.rates
-    mixture = data.Mixture(sets, rates, seed, tokenizer, config, stage.tokens)
+        sets, rates = loading.synthetic_sets(stage.rates, seed, stage.branches, stage.absent), stage.rates
+    mixture = loading.Mixture(sets, rates, seed, tokenizer, config, stage.tokens)
     rows = stage.packs // (accumulate * world.data_size)
     multiple = math.lcm(world.context, 128 if torch.device(args.device).type == "cuda" else 1)  # few lengths: blocks of a mask
-    return data.Loader(mixture, Packer(stage.tokens, stage.crops, stage.pool), rows, stage.weights, args.workers,
+    return loading.Loader(mixture, Packer(stage.tokens, stage.crops, stage.pool), rows, stage.weights, args.workers,
                        rank=world.data_rank, world=world.data_size, multiple=multiple)
 
 
-def train(run: Run, loader: data.Loader, state: dict[str, np.ndarray] | None, accumulate: int):
+def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None, accumulate: int):
     model, stage, args, world, parts = run.model, run.stage, run.args, run.world, parts_of(run.model)
     for part, params in parts.items():
         for p in params.values():
             p.requires_grad_(part not in args.freeze)
     optimisers, first = optimizers(model, model.config.optimizer), 0
     if state:
-        loader.state = data.shared_out(json.loads(str(state["loaders"])), world.data_rank, world.data_size)
+        loader.state = loading.shared_out(json.loads(str(state["loaders"])), world.data_rank, world.data_size)
         first = restore(model, optimisers, state, run)
     batches = iter(loader)
     bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=f"stage {args.stage}", dynamic_ncols=True,

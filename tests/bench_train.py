@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import attention  # noqa: E402
 import costs  # noqa: E402
-import data  # noqa: E402
+import loading  # noqa: E402
 import model as model_file  # noqa: E402
 from attention import Cut, Dense, Ids, Sparse  # noqa: E402
 from model import PRESETS, Block, Molmo  # noqa: E402
@@ -72,7 +72,7 @@ def packed_step(device: str, tokens: int, top: float):
     config = replace(PRESETS["small"], views=tiny.views, vit=replace(PRESETS["small"].vit, grid=tiny.vit.grid))
     tokenizer = Tokenizer.load(HOME / "assets/tokenizer.json")
     rates, each = {"image points": 1.0, "video points": 1.0}, tokens // 16
-    mixture, trees, number = data.Mixture(data.synthetic_sets(rates, 0, 6), rates, 0, tokenizer, config, each), [], 0
+    mixture, trees, number = loading.Mixture(loading.synthetic_sets(rates, 0, 6), rates, 0, tokenizer, config, each), [], 0
     while len(trees) < 16:
         tree, number = mixture[number][1], number + 1
         if not isinstance(tree, str) and tree.length > 0.8 * each:

@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 
 import data
+import loading
 import evaluate
 import synthetic
 from connector import ConnectorConfig
-from data import Loader, Mixture, branch, draw, example, pointed, question
+from data import branch, draw, example, pointed, question
 from generate import Answer
+from loading import Loader, Mixture
 from model import PRESETS, LLMConfig, MolmoConfig
 from packing import Packer, collate, lay_out
 from pointing import TOKEN_INDEX, Point
@@ -281,10 +283,10 @@ CONFIG = replace(
 
 def test_patches_are_labelled_with_what_they_show():
     """A vivid patch is labelled with the colour that its middle shows, and fewer patches hold a point than show a thing."""
-    examples = data.PatchSet(7, PRESETS["tiny"])
-    crops, labels = data.collate_patches([examples[i] for i in range(9)])  # three of them are frames of clips
+    examples = loading.PatchSet(7, PRESETS["tiny"])
+    crops, labels = loading.collate_patches([examples[i] for i in range(9)])  # three of them are frames of clips
     assert crops.shape[:2] == labels.shape[:2] and crops.dtype == torch.uint8
-    assert all(labels[..., i].min() == 0 and labels[..., i].max() < n for i, n in enumerate(data.PATCH_CLASSES))
+    assert all(labels[..., i].min() == 0 and labels[..., i].max() < n for i, n in enumerate(loading.PATCH_CLASSES))
     assert ((labels[..., 0] > 0) == (labels[..., 1] > 0)).all()
     middle = crops.unflatten(-1, (14, 14, 3))[:, :, 5:9, 5:9].float().mean((2, 3))  # (N, S, 3)
     colors = torch.tensor(list(synthetic.COLORS.values()), dtype=torch.float)
@@ -298,7 +300,7 @@ def test_points_lie_in_labelled_patches():
     """By hand on one still: the patch that holds a thing's point names its kind, and only those patches do."""
     scene = synthetic.still(7, 0)
     views = data.views_of(data.scene_record(scene, []), CONFIG.views)
-    labels = data.patch_labels(scene, views.patches)
+    labels = loading.patch_labels(scene, views.patches)
     for (_, left, top, width, height), (kind, _, pointed) in zip(views.patches, labels):
         inside = [1 + synthetic.KINDS.index(thing.kind) for thing, (x, y) in zip(scene.things, scene.points[0])
                   if left <= x < left + width and top <= y < top + height]
@@ -531,7 +533,7 @@ def test_moments_ask_what_moves():
 def test_videos_of_a_file_become_moments(tmp_path):
     """Eight frames of each, drawn from those with points; an image among them is named."""
     lines = Lines(data.write_set("clips", tmp_path, 2, 0, 3))
-    moments = data.Moments(lines, 0)
+    moments = loading.Moments(lines, 0)
     assert moments.size == 16
     for index in range(16):
         record = moments.record(index, VIEWS)
@@ -539,7 +541,7 @@ def test_videos_of_a_file_become_moments(tmp_path):
     assert len({moments.record(index, VIEWS).name for index in range(8)}) > 2
     stills = Lines(data.write_set("stills", tmp_path, 1, 0, 3))
     with pytest.raises(ValueError, match="no video with points"):
-        data.Moments(stills, 0).record(0, VIEWS)
+        loading.Moments(stills, 0).record(0, VIEWS)
 
 
 def test_tags_are_for_one_picture():

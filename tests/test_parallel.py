@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import data
+import loading
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,10 +60,10 @@ def test_loaders_are_shared_out_without_loss():
     for world in (1, 2, 3, 5):
         numbers = []
         for rank in range(world):
-            state = data.shared_out(states, rank, world)
+            state = loading.shared_out(states, rank, world)
             numbers += [*state["pool"], *range(state["next"][0], 100, world)]
         assert sorted(numbers) == sorted(left)
-    assert data.shared_out(states, 1, 3) == states[1]
+    assert loading.shared_out(states, 1, 3) == states[1]
 
 
 @pytest.mark.parametrize("words, complaint", [
