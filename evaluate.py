@@ -215,7 +215,8 @@ def ask(model: Molmo, tokenizer: Tokenizer, asked: list[Asked]) -> None:
     batch = collate([data.prompts(tokenizer, tree[0].views, [a.question for a in tree], tree[0].record.subtitles)
                      for tree in trees]).to(device)
     longest = LONGEST[asked[0].annotation.task in TRACKS] * (1 + (model.config.points_as != "tokens"))
-    for a, answer in zip(asked, generate(model, batch, data.spelling(tokenizer), longest)):
+    answers = generate(model, batch, data.spelling(tokenizer), longest, way="views")  # shapes change with every batch
+    for a, answer in zip(asked, answers, strict=True):
         a.text, a.points = data.read_answer(answer, tokenizer, a.views)
         a.figures = {"answers cut": answer.finish_reason == "length"}
 

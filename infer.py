@@ -437,7 +437,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 several = sentences(model, tokenizer, views, args, speed)
                 points, answers, said = several[0].points, [one.answer for one in several], several[0].result()
                 if args.ask:
-                    said["answers"] = [{"prompt": prompt, "points": describe(one.points, media), **one.result()}
+                    said["answers"] = [{"prompt": prompt, "text": one.text, "points": describe(one.points, media), **one.result()}
                                        for prompt, one in zip([args.prompt, *args.ask], several)]
             timing["generate"] = lap()
             timing |= {"tokens": sum(len(answer.tokens) for answer in answers), **rates(speed, torch.device(args.device))}
