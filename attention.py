@@ -139,6 +139,12 @@ def compiled(function):
     return torch.compile(function, dynamic=True)
 
 
+def compilations() -> int:
+    """Graphs compiled so far in this program: a number that grows from batch to batch says that something is compiled again."""
+    from torch._dynamo.utils import counters  # takes a second to import
+    return counters["stats"]["unique_graphs"]
+
+
 def masked(ids: Ids) -> Mask:
     """The way for these tokens' device and number; on a GPU short rows are not worth the compilation."""
     if ids.example.device.type == "cpu":

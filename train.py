@@ -41,6 +41,7 @@ import data
 import loading
 import parallel
 import weights
+from attention import compilations
 from connector import TEMPORAL
 from evaluate import evaluate, fresh
 from model import POINTS_AS, PRESETS, Molmo, MolmoConfig
@@ -544,6 +545,8 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None,
                 bar.write(f"step {step + 1}: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()))
             world.wait()
     run.log.draw()
+    if graphs := compilations():
+        bar.write(f"{graphs} graphs compiled")
 
 
 def has_bfloat16(device: str) -> bool:

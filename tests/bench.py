@@ -2,6 +2,8 @@
 
     python tests/bench.py infer            # reading and writing, against `transformers` and against the machine's limits
     python tests/bench.py infer --quick    # fewer repetitions, no compilation
+    python tests/bench.py train            # a packed step, attention by length; on a GPU blocks of the 8B model
+    python tests/bench.py video [FILE]     # from a file to crops
 
 Weights are random, sizes those of the preset `small`; times are medians of repetitions that take turns. Other programs that run
 at the same time spoil what uses all cores.
@@ -23,9 +25,12 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
+import bench_train  # noqa: E402
+import bench_video  # noqa: E402
 import data  # noqa: E402
 import synthetic  # noqa: E402
 import weights  # noqa: E402
+from attention import compilations  # noqa: E402
 from generate import Speed, generate, step_bytes, to_int8  # noqa: E402
 from model import PRESETS, Batch, Molmo  # noqa: E402
 from packing import collate  # noqa: E402
@@ -149,7 +154,7 @@ def compiled(model: Molmo, batch: Batch, repetitions: int) -> dict[str, float]:
     """A step compiled for this machine: what compiling takes, and how often it happened in all."""
     first = seconds(lambda: ours(model, batch, 3, "compiled"))
     figures = turns(repetitions, compiled=lambda: ours(model, batch, WRITTEN, "compiled"))["compiled"]
-    return {**figures, "first": first, "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+    return {**figures, "first": first, "graphs": compilations()}
 
 
 def many(model: Molmo) -> dict[str, float]:
@@ -204,6 +209,12 @@ def main(argv: list[str] | None = None) -> None:
     part.add_argument("--quick", action="store_true", help="fewer repetitions, no compilation")
     part.add_argument("--json", metavar="FILE", help="all figures")
     part.set_defaults(run=infer)
+    part = parts.add_parser("train", help="steps and attention")
+    part.add_argument("--quick", action="store_true", help="short rows")
+    part.set_defaults(run=lambda args: bench_train.run(args.quick))
+    part = parts.add_parser("video", help="from a file to crops")
+    part.add_argument("file", nargs="?", help="default: a minute of 640x360, made for the occasion")
+    part.set_defaults(run=lambda args: bench_video.run(args.file))
     part = parts.add_parser("peak", help="(of one process, for the others)")
     part.add_argument("who", choices=["ours", "int8", "theirs"])
     part.add_argument("folder")

@@ -1,21 +1,17 @@
-"""What training costs on this machine, measured side by side in one run.
-
-    python tests/bench_train.py            # a packed step under each way to attend, and attention alone by length
-    python tests/bench_train.py --quick    # the same, small
+"""bench.py train: a packed step under each way to attend, and attention alone by length, side by side in one run.
 
 MFU is the FLOPs of costs.py per second over the peak: of the data sheet for GPUs listed here, else of a large matrix product
 measured in the same run. Times are medians; on a CPU they are the process's own seconds, which other programs change less.
 """
 
-import argparse
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import torch
-from torch._dynamo.utils import counters
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -29,16 +25,17 @@ from packing import collate  # noqa: E402
 from pointing import frequencies, rotation  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
+REPEATS = 3
 HOME = Path(__file__).resolve().parent.parent
 DATA_SHEETS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 FLOPs a second
 WAYS = {"dense": lambda ids: Dense.of(ids, ids), "cut": Cut.of, "sparse": Sparse.of}
 
 
-def seconds(work, device: str, times: int = 3) -> float:
+def seconds(work, device: str) -> float:
     """Median over some runs, after one to warm up."""
     clock = time.perf_counter if device == "cuda" else time.process_time
     taken = []
-    for _ in range(times + 1):
+    for _ in range(REPEATS + 1):
         start = clock()
         work()
         if device == "cuda":
@@ -89,9 +86,9 @@ def packed_step(device: str, tokens: int, top: float):
 
     found, ways = {}, ("dense", "sparse" if device == "cuda" else "cut")
     for way in ways:
-        model_file.masked = WAYS[way]
-        found[way] = seconds(step, device)
-        print(f"  {way:8}{found[way]:8.3f} s   MFU {flops / found[way] / top:6.1%}  {memory(step, device)}")
+        with mock.patch.object(model_file, "masked", WAYS[way]):
+            found[way] = seconds(step, device)
+            print(f"  {way:8}{found[way]:8.3f} s   MFU {flops / found[way] / top:6.1%}  {memory(step, device)}")
     print(f"  {found[ways[0]] / found[ways[1]]:.2f} times")
 
 
@@ -136,10 +133,8 @@ def blocks_of_8b(length: int, top: float):
     print(f"eight blocks of the 8B model, {length} tokens: MFU {flops / seconds(step, 'cuda') / top:.1%}, {memory(step, 'cuda')}")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true")
-    quick, device = parser.parse_args(argv).quick, "cuda" if torch.cuda.is_available() else "cpu"
+def run(quick: bool) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     top = peak(device)
     print(f"{torch.cuda.get_device_name() if device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}: peak {top / 1e12:.3f} TFLOP/s")
     packed_step(device, 2048 if quick else 4096, top)
@@ -149,8 +144,5 @@ def main(argv: list[str] | None = None) -> None:
         attention.compiled.cache_clear()
         torch._dynamo.reset()
         blocks_of_8b(16_384, top)
-        print(f"{time.perf_counter() - start:.0f} s with compilation; graphs compiled: {counters['stats']['unique_graphs']}")
+        print(f"{time.perf_counter() - start:.0f} s with compilation; graphs compiled: {attention.compilations()}")
 
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,5 @@
-"""How long it takes to get from a file to crops, side by side: decode everything to pictures, sample, cut; or read_video.
-
-    python tests/bench_video.py [FILE]    # without a file: a clip of a minute, 640x360 at 30 fps, made for the occasion
-
-Also an image of 1800 x 1200 to its 9 crops, by the former `resize` and by the present one. The best of some rounds, in ms.
+"""bench.py video: how long it takes to get from a file to crops, side by side: decode everything to pictures, sample, cut; or
+read_video. Also an image of 1800 x 1200 to its 9 crops. The best of some rounds, in ms.
 """
 
 import sys
@@ -13,8 +10,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,6 +17,7 @@ import preprocess  # noqa: E402
 from preprocess import ViewConfig, Views  # noqa: E402
 
 ROUNDS = 5
+MINUTE = 1800  # frames
 
 
 def best(*ways: Callable) -> list[float]:
@@ -60,12 +56,6 @@ def film(count: int, height: int, width: int) -> Iterator[np.ndarray]:
         yield frame
 
 
-def former_resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    pixels = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)[None]
-    pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=False)
-    return pixels[0].permute(1, 2, 0).round_().clamp_(0, 255).to(torch.uint8).contiguous().numpy()
-
-
 def bench_video(path: str) -> None:
     for most in (16, 128):
         config = ViewConfig(max_frames=most)
@@ -79,26 +69,14 @@ def bench_video(path: str) -> None:
 
 def bench_image() -> None:
     config, image = ViewConfig(max_crops=8), next(film(1, 1200, 1800))
-
-    def cut(resize: Callable) -> np.ndarray:
-        preprocess.resize = resize
-        return preprocess.image_views([image], config).crops
-
-    present = preprocess.resize
-    same = np.array_equal(cut(former_resize), cut(present))
-    before, now = best(lambda: cut(former_resize), lambda: cut(present))
-    print(f"image 1800x1200, {len(cut(present))} crops: formerly {before:.1f} ms, now {now:.1f} ms, "
-          f"{'the same crops' if same else 'OTHER CROPS'}")
+    took, = best(lambda: preprocess.image_views([image], config))
+    print(f"image 1800x1200, {len(preprocess.image_views([image], config).crops)} crops: {took:.1f} ms")
 
 
-def main() -> None:
+def run(path: str | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        path = sys.argv[1] if len(sys.argv) > 1 else f"{folder}/minute.mp4"
-        if len(sys.argv) == 1:
-            preprocess.write_video(path, film(1800, 360, 640), fps=30)
+        if path is None:
+            path = f"{folder}/minute.mp4"
+            preprocess.write_video(path, film(MINUTE, 360, 640), fps=30)
         bench_video(path)
     bench_image()
-
-
-if __name__ == "__main__":
-    main()
