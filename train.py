@@ -102,10 +102,10 @@ RELEASED = {
 TINY = {
     1: Stage(1050, 2, 1024, 20, 16, {"stills": 95, "text": 5}, "uniform", each(2e-4, 2e-3, 2e-3, 2e-3), each(20, 20, 20, 20),
              ("stills",), look=1400, clips=3, absent=0.4),
-    2: Stage(16_800, 2, 1024, 20, 16, {"image points": 22, "multi-image points": 6, "screens": 14, "video points": 18, "tracks": 16,
+    2: Stage(21_200, 2, 1024, 20, 16, {"image points": 22, "multi-image points": 6, "screens": 14, "video points": 18, "tracks": 16,
                                        "captions": 7, "image qa": 7, "video qa": 6, "text": 4}, "uniform",
              each(4e-4, 1.5e-3, 1.5e-3, 1.5e-3), each(20, 20, 20, 20), ("stills", "clips", "screens", "tracks"), look=4500),
-    3: Stage(800, 1, 2048, 40, 32, {"image points": 18, "multi-image points": 5, "screens": 12, "video points": 14, "tracks": 13,
+    3: Stage(1800, 1, 2048, 40, 32, {"image points": 18, "multi-image points": 5, "screens": 12, "video points": 14, "tracks": 13,
                                     "captions": 6, "image qa": 6, "video qa": 5, "text": 3, "long points": 9, "long tracks": 9},
              "uniform", each(1e-4, 4e-4, 4e-4, 4e-4), each(20, 20, 20, 20), ("video points", "long points", "long tracks")),
     4: Stage(300, 1, 1024, 100, 32, {"moments": 1.0}, "uniform", each(2e-4, 8e-4, 8e-4, 8e-4), each(20, 20, 20, 20),
