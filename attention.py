@@ -69,6 +69,8 @@ class Dense(NamedTuple):
         return cls(may_attend(q, k))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.is_cuda:  # the kernels that take a mask and do not hold all scores want a key head for each query head
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.seen[:, None], enable_gqa=True)
 
 
@@ -86,7 +88,7 @@ class Few(NamedTuple):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         folded = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, kv_heads, heads / kv_heads * Tq, head_width)
         seen = None if self.seen is None else self.seen.repeat(1, q.shape[1] // k.shape[1], 1)[:, None]
-        return F.scaled_dot_product_attention(folded, k, v, attn_mask=seen).view(q.shape)
+        return F.scaled_dot_product_attention(folded, k, v, attn_mask=seen).reshape(q.shape)
 
 
 class Cut(NamedTuple):

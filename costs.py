@@ -5,7 +5,8 @@
 
 FLOPs: two per weight and token that meet, four per query, key and channel of attention that the mask lets meet; norms, RoPE
 and softmax are not counted. A backward pass costs twice the forward pass. MFU is these FLOPs per second of wall clock over
-what the chip could do; what activation checkpointing computes again does not count as done.
+what the chip could do; what activation checkpointing computes again (the large presets do, and a plan reckons with it) does not
+count as done.
 
 N crops, S patches per crop, M visual tokens, K slots of a pool window, T tokens, P parameters, C processes of a context group.
 """

@@ -215,7 +215,7 @@ def ask(model: Molmo, tokenizer: Tokenizer, asked: list[Asked]) -> None:
     batch = collate([data.prompts(tokenizer, tree[0].views, [a.question for a in tree], tree[0].record.subtitles)
                      for tree in trees]).to(device)
     longest = LONGEST[asked[0].annotation.task in TRACKS] * (1 + (model.config.points_as != "tokens"))
-    answers = generate(model, batch, data.spelling(tokenizer), longest, way="views")  # shapes change with every batch
+    answers = generate(model, batch, data.spelling(tokenizer), longest)
     for a, answer in zip(asked, answers, strict=True):
         a.text, a.points = data.read_answer(answer, tokenizer, a.views)
         a.figures = {"answers cut": answer.finish_reason == "length"}

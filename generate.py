@@ -127,13 +127,13 @@ def _with_token(batch: Batch, token: int, rows: list[list[int]]) -> Batch:
 class Linear8(nn.Module):
     """A matrix without bias in whole numbers from -127 to 127 and a scale for every output: a byte a weight. No weight is off
     by more than half a scale, which is 1/254 of the largest weight of its output. Arithmetic stays in the dtype of x: the
-    matrix is widened for every call, which a compiler fuses into the product."""
+    matrix is widened for every call."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127
-        self.register_buffer("weight", (weight.float() / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale.to(weight.dtype))
+        scale = (weight.float().abs().amax(1).clamp(min=1e-12) / 127).to(weight.dtype)  # rounded before it is used
+        self.register_buffer("weight", (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8))
+        self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype)) * self.scale
@@ -292,11 +292,11 @@ class Growth:
 
 @torch.inference_mode()
 def generate(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int, sample=sampler(), speed: Speed | None = None,
-             way: str | None = None) -> list[Answer]:
+             way: str = "views") -> list[Answer]:
     """Answers every branch of B prompts (padded on the right, one tree a row), row by row and branch by branch, as
-    `generate_slowly` answers each alone. `way` of the steps: see `Growth`; compiled on a GPU, views elsewhere."""
+    `generate_slowly` answers each alone. `way` of the steps: see `Growth`."""
     # 1. Prefill: every tree once; its keys and values stay.
-    device, speed, way = batch.tokens.device, speed or Speed(), way or ("compiled" if batch.tokens.is_cuda else "views")
+    device, speed = batch.tokens.device, speed or Speed()
     speed.lap(device)
     tips, place = Tips.of(batch)
     room = batch.tokens.shape[1] + max_new_tokens * (int(tips.column.max()) + 1)

@@ -87,6 +87,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fps", type=data.number(float, 0.001, 1000), help="frames sampled per second of a video")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: as in the checkpoint)")
     parser.add_argument("--int8", action="store_true", help="the language model's weights in eight bits")
+    parser.add_argument("--compile", action="store_true", help="compile the steps first, for a minute; on a GPU they become a CUDA graph")
     parser.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=data.number(int, 0, 2**32), default=0, help="of the sampling")
     parser.add_argument("--temperature", type=data.number(float, 0, 100), default=0, help="0 takes the likeliest token")
@@ -151,8 +152,11 @@ def look(paths: list[str], config: ViewConfig) -> tuple[Media, Views]:
 def ask(model: Molmo, tokenizer: Tokenizer, views: Views, args: argparse.Namespace, speed: Speed) -> list[Answer]:
     """To every question; what is seen is read once."""
     batch = collate([data.prompts(tokenizer, views, [args.prompt, *args.ask])]).to(args.device)
-    sample = sampler(args.temperature, args.top_p, args.seed)
-    return generate(model, batch, data.spelling(tokenizer), args.max_new_tokens, sample, speed)
+    write = lambda speed: generate(model, batch, data.spelling(tokenizer), args.max_new_tokens,
+                                   sampler(args.temperature, args.top_p, args.seed), speed, "compiled" if args.compile else "views")
+    if args.compile:
+        write(None)  # the first time is for the compiler
+    return write(speed)
 
 
 GROUNDING_RUN = re.compile("(?:%s(?:%s(?:%s[0-9]*)?)?)+" % tuple(map(re.escape, (TOKEN_INDEX, VIT_INDEX, VIT_LOC))))
@@ -202,7 +206,7 @@ class FrameByFrame:
     def __init__(self, model: Molmo, tokenizer: Tokenizer, config: ViewConfig, args: argparse.Namespace, speed: Speed):
         self.model, self.tokenizer, self.config, self.args, self.speed = model, tokenizer, config, args, speed
         self.memory = model.config.temporal.memory
-        times = frame_times(args.media[0])
+        times = frame_times(args.media[0], every=True)
         most = args.max_frames or int(times[-1] * config.fps) + 2
         sampled = sorted(set(displayed_at(times, sample_times(times[-1], config.fps, most))))
         self.picture = {number: picture for picture, number in enumerate(sampled)}  # frame of the file -> of the sampled ones

@@ -186,14 +186,15 @@ class Loader:
         numbers = Numbers(state["pool"], state["next"][0], self.world)
         items = iter(DataLoader(self.examples, batch_size=None, sampler=numbers, num_workers=self.workers,
                                 worker_init_fn=leave_signals, generator=torch.Generator()))  # the model's own stays as it is
-        for batch, self.names, self.state in ahead(self.batches(items, state["next"][0])):
+        for batch, self.names, self.state in ahead(self.batches(items, state["pool"], state["next"][0])):
             yield batch
 
-    def batches(self, items: Iterator[tuple[int, Example | str]], start: int) -> Iterator[tuple[Batch, list[str], dict]]:
-        """Batches, each with the names of its examples and the state after it."""
-        self.packer.pool, after, skipped, in_a_row, packs = {}, start, set(), 0, []
+    def batches(self, items: Iterator[tuple[int, Example | str]], first: list[int], start: int) -> Iterator[tuple[Batch, list[str], dict]]:
+        """Batches, each with the names of its examples and the state after it. `first`: the numbers that come before `start`;
+        after a change of processes they may be more than the packer holds."""
+        self.packer.pool, after, skipped, in_a_row, packs, drawn = {}, start, set(), 0, [], 0
         for number, item in items:
-            after = max(after, number + self.world if number >= start else 0)
+            drawn, after = (drawn, number + self.world) if number >= start else (drawn + 1, after)
             try:
                 if isinstance(item, str):
                     raise ValueError(item)
@@ -212,7 +213,7 @@ class Loader:
                 packs.append(self.packer.take())
             if len(packs) == self.rows:
                 names = [tree.name for pack in packs for tree in pack]
-                yield collate(packs, self.weights, self.multiple), names, {"next": [after], "pool": self.packer.numbers}
+                yield collate(packs, self.weights, self.multiple), names, {"next": [after], "pool": self.packer.numbers + first[drawn:]}
                 packs = []
 
 

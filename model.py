@@ -213,7 +213,7 @@ class Cache:
     def read_whole(self) -> None:
         for tensor in (*self.keys, *self.values):
             tensor[:, :, self.used:] = 0  # hidden numbers count nothing, unless they are NaN
-            torch._dynamo.mark_static_address(tensor)  # a CUDA graph may write only to what never moves
+            torch._dynamo.mark_static_address(tensor, guard=False)  # a CUDA graph may write only to what never moves
         self.whole, self.end = True, self.room
 
     def reserve(self, count: int) -> None:
@@ -251,6 +251,7 @@ class SelfAttention(nn.Module):
         qk, v = self.att_proj(x).unflatten(-1, (-1, c.head_width)).split([c.heads + c.kv_heads, c.kv_heads], dim=2)
         qk = turn(self.normed(qk), rotation).transpose(1, 2)  # queries and keys alike; (B, heads, T, head_width) from here on
         (q, k), v = qk.split([c.heads, c.kv_heads], dim=1), v.transpose(1, 2)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the norms make them float32
         if cache is not None:
             k, v = cache.add(self.layer, k, v)
         return self.attn_out(mask.attend(q, k, v).transpose(1, 2).flatten(2))

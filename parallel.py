@@ -48,7 +48,7 @@ from model import Molmo
 # their names since torch 2.13, and before
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-TIMEOUT = timedelta(minutes=10)  # how long a process waits for the others before it gives up
+TIMEOUT = timedelta(minutes=30)  # how long a process waits for the others, which may be evaluating or writing
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ class World:
         return values
 
     def collect(self, value) -> list:
-        """What each process holds, by rank; small things that JSON could hold."""
+        """What each process holds, by rank; small things."""
         values = [value] * self.size
         if self.mesh is not None:
             dist.all_gather_object(values, value)
@@ -119,7 +119,7 @@ def together(device: str, context: int):
     if kind == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT, device_id=torch.device(device) if kind == "cuda" else None)
     try:
         rank, size = dist.get_rank(), dist.get_world_size()
         if size % context:
@@ -240,13 +240,14 @@ def shard(model: Molmo, world: World, device: str, recompute: bool = False) -> M
         for block in (*model.vit.blocks, *model.blocks):
             block.forward = _recomputed(block.forward)
     if world.context > 1:
-        if model.config.llm.heads % world.context:
-            raise ValueError(f"--context-parallel {world.context}: {model.config.llm.heads} heads cannot be shared out evenly")
         model.context = Context(world.group)
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if torch.device(device).type == "cuda" else MixedPrecisionPolicy()
     for module in (*model.vit.blocks, model.vit, model.connector, *model.blocks, model):
         module.to(device, torch.promote_types(next(module.parameters()).dtype, torch.float32))  # one at a time, for memory
         if world.mesh is not None:
+            for p in module.parameters():
+                if not isinstance(p, DTensor):
+                    dist.broadcast(p.detach(), 0)  # the ViT alone was trained by each process, and GPUs may round differently
             fully_shard(module, mesh=world.mesh, mp_policy=half)
     register_fsdp_forward_method(model, "losses")
     return model
@@ -286,7 +287,14 @@ def save(folder: Path, moments: dict[str, Tensor], world: World, finish: Callabl
     """A checkpoint of many processes. Process 0 writes the whole model with `finish(also=...)`, which is `weights.save`; the
     optimisers' moments, twice the model's size, are written in shards by all of them at once (none: nothing is in shards
     yet). Whole or not at all; the processes share the file system."""
-    shards = lambda fresh: dcp.save(moments, checkpoint_id=fresh / "shards") if moments else None
+    def shards(fresh: Path) -> None:
+        world.wait()  # until process 0 has made the folder
+        try:
+            if moments:
+                dcp.save(moments, checkpoint_id=fresh / "shards")
+        except dcp.api.CheckpointException as error:
+            raise ValueError(f"{fresh}: cannot be written ({error})") from None
+
     if world.rank == 0:
         finish(also=shards)
     else:

@@ -318,9 +318,12 @@ def frames_of(path: str | os.PathLike) -> Iterator[tuple[float, np.ndarray]]:
         yield seconds, picture
 
 
-def frame_times(path: str | os.PathLike) -> list[float]:
+def frame_times(path: str | os.PathLike, every: bool = False) -> list[float]:
     """The seconds of all frames of a video since the first. Raises MediaError; warns about a file that ends early.
-    Of a long file only the two ends are decoded: what is said of leaps at `read_video` goes for the part between."""
+    Of a long file only the two ends are decoded: what is said of leaps at `read_video` goes for the part between. With
+    `every` all of it is, so that the times are those of `frames_of` even if the file is damaged."""
+    if every:
+        return [seconds for seconds, _ in _decode(path)]
     return _pick(path, lambda times: [])[1]
 
 

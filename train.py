@@ -243,6 +243,10 @@ class Log:
         self.lines.append(line)
         print(json.dumps(line), file=self.file, flush=True)
 
+    def say(self, text: str):
+        if not self.silent:
+            tqdm.write(text)
+
     def draw(self):
         """curves.png: the losses (log scale) on the left, F1 and HOTA on the right; steps below 0 are the ViT's."""
         if self.silent:
@@ -392,7 +396,7 @@ def look(run: Run, state: dict[str, np.ndarray] | None):
         if stop or (step + 1) % args.save_every == 0:
             run.save(seeing, optimisers, step + 1, **{f"names {key}": value.cpu().numpy() for key, value in names.state_dict().items()})
         if stop:
-            bar.write(f"stopped {-step - 1} steps before the model takes over: --resume goes on from there")
+            run.log.say(f"stopped {-step - 1} steps before the model takes over: --resume goes on from there")
             return
 
 
@@ -429,7 +433,7 @@ def start(args: argparse.Namespace, world: World):
     seed = args.stage + 100 * args.seed
     folder = Path(args.out or f"runs/stage{args.stage}")
     state = weights.load_training(folder / "checkpoint") if args.resume else None
-    settings = {"stage": args.stage, "seed": args.seed, "steps": steps, "data": args.data, "accumulate": args.accumulate,
+    settings = {"stage": args.stage, "seed": args.seed, "steps": steps, "data": args.data,
                 "temporal": args.temporal, "temporal-init": args.temporal_init, "missing": args.missing}
     if state:
         same_run(settings, json.loads(str(state["settings"])) if "loaders" in state else {}, folder)
@@ -444,6 +448,8 @@ def start(args: argparse.Namespace, world: World):
         if args.temporal_init and temporal.mode == model.config.temporal.mode:
             raise ValueError(f"--temporal-init: the checkpoint has learned {temporal.mode}, it stays")
         model = model.with_temporal(temporal, args.temporal_init or "zero", args.seed)
+    if model.config.llm.heads % world.context:
+        raise ValueError(f"--context-parallel {world.context}: {model.config.llm.heads} heads cannot be shared out evenly")
     views = replace(model.config.views, max_frames=stage.frames)
     model.config = replace(model.config, views=views)
     model.train()
@@ -535,18 +541,18 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None,
         if last or due(args.save_every) or due(args.eval_every) or stop:  # before evaluating
             run.save(model, optimisers, step + 1, loader.state)
         if stop:
-            bar.write(f"stopped after step {step + 1}: --resume goes on from there")
+            run.log.say(f"stopped after step {step + 1}: --resume goes on from there")
             return
         if (last or due(args.eval_every)) and stage.watch and not args.data:
             if (whole := parallel.whole(model, world)) is not None:
-                figures = small_evaluation(whole, run.tokenizer, stage.watch)
+                figures = small_evaluation(whole.to(args.device), run.tokenizer, stage.watch)
                 run.log.write(step=step, **figures)
                 run.log.draw()
-                bar.write(f"step {step + 1}: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()))
+                run.log.say(f"step {step + 1}: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()))
             world.wait()
     run.log.draw()
     if graphs := compilations():
-        bar.write(f"{graphs} graphs compiled")
+        run.log.say(f"{graphs} graphs compiled")
 
 
 def has_bfloat16(device: str) -> bool:

@@ -18,6 +18,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -98,7 +99,8 @@ def _recover(folder: Path) -> None:
     """After a kill between the two renames of `_swap` the last whole checkpoint lies beside its name."""
     old = folder.with_name(f".{folder.name}.old")
     if old.is_dir() and not folder.exists():
-        os.rename(old, folder)
+        with suppress(FileNotFoundError):  # another process did it
+            os.rename(old, folder)
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,

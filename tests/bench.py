@@ -66,7 +66,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 def never_ends(logits: torch.Tensor) -> int:
     """The likeliest token but the one that ends a turn: answers of equal length."""
-    return int(logits.index_fill(0, torch.tensor(TOKENIZER.eos_id), float("-inf")).argmax())
+    return int(logits.index_fill(0, torch.tensor(TOKENIZER.eos_id, device=logits.device), float("-inf")).argmax())
 
 
 def clip(frames: int) -> Views:

@@ -109,17 +109,18 @@ def attention_by_length(device: str, lengths):
             print(f"  {length:6} tokens  {way:8}{1000 * seconds(work, device):10.1f} ms  {memory(work, device)}")
 
 
-def blocks_of_8b(length: int, top: float):
-    """MFU of a packed step through eight decoder blocks of the 8B model, which keep their inputs only."""
-    config = replace(PRESETS["molmo2-8b"].llm, layers=8, dropout=0.0)
-    blocks = [Block(config, layer).to("cuda", torch.bfloat16) for layer in range(8)]
-    for block in blocks:
-        for p in block.parameters():
-            torch.nn.init.normal_(p, 0, 0.02)
-    order = torch.arange(length, device="cuda")[None]
+def blocks_of_8b(length: int, top: float, device: str, layers: int = 8, **sizes):
+    """MFU of a packed step through decoder blocks of the 8B model (or of other sizes), which keep their inputs only."""
+    config = replace(PRESETS["molmo2-8b"].llm, layers=layers, dropout=0.0, **sizes)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    blocks = [Block(config, layer).to(device, dtype) for layer in range(layers)]
+    for p in (p for block in blocks for p in block.parameters()):
+        torch.nn.init.normal_(p, 0, 0.02)
+    order = torch.arange(length, device=device)[None]
     ids = Ids(order * 4 // length, torch.zeros_like(order), order, order % 10 > 2)
-    turned = rotation(order[:, None], frequencies(config.head_width, config.rope_theta, "cuda"), dtype=torch.bfloat16)
-    mask, x = Sparse.of(ids), torch.randn(1, length, config.width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    turned = rotation(order[..., None], frequencies(config.head_width, config.rope_theta, device), dtype=dtype)
+    mask = Sparse.of(ids) if device == "cuda" else Cut.of(ids)
+    x = torch.randn(1, length, config.width, device=device, dtype=dtype, requires_grad=True)
 
     def step():
         h = x
@@ -130,7 +131,7 @@ def blocks_of_8b(length: int, top: float):
     each, visual = length / 4, int((order % 10 > 2).sum()) / 4
     work = costs.Work(0, 0, 9, length, 4 * costs.seen(each, visual), 0)
     flops = 3 * costs.flops(replace(PRESETS["molmo2-8b"], llm=config), work)["llm"]
-    print(f"eight blocks of the 8B model, {length} tokens: MFU {flops / seconds(step, 'cuda') / top:.1%}, {memory(step, 'cuda')}")
+    print(f"{layers} blocks of {config.width}, {length} tokens: MFU {flops / seconds(step, device) / top:.1%} {memory(step, device)}")
 
 
 def run(quick: bool) -> None:
@@ -143,6 +144,6 @@ def run(quick: bool) -> None:
         start = time.perf_counter()
         attention.compiled.cache_clear()
         torch._dynamo.reset()
-        blocks_of_8b(16_384, top)
+        blocks_of_8b(16_384, top, device)
         print(f"{time.perf_counter() - start:.0f} s with compilation; graphs compiled: {attention.compilations()}")
 

@@ -22,8 +22,8 @@ TEXT, STILL, ALBUM, CLIP = (dict(seed=1, branches=3), dict(seed=2, branches=3, i
 
 
 def batches(kind: str):
-    """Of two processes: one and three pictures, a clip; or text alone on one, so that what can be pointed at is on the other
-    only."""
+    """Of two processes: a picture; two pictures and a clip. Or text alone on one, so that what can be pointed at
+    is on the other only."""
     packs = {"uneven": ([tree(**STILL)], [tree(**ALBUM), tree(**CLIP)]), "text": ([tree(**TEXT)], [tree(**CLIP), tree(**STILL)])}[kind]
     return [collate([pack], "paper", multiple=2) for pack in packs]
 

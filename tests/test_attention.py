@@ -1,4 +1,4 @@
-"""The mask rule and the three ways to compute attention under it."""
+"""The mask rule and the ways to compute attention under it."""
 
 import numpy as np
 import pytest

@@ -18,6 +18,8 @@ def test_training_is_measured(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "16 examples in a pack" in said and said.count("cut") >= 2 and " times" in said
     assert bench_train.model_file.masked is before
+    bench_train.blocks_of_8b(64, 1e9, "cpu", 2, width=32, heads=4, kv_heads=2, head_width=8, mlp_hidden=48)
+    assert "2 blocks of 32, 64 tokens: MFU" in capsys.readouterr().out
 
 
 def test_video_is_measured(monkeypatch, capsys):

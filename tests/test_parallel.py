@@ -2,14 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import loading
 import train
+from packing import Branch, Example, Packer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,6 +26,10 @@ def processes(n: int, *words: object, fails: bool = False) -> subprocess.Complet
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert fails or done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_two_processes_do_what_one_does():
@@ -45,12 +54,21 @@ def test_a_process_that_dies_stops_the_run_and_the_run_goes_on(tmp_path):
     died = processes(2, "train", 3, *words, tmp_path / "run", fails=True)
     lines = [line for line in died.stderr.splitlines() if line.startswith("train.py")]
     assert died.returncode and len(lines) == 1 and "another process has gone" in lines[0] and "--resume" in lines[0], died.stderr[-3000:]
-    (tmp_path / "alone").mkdir()
-    (tmp_path / "alone/checkpoint").symlink_to(tmp_path / "run/checkpoint")
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
     processes(2, "train", 0, *words, tmp_path / "run", "--resume")
+    processes(1, "train", 0, *words, tmp_path / "alone", "--resume")
     processes(2, "train", 0, *words, tmp_path / "whole")
-    losses = lambda name: [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-    assert losses("run") == pytest.approx(losses("whole"), rel=1e-6) and len(losses("run")) == 4
+    whole = losses(tmp_path / "whole")
+    assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-6) and len(whole) == 4
+    assert losses(tmp_path / "alone")[:2] == pytest.approx(whole[:2], rel=1e-6) and len(losses(tmp_path / "alone")) == 4
+
+
+def test_a_context_group_trains_as_one_process_does(tmp_path):
+    """Two processes that share every batch log the losses of one process, step by step."""
+    words = ("train", 0, "--steps", 3, "--out")
+    processes(2, *words, tmp_path / "two", "--context-parallel", 2)
+    processes(1, *words, tmp_path / "one")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4) and len(losses(tmp_path / "one")) == 3
 
 
 def test_loaders_are_shared_out_without_loss():
@@ -64,6 +82,31 @@ def test_loaders_are_shared_out_without_loss():
             numbers += [*state["pool"], *range(state["next"][0], 100, world)]
         assert sorted(numbers) == sorted(left)
     assert loading.shared_out(states, 1, 3) == states[1]
+
+
+def test_a_loader_with_more_waiting_than_fits_goes_on_exactly():
+    """One loader after four gets more waiting numbers than its packer holds; stopped after any batch it goes on with the rest."""
+    made = lambda state: loading.Loader(Counted(), Packer(8, 4, size=4), 1, "uniform", state=state)
+    waiting = {"next": [40], "pool": list(range(0, 40, 3))}
+    whole = [name for one in [made(waiting)] for _ in islice(one, 12) for name in one.names]
+    assert len(set(whole)) == 12 and {*map(int, whole)} <= {*waiting["pool"], 40, 41}  # three more than were taken wait
+    for stop in (1, 2, 5):
+        first = made(waiting)
+        names = [name for _ in islice(first, stop) for name in first.names]
+        then = made(first.state)
+        names += [name for _ in islice(then, 12 - stop) for name in then.names]
+        assert names == whole
+
+
+class Counted(torch.utils.data.Dataset):
+    """Examples of six tokens, one a pack, that are called by their numbers."""
+
+    def __len__(self):
+        return 1 << 40
+
+    def __getitem__(self, number):
+        branch = Branch(np.arange(4), np.ones(4, bool), np.zeros((0, 3), int))
+        return number, Example(np.arange(3), np.zeros((0, 1, 3), np.uint8), np.zeros((0, 4), int), [branch], str(number))
 
 
 @pytest.mark.parametrize("words, complaint", [

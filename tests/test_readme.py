@@ -54,6 +54,9 @@ def test_commands_for_many_processes_are_understood(capsys):
         words = shlex.split(command[command.index("train.py"):])[1:]
         train.main([*words, "--plan", str(nodes * each)])
         assert "the stage" in capsys.readouterr().out
+    planned, = (command for command in COMMANDS if "--plan" in command)
+    train.main(shlex.split(planned)[2:])
+    assert capsys.readouterr().out in README
 
 
 def test_every_python_command_runs(tmp_path, monkeypatch, capfd):
