@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import data
+import generate as generation
 from attention import Dense, Few, Ids, masked
 from generate import Linear8, Speed, Tips, generate, generate_slowly, step_bytes, to_int8
-from model import Cache
+from model import Cache, Molmo
 from packing import collate
 from pointing import PointPredictor
 from test_model import CONFIG, SEEN, SPELLING, TOKENIZER, babble, look, model, prompt, scrambled, script  # noqa: F401
@@ -60,6 +62,16 @@ def test_trees_of_other_models(style):
     alone = [generate_slowly(model, collate([prompt(74, q, **SEEN["image"])]), SPELLING, 20) for q in QUESTIONS]
     for way in ("views", "static"):
         assert generate(model, collate([tree(74, **SEEN["image"])]), SPELLING, 20, way=way) == alone
+
+
+def test_a_compiled_step_writes_the_same(model, monkeypatch):  # noqa: F811
+    """Captured as one graph (and run without a compiler's back end), the step gives the same answers, and that one graph
+    serves all tokens."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(generation, "compiled_blocks", lambda: torch.compile(Molmo.through_blocks, backend=counter, dynamic=False, fullgraph=True))
+    batch = collate([tree(74, **SEEN["image"])])
+    assert generate(model, batch, SPELLING, 12, way="compiled") == generate(model, batch, SPELLING, 12)
+    assert counter.frame_count == 1
 
 
 def test_a_trunk_without_questions_goes_on_itself(model):  # noqa: F811
