@@ -399,6 +399,9 @@ def one_line(program: str):
         warnings.showwarning = lambda message, *_, **__: say("warning:", message)
         try:
             yield
+        except BrokenPipeError:  # nobody reads on, as after `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise SystemExit(141) from None
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             if os.environ.get("MOLMO_TRACEBACK") == "1":
                 raise

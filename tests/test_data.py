@@ -2,9 +2,12 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +15,8 @@ import torch
 from PIL import Image
 
 import data
-import loading
 import evaluate
+import loading
 import synthetic
 from connector import ConnectorConfig
 from data import branch, draw, example, pointed, question
@@ -549,3 +552,12 @@ def test_tags_are_for_one_picture():
     record = next(evaluate.fresh("clips", 1, VIEWS))
     with pytest.raises(ValueError, match="ask frame by frame"):
         data.example(record, TOKENIZER, replace(PRESETS["tiny"], points_as="tags"), np.random.default_rng(0))
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    """A program whose output nobody reads any more, as after `| head`, ends without a word."""
+    program = "import data, sys\nwith data.one_line('x'):\n    while True:\n        print('line', flush=True)"
+    run = subprocess.Popen([sys.executable, "-c", program], cwd=Path(data.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert run.stdout.readline()
+    run.stdout.close()
+    assert run.stderr.read() == b"" and run.wait(60) == 141
