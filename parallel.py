@@ -107,6 +107,17 @@ class World:
 
 
 @contextmanager
+def said_once():
+    """Around what all processes do alike: of bad input one process of each machine complains."""
+    try:
+        yield
+    except ValueError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise SystemExit(2) from None
+        raise
+
+
+@contextmanager
 def together(device: str, context: int):
     """The world as torchrun's environment has it (one process without), left at the end. ValueError if it cannot be cut into
     groups of `context`."""
@@ -122,8 +133,9 @@ def together(device: str, context: int):
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT, device_id=torch.device(device) if kind == "cuda" else None)
     try:
         rank, size = dist.get_rank(), dist.get_world_size()
-        if size % context:
-            raise ValueError(f"--context-parallel {context}: {size} processes cannot be cut into such groups")
+        with said_once():
+            if size % context:
+                raise ValueError(f"--context-parallel {context}: {size} processes cannot be cut into such groups")
         mesh = init_device_mesh(kind, (size,))
         grid = init_device_mesh(kind, (size // context, context), mesh_dim_names=("data", "context"))
         yield World(rank, size, context, mesh, grid.get_group("context")), device

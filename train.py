@@ -140,7 +140,8 @@ def parse(argv: list[str] | None):
     parser.add_argument("--seed", type=data.number(int, 0, 10_000), default=0, help="of the weights and of the scenes")
     parser.add_argument("--eval-every", type=data.number(int, 1, 10**9), default=400, help="steps between small evaluations")
     parser.add_argument("--save-every", type=data.number(int, 1, 10**9), default=200, help="steps between checkpoints")
-    parser.add_argument("--workers", type=data.number(int, 0, 256), default=1, help="processes that draw scenes")
+    parser.add_argument("--workers", type=data.number(int, 0, 256), default=8 if torch.cuda.is_available() else 1,
+                        help="processes that draw scenes or read files")
     parser.add_argument("--context-parallel", type=data.number(int, 1, 1024), default=1, metavar="C",
                         help="so many processes share every batch (torchrun)")
     parser.add_argument("--plan", type=data.number(int, 1, 10**6), metavar="GPUS", help="print what the stage takes on so many, and end")
@@ -317,7 +318,6 @@ class Run:
     model: Molmo
     tokenizer: Tokenizer
     stage: Stage
-    seed: int
     settings: dict  # by which --resume knows the run
     args: argparse.Namespace
     log: Log
@@ -377,7 +377,7 @@ def look(run: Run, state: dict[str, np.ndarray] | None):
         names.load_state_dict({key: torch.from_numpy(state[f"names {key}"]) for key in ("weight", "bias")})
         first = restore(seeing, optimisers, state, run)
     numbers = range((first + stage.look) * LOOK_BATCH, stage.look * LOOK_BATCH)
-    scenes = DataLoader(loading.PatchSet(run.seed, model.config, stage.clips), LOOK_BATCH, sampler=numbers, collate_fn=loading.collate_patches,
+    scenes = DataLoader(loading.PatchSet(run.settings["seed"], model.config, stage.clips), LOOK_BATCH, sampler=numbers, collate_fn=loading.collate_patches,
                         num_workers=args.workers, worker_init_fn=loading.leave_signals, generator=torch.Generator())
     bar = tqdm(scenes, initial=first + stage.look, total=stage.look, desc="the ViT alone", dynamic_ncols=True, disable=run.log.silent)
     for step, (crops, labels) in enumerate(bar, start=first):
@@ -406,7 +406,8 @@ def look(run: Run, state: dict[str, np.ndarray] | None):
 
 def main(argv: list[str] | None = None):
     with data.one_line("train.py"):
-        args = parse(argv)
+        with parallel.said_once():
+            args = parse(argv)
         if args.plan:
             stage = STAGES[args.preset, args.stage]
             parts = parts_of_a_step(args, stage, args.plan // args.context_parallel)
@@ -420,7 +421,8 @@ def parts_of_a_step(args: argparse.Namespace, stage: Stage, groups: int) -> int:
     return args.accumulate or (1 if args.preset in LIGHT else max(stage.packs // max(groups, 1), 1))
 
 
-def start(args: argparse.Namespace, world: World):
+def prepare(args: argparse.Namespace, world: World):
+    """-> stage, settings, state (if there is one to go on from), model, tokenizer, loader. ValueError if that cannot be."""
     stage = STAGES[args.preset, args.stage]
     steps = args.steps or stage.steps
     stage = replace(stage, steps=steps, look=min(stage.look, args.steps or stage.look))
@@ -430,8 +432,7 @@ def start(args: argparse.Namespace, world: World):
                          f"for {world.data_size} processes")
     if not args.temporal and (args.temporal_init or args.missing):
         raise ValueError("--temporal-init and --missing go with --temporal")
-    seed = args.stage + 100 * args.seed
-    folder = Path(args.out or f"runs/stage{args.stage}")
+    seed, folder = args.stage + 100 * args.seed, run_folder(args)
     state = weights.load_training(folder / "checkpoint") if args.resume else None
     settings = {"stage": args.stage, "seed": args.seed, "steps": steps, "data": args.data,
                 "temporal": args.temporal, "temporal-init": args.temporal_init, "missing": args.missing}
@@ -452,22 +453,31 @@ def start(args: argparse.Namespace, world: World):
         raise ValueError(f"--context-parallel {world.context}: {model.config.llm.heads} heads cannot be shared out evenly")
     views = replace(model.config.views, max_frames=stage.frames)
     model.config = replace(model.config, views=views)
-    model.train()
-    torch.use_deterministic_algorithms(torch.device(args.device).type == "cpu")  # else threads add gradients in any order
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
-    torch.manual_seed(seed + 1_000_003 * world.rank)  # of dropout
     views = replace(views, max_crops=stage.image_crops or views.max_crops)  # in training only
     loader = make_loader(stage, seed, tokenizer, replace(model.config, views=views), args, world, accumulate)
-    log = Log(folder, int(state["step"]) if state else None, silent=world.rank > 0)  # not before bad input is out: it begins a new file
+    return stage, settings, state, model.train(), tokenizer, loader
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    return Path(args.out or f"runs/stage{args.stage}")
+
+
+def start(args: argparse.Namespace, world: World):
+    with parallel.said_once():
+        stage, settings, state, model, tokenizer, loader = prepare(args, world)
+    torch.use_deterministic_algorithms(torch.device(args.device).type == "cpu")  # else threads add gradients in any order
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.manual_seed(settings["seed"] + 1_000_003 * world.rank)  # of dropout
+    log = Log(run_folder(args), int(state["step"]) if state else None, silent=world.rank > 0)  # not before bad input is out: it begins a new file
     with stoppable() as asked:
-        run = Run(model, tokenizer, stage, seed, settings, args, log, asked, world)
+        run = Run(model, tokenizer, stage, settings, args, log, asked, world)
         if "names weight" in state if state else stage.look and not args.data and "vit" not in args.freeze:
             model.to(args.device)
             look(run, state)  # every process the same
             state = None
         if not world.any(bool(asked)):
             parallel.shard(model, world, args.device, recompute=args.preset not in LIGHT)
-            train(run, loader, state, accumulate)
+            train(run, loader, state)
 
 
 def same_run(settings: dict, before: dict, folder: Path):
@@ -492,8 +502,9 @@ def make_loader(stage: Stage, seed: int, tokenizer: Tokenizer, config: MolmoConf
                        rank=world.data_rank, world=world.data_size, multiple=multiple)
 
 
-def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None, accumulate: int):
+def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None):
     model, stage, args, world, parts = run.model, run.stage, run.args, run.world, parts_of(run.model)
+    accumulate = stage.packs // (loader.rows * world.data_size)
     for part, params in parts.items():
         for p in params.values():
             p.requires_grad_(part not in args.freeze)

@@ -109,7 +109,7 @@ def check_resize(source: str, target: str):
         model = weights.load(source / "checkpoint")[0].train() if state else scrambled(0).train()
         model = parallel.shard(model, world, "cpu")
         optimisers = train.optimizers(model, "adamw")
-        run = lambda folder: train.Run(model, TOKENIZER, None, 0, {}, None, train.Log(folder, silent=True), [], world)
+        run = lambda folder: train.Run(model, TOKENIZER, None, {}, None, train.Log(folder, silent=True), [], world)
         if state:
             train.restore(model, optimisers, state, run(source))
         else:

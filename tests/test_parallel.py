@@ -109,6 +109,13 @@ class Counted(torch.utils.data.Dataset):
         return number, Example(np.arange(3), np.zeros((0, 1, 3), np.uint8), np.zeros((0, 4), int), [branch], str(number))
 
 
+def test_many_processes_complain_once(tmp_path):
+    """What is wrong for all of them alike is said by one, and nothing is written."""
+    failed = processes(2, "train", 0, "--context-parallel", 3, "--out", tmp_path / "run", fails=True)
+    said = [line for line in failed.stderr.splitlines() if line.startswith("train.py")]
+    assert said == ["train.py: --context-parallel 3: 2 processes cannot be cut into such groups"] and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("words, complaint", [
     (["--context-parallel", "2"], "--context-parallel 2 needs as many processes"),
     (["--accumulate", "3"], "cannot be cut into 3 parts"),
