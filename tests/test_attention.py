@@ -48,7 +48,8 @@ def test_mask_is_as_drawn():
     branch = [0] * 12 + [1] * 3 + [2] * 2 + [0] * 4 + [1] + [0] * 2
     visual = [row[0] == "v" for row in rows]
     ids = Ids(*(torch.tensor([field]) for field in (example, branch, list(range(24)), visual)))
-    assert [["#" if seen else "." for seen in row] for row in may_attend(ids, ids)[0].tolist()] == [row[1:] for row in rows]
+    for seen in (may_attend(ids, ids)[0], unfolded(Sparse.of(ids).blocks, 24)[0]):
+        assert [["#" if pair else "." for pair in row] for row in seen.tolist()] == [row[1:] for row in rows]
 
 
 def test_mask_equals_a_slow_loop():
