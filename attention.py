@@ -80,11 +80,6 @@ class Few(NamedTuple):
 
     seen: Tensor | None  # (B, Tq, Tk) bool; None: everybody sees everybody
 
-    @classmethod
-    def of(cls, q: Ids, k: Ids) -> "Few":
-        seen = may_attend(q, k)
-        return cls(None if seen.all() else seen)
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         folded = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, kv_heads, heads / kv_heads * Tq, head_width)
         seen = None if self.seen is None else self.seen.repeat(1, q.shape[1] // k.shape[1], 1)[:, None]

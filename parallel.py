@@ -24,6 +24,7 @@ B sequences, T tokens, C processes in a context group.
 
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -98,8 +99,8 @@ class World:
         return bool(self.totals({"here": here})["here"])
 
     def names(self, own: Sequence[str]) -> list[str]:
-        """The names of all processes together."""
-        return [name for names in self.collect(list(own)) for name in names]
+        """The names of all processes together, each once: a context group has the same."""
+        return list(dict.fromkeys(name for names in self.collect(list(own)) for name in names))
 
     def wait(self):
         if self.mesh is not None:
@@ -323,9 +324,12 @@ def load(shards: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]
         for name, entry in stored.items():
             p = parameters[name.split("/")[1]]
             moments[name] = torch.zeros_like(p.detach()) if entry.size == p.shape else torch.zeros(entry.size)
-        dcp.load(moments, checkpoint_id=shards)
-    except (OSError, KeyError, dcp.api.CheckpointException) as error:
-        raise ValueError(f"{shards}: not readable ({error}): nothing to resume") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that one process loads alone is meant
+            dcp.load(moments, checkpoint_id=shards, no_dist=not dist.is_initialized())
+    except (Exception, dcp.api.CheckpointException) as error:  # a damaged pickle can raise nearly anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{shards}: not readable ({reason}): nothing to resume") from None
     return moments
 
 

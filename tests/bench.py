@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -166,6 +167,8 @@ def many(model: Molmo) -> dict[str, float]:
 
 
 def infer(args: argparse.Namespace) -> None:
+    if find_spec("transformers") is None:
+        raise ValueError("the comparison needs the package transformers: pip install -r requirements-dev.txt")
     repetitions = 3 if args.quick else 7
     batch = asked(["How many red cups are there?"], FRAMES)
     with tempfile.TemporaryDirectory() as folder:
@@ -203,8 +206,14 @@ def infer(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parts = parser.add_subparsers(dest="what", required=True)
+    with data.one_line("bench.py"):
+        args = parse(argv)
+        args.run(args)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = data.Parser(prog="bench.py", description=__doc__.split("\n")[0])
+    parts = parser.add_subparsers(dest="what", required=True, parser_class=data.Parser)
     part = parts.add_parser("infer", help="reading and writing")
     part.add_argument("--quick", action="store_true", help="fewer repetitions, no compilation")
     part.add_argument("--json", metavar="FILE", help="all figures")
@@ -219,8 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     part.add_argument("who", choices=["ours", "int8", "theirs"])
     part.add_argument("folder")
     part.set_defaults(run=lambda args: peak(args.who, args.folder))
-    args = parser.parse_args(argv)
-    args.run(args)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -63,19 +63,19 @@ def memory(work, device: str) -> str:
     return f"{(torch.cuda.max_memory_allocated() - before) / 2**30:8.2f} GiB"
 
 
-def packed_step(device: str, tokens: int, top: float):
+def packed_step(device: str, room: int, top: float):
     """Forward and backward of 16 examples in one pack: with one dense mask, and without what the mask leaves out."""
     tiny = PRESETS["tiny"]  # its crops of 9x9 patches: sixteen pictures fit into a pack
     config = replace(PRESETS["small"], views=tiny.views, vit=replace(PRESETS["small"].vit, grid=tiny.vit.grid))
     tokenizer = Tokenizer.load(HOME / "assets/tokenizer.json")
-    rates, each = {"image points": 1.0, "video points": 1.0}, tokens // 16
+    rates, each = {"image points": 1.0, "video points": 1.0}, room // 16
     mixture, trees, number = loading.Mixture(loading.synthetic_sets(rates, 0, 6), rates, 0, tokenizer, config, each), [], 0
     while len(trees) < 16:
         tree, number = mixture[number][1], number + 1
         if not isinstance(tree, str) and tree.length > 0.8 * each:
             trees.append(tree)
     batch, model = collate([trees], multiple=128 if device == "cuda" else 1).to(device), Molmo(config).initialize(0).to(device)
-    flops = costs.training_flops(config, costs.Work.of(model, batch))
+    flops, tokens = costs.training_flops(config, costs.Work.of(model, batch)), int((batch.example_ids >= 0).sum())
     print(f"a step on 16 examples in a pack of {batch.tokens.shape[1]} tokens and {len(batch.crops)} crops, the model of preset small")
 
     def step():
@@ -88,7 +88,7 @@ def packed_step(device: str, tokens: int, top: float):
     for way in ways:
         with mock.patch.object(model_file, "masked", WAYS[way]):
             found[way] = seconds(step, device)
-            print(f"  {way:8}{found[way]:8.3f} s   MFU {flops / found[way] / top:6.1%}  {memory(step, device)}")
+            print(f"  {way:8}{found[way]:8.3f} s   {tokens / found[way]:8.0f} tokens/s   MFU {flops / found[way] / top:6.1%}  {memory(step, device)}")
     print(f"  {found[ways[0]] / found[ways[1]]:.2f} times")
 
 

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import loading
+import parallel
 import train
 from packing import Branch, Example, Packer
+from test_model import scrambled
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,11 +42,19 @@ def test_two_processes_do_what_one_does():
 
 
 def test_a_checkpoint_is_read_by_another_number_of_processes(tmp_path):
-    """Written by two processes, read and written by one, read by two: parameters, moments and the next loss stay the same."""
+    """Written by two processes, read and written by one, read by two: parameters, moments and the next loss stay the same. Of shards
+    that are damaged one line says so."""
     a, b, c = (json.loads(processes(n, "resize", tmp_path / source, tmp_path / target).stdout) for n, source, target in
                ((2, "none", "a"), (1, "a", "b"), (2, "b", "c")))
     assert a == pytest.approx(b, rel=1e-6) and a == pytest.approx(c, rel=1e-6)
     assert (tmp_path / "a/checkpoint/shards").is_dir() and not (tmp_path / "b/checkpoint/shards").exists()
+    shards, parameters = tmp_path / "a/checkpoint/shards", dict(scrambled(0).named_parameters())
+    index, piece = shards / ".metadata", shards / "__1_0.distcp"
+    assert len(parallel.load(shards, parameters)) == 3 * len(parameters)
+    for path, content in ((piece, b""), (index, index.read_bytes()[:-900]), (index, b"nonsense" * 99), (index, b"")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="shards: not readable .*: nothing to resume"):
+            parallel.load(shards, parameters)
 
 
 def test_a_process_that_dies_stops_the_run_and_the_run_goes_on(tmp_path):
