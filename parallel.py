@@ -12,12 +12,12 @@ batch, each on a part of its tokens and of its pictures (context parallelism, gr
 
 Everything but attention works on tokens one by one, so a part of the row is enough. For attention (Ulysses) an all-to-all
 exchanges parts of the row with all heads for the whole row with a part of the heads, and back: any mask will do. Every
-parameter, gradient and optimiser state is cut over all processes. A process without pictures runs ViT, connector and
-pointing head on nothing, so that nobody waits for it in vain.
+parameter, gradient and optimiser state is cut over all processes; of a small model each process keeps the whole. A process
+without pictures runs ViT, connector and pointing head on nothing, so that nobody waits for it in vain.
 
     whole loss = sum over processes of their weighted sums / (mean over processes of the summed weights)
 
-which FSDP2's mean of gradients turns into the gradient of (all weighted sums) / (all weights). (SPEC section 6.)
+which the mean of gradients over processes turns into the gradient of (all weighted sums) / (all weights). (SPEC section 6.)
 
 B sequences, T tokens, C processes in a context group.
 """
@@ -242,7 +242,31 @@ class Context:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# FSDP2
+# Small models whole in every process, large ones in shards (FSDP2)
+
+
+def replicate(model: Molmo, world: World, device: str) -> Molmo:
+    """The same model in every process: less to send than shards, which are gathered block by block, as long as a model and
+    its optimiser fit many times over. Gradients are averaged by `average`."""
+    model.to(device)
+    if world.context > 1:
+        model.context = Context(world.group)
+    if world.mesh is not None:
+        for p in model.parameters():
+            dist.broadcast(p.detach(), 0)  # the ViT alone was trained by each process, and GPUs may round differently
+    return model
+
+
+@torch.no_grad()
+def average(model: Molmo, world: World) -> None:
+    """Gradients become their mean over processes, in one message. Those of shards are that already."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    if world.mesh is None or any(isinstance(p, DTensor) for p in learned):
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learned]
+    means = world.sum(torch.cat([g.flatten() for g in gradients])) / world.size
+    for p, mean in zip(learned, means.split([p.numel() for p in learned])):
+        p.grad = mean.view_as(p)
 
 
 def shard(model: Molmo, world: World, device: str, recompute: bool = False) -> Molmo:

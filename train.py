@@ -52,7 +52,7 @@ from tokenizer import Tokenizer
 
 HOME = Path(__file__).resolve().parent
 PARTS = ("vit", "connector", "llm", "point")
-LIGHT = ("tiny", "small")  # presets that need no care for memory
+LIGHT = ("tiny", "small")  # presets that need no care for memory: whole in every process, all activations kept
 LOSSES = ("token", "patch", "slot", "location")
 SMALL_EVALUATION = 40  # records of each set
 Z_LOSS = 1e-4          # weight of the squared log-normaliser of the head, which keeps it from drifting
@@ -476,7 +476,10 @@ def start(args: argparse.Namespace, world: World):
             look(run, state)  # every process the same
             state = None
         if not world.any(bool(asked)):
-            parallel.shard(model, world, args.device, recompute=args.preset not in LIGHT)
+            if args.preset in LIGHT:
+                parallel.replicate(model, world, args.device)
+            else:
+                parallel.shard(model, world, args.device, recompute=True)
             train(run, loader, state)
 
 
@@ -516,7 +519,8 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
     bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=f"stage {args.stage}", dynamic_ncols=True,
                disable=run.log.silent)
     started, tokens = time.time(), 0
-    half = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=has_bfloat16(args.device) and world.mesh is None)
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())  # shards are cast when they are gathered
+    half = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=has_bfloat16(args.device) and not sharded)
     for step in bar:
         # the batch, in as many parts as asked for; all losses are divided by the summed weights of the whole, as a mean over
         # processes, since their gradients are averaged
@@ -533,6 +537,7 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
             loss.backward()
             totals.update({name: value.item() for name, value in losses.items()} | {"loss": loss.item()})
             totals["tokens"] += int((batch.example_ids >= 0).sum())
+        parallel.average(model, world)
         own = totals["loss"]
         totals = world.totals(totals)
         totals["loss"] /= world.size

@@ -53,17 +53,19 @@ def same(found: dict, expected: dict, what: str, tolerance: float = 1e-6):
         assert worst < tolerance, f"{what}: {name} differs by {worst:.1e} of its scale"
 
 
-def equal(world: parallel.World, config, kind: str, recompute: bool = False):
+def equal(world: parallel.World, config, kind: str, recompute: bool = False, cut: bool = True):
     """Loss, gradients, gradient norms of the parts, and parameters after a step, in float64, where sums in another order differ by
     less than a mistake would."""
     everything = batches(kind)
     divisor = sum(float(batch.loss_weights.sum()) for batch in everything)
     alone, what = scrambled(0, config).double().train(), f"context {world.context}, {kind}"
-    model = parallel.shard(scrambled(0, config).double().train(), world, "cpu", recompute)
-    assert all(isinstance(p, DTensor) for p in model.parameters())
+    model = scrambled(0, config).double().train()
+    parallel.shard(model, world, "cpu", recompute) if cut else parallel.replicate(model, world, "cpu")
+    assert all(isinstance(p, DTensor) == cut for p in model.parameters())
     expected = backward(alone, everything, divisor)
     own = everything if world.context > 1 else [everything[world.data_rank]]
     loss = world.totals({"": backward(model, own, divisor / world.size)})[""] / world.size
+    parallel.average(model, world)
     assert abs(loss - expected) < 1e-6 * expected, (what, loss, expected)
     gradients = lambda model: {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     same(gradients(model), gradients(alone), what)
@@ -94,6 +96,7 @@ def check_equal():
         for world in (apart, shared):
             equal(world, CONFIG, "uneven")
             equal(world, CONFIG, "text", recompute=True)
+            equal(world, CONFIG, "text", cut=False)
             equal(world, past, "text")
         one_head = replace(CONFIG, llm=replace(CONFIG.llm, kv_heads=1))
         equal(shared, one_head, "uneven")

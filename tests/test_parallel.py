@@ -36,7 +36,7 @@ def losses(folder: Path) -> list[float]:
 
 def test_two_processes_do_what_one_does():
     """Apart (FSDP2) and on the same batch (context parallel), two processes have the loss, the gradients, the norms of the parts
-    and the step of one: with pictures in uneven numbers, with text alone on one, with a temporal module, with fewer key heads than
+    and the step of one: in shards and whole, with pictures in uneven numbers, with text alone on one, with a temporal module, with fewer key heads than
     processes, with activations computed again."""
     processes(2, "equal")
 
