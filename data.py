@@ -283,14 +283,14 @@ def album(seed: int, index: int, rng: np.random.Generator, branches: int, masks:
     return Record(f"multi-image points-{index}", pictures, None, objects, [annotated(plural(query)) for query in asked])
 
 
-def glimpse(seed: int, index: int, rng: np.random.Generator, branches: int, masks: bool, absent: float) -> Record:
+def glimpse(seed: int, index: int, rng: np.random.Generator, branches: int, masks: bool, more: dict[str, float]) -> Record:
     """A frame of a clip with up to HISTORY frames before it, asked about on its own: also what is moving there."""
     made = synthetic.world(seed, index) if rng.random() < 0.5 else synthetic.crowd(seed, index)
     last = rng.uniform(0, made.seconds)
     times = last - np.arange(HISTORY + 1)[::-1] / rng.choice([4.0, 8.0, 16.0])
     scene = made.film(times[times >= 0] if last > 0 else times[-1:])
-    asked = synthetic.queries(scene, rng, 2, absent, synthetic.MOVING)  # where it can be said clearly
-    asked += synthetic.queries(scene, rng, branches - len(asked), absent, synthetic.POINTING)
+    asked = synthetic.queries(scene, rng, 2, more, synthetic.MOVING)  # where it can be said clearly
+    asked += synthetic.queries(scene, rng, branches - len(asked), more, synthetic.POINTING)
     return scene_record(scene, asked, masks, f"moments-{index}").moment(len(scene.times) - 1, HISTORY)
 
 
@@ -322,8 +322,8 @@ RATES = {"captions": 13.6, "image qa": 22.7, "video qa": 18.2, "image pointing":
          "video tracking": 13.6, "text": 9.1}
 
 
-def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, absent: float = 1.0) -> Record:
-    """Record `index` of a synthetic set, a pure function of the arguments; `absent` as in `synthetic.queries`, for the
+def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, more: dict[str, float] = {}) -> Record:
+    """Record `index` of a synthetic set, a pure function of the arguments; `more` as in `synthetic.queries`, for the
     sets of SCENES."""
     rng, title = np.random.default_rng([seed, index, 6]), f"{name}-{index}"
     if name == "multi-image points":
@@ -335,12 +335,12 @@ def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, a
         scene = screens.screen(seed, index, float(rng.choice([1.0, 1.5, 2.0], p=[0.7, 0.2, 0.1])))
         return scene_record(scene, screens.queries(scene, rng, branches), masks, title)
     if name == "moments":
-        return glimpse(seed, index, rng, branches, masks, absent)
+        return glimpse(seed, index, rng, branches, masks, more)
     make, shares = SCENES[name]
     scene, text, heard = make(seed, index), "", []
     if name == "video qa" and rng.random() < 0.3:
         text, heard = synthetic.subtitles(scene, rng)
-    asked = synthetic.queries(scene, rng, branches, absent, shares)
+    asked = synthetic.queries(scene, rng, branches, more, shares)
     record = scene_record(scene, (heard + asked)[:max(branches, len(heard))], masks, title)
     record.subtitles = text
     for said in record.annotations:

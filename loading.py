@@ -14,7 +14,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, count
 
 import numpy as np
@@ -44,11 +44,11 @@ class Drawn:
     name: str
     seed: int
     branches: int
-    absent: float = 1.0
+    more: dict[str, float] = field(default_factory=dict)
     size: int | None = None  # endless
 
     def record(self, index: int, config: ViewConfig) -> Record:
-        record = draw(self.name, self.seed, index, self.branches, absent=self.absent).limited(config)
+        record = draw(self.name, self.seed, index, self.branches, more=self.more).limited(config)
         seen = {identity for identity, thing in record.objects.items() if record.seen(thing.points)}
         record.annotations = [said for said in record.annotations if seen.issuperset(said.objects)]
         return record
@@ -80,9 +80,9 @@ class Moments:
         return record.moment(int(np.random.default_rng([self.seed, index, 13]).choice(frames)), HISTORY)
 
 
-def synthetic_sets(names: Iterable[str], seed: int, branches: int, absent: float = 1.0) -> dict[str, list[Drawn]]:
+def synthetic_sets(names: Iterable[str], seed: int, branches: int, more: dict[str, float] = {}) -> dict[str, list[Drawn]]:
     """Category (or the name of one set) -> sets."""
-    return {name: [Drawn(one, seed, branches, absent) for one in CATEGORIES.get(name, (name,))] for name in names}
+    return {name: [Drawn(one, seed, branches, more) for one in CATEGORIES.get(name, (name,))] for name in names}
 
 
 @dataclass
@@ -286,14 +286,14 @@ def leave_signals(worker: int):
 # Labels for every patch
 
 
-PATCH_CLASSES = (1 + len(synthetic.KINDS), 1 + len(synthetic.COLORS), 1 + len(synthetic.KINDS))
+PATCH_CLASSES = (1 + len(synthetic.KINDS), 1 + len(synthetic.COLORS), 1 + len(synthetic.KINDS), len(synthetic.BACKGROUNDS))
 
 
 @dataclass
 class PatchSet(Dataset):
     """Crops with a label for every patch, to teach a ViT to see before it has anyone to tell. Item i -> crops
-    (N, S, 3P²) and labels (N, S, 3) in PATCH_CLASSES: kind and colour of the thing at the middle of the patch, and the
-    kind of the thing whose point lies in it; 0 = none. Every `clips`-th item is a frame of a clip."""
+    (N, S, 3P²) and labels (N, S, 4) in PATCH_CLASSES: kind and colour of the thing at the middle of the patch, the kind of the
+    thing whose point lies in it (0 = none), and the background. Every `clips`-th item is a frame of a clip."""
 
     seed: int
     config: MolmoConfig
@@ -309,7 +309,7 @@ class PatchSet(Dataset):
         else:
             scene = synthetic.still(self.seed, index)
         views = views_of(scene_record(scene, []), self.config.views)
-        labels = patch_labels(scene, views.patches).reshape(*views.crops.shape[:2], 3)
+        labels = patch_labels(scene, views.patches).reshape(*views.crops.shape[:2], -1)
         skipped = 0 if scene.is_video else 1  # the global crop of a still: the others show the same, larger
         return torch.from_numpy(views.crops[skipped:]), torch.from_numpy(labels[skipped:])
 
@@ -320,12 +320,13 @@ def collate_patches(items: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple
 
 
 def patch_labels(scene: Scene, patches: np.ndarray) -> np.ndarray:
-    """The labels of `PatchSet` for patches (N*S, 5) of a scene with one picture: (N*S, 3)."""
+    """The labels of `PatchSet` for patches (N*S, 5) of a scene with one picture: (N*S, 4)."""
     _, left, top, width, height = patches.T
     rows, columns = (top + height / 2).astype(int), (left + width / 2).astype(int)
     names = [(1 + synthetic.KINDS.index(thing.kind), 1 + list(synthetic.COLORS).index(thing.color))
              for thing in scene.things]
-    labels = np.zeros((len(patches), 3), int)
+    labels = np.zeros((len(patches), 4), int)
+    labels[:, 3] = synthetic.BACKGROUNDS.index(scene.background)
     for name, mask, (x, y) in zip(names, scene.masks[0], scene.points[0]):
         labels[mask[rows, columns], :2] = name
         labels[(left <= x) & (x < left + width) & (top <= y) & (y < top + height), 2] = name[0]

@@ -253,12 +253,12 @@ def replicate(model: Molmo, world: World, device: str) -> Molmo:
         model.context = Context(world.group)
     if world.mesh is not None:
         for p in model.parameters():
-            dist.broadcast(p.detach(), 0)  # the ViT alone was trained by each process, and GPUs may round differently
+            dist.broadcast(p.detach(), 0)
     return model
 
 
 @torch.no_grad()
-def average(model: Molmo, world: World) -> None:
+def average(model: nn.Module, world: World) -> None:
     """Gradients become their mean over processes, in one message. Those of shards are that already."""
     learned = [p for p in model.parameters() if p.requires_grad]
     if world.mesh is None or any(isinstance(p, DTensor) for p in learned):
@@ -284,7 +284,7 @@ def shard(model: Molmo, world: World, device: str, recompute: bool = False) -> M
         if world.mesh is not None:
             for p in module.parameters():
                 if not isinstance(p, DTensor):
-                    dist.broadcast(p.detach(), 0)  # the ViT alone was trained by each process, and GPUs may round differently
+                    dist.broadcast(p.detach(), 0)
             fully_shard(module, mesh=world.mesh, mp_policy=half)
     register_fsdp_forward_method(model, "losses")
     return model

@@ -739,10 +739,10 @@ TRACKING = {("track", "kind"): 6, ("track", "color+kind"): 6, ("track", "all"): 
 MOVING = {("point", "motion"): 1}
 
 
-def _query(scene: Scene, rng: np.random.Generator, absent: float, mixture: dict[tuple[str, str], float]) -> Query | None:
+def _query(scene: Scene, rng: np.random.Generator, more: dict[str, float], mixture: dict[tuple[str, str], float]) -> Query | None:
     """One query drawn from a mixture; None if this scene has no clear answer to it."""
     choices = [key for key in mixture if not (scene.is_video and key[1] in ("size", "position"))]
-    weights = np.array([mixture[key] * (absent if key[1] == "none" else 1) for key in choices])
+    weights = np.array([mixture[key] * more.get(key[1], 1) for key in choices])
     task, about = choices[rng.choice(len(choices), p=weights / weights.sum())]
     if task == "caption":
         question = str(rng.choice(CAPTION)).format(medium=_medium(scene))
@@ -763,14 +763,14 @@ def _query(scene: Scene, rng: np.random.Generator, absent: float, mixture: dict[
     return _ask(scene, rng, task, about, *_pick(scene, rng, about))
 
 
-def queries(scene: Scene, rng: np.random.Generator, n: int, absent: float = 1.0,
+def queries(scene: Scene, rng: np.random.Generator, n: int, more: dict[str, float] = {},
             mixture: dict[tuple[str, str], float] = MIXTURE) -> list[Query]:
     """n queries about one scene, nothing asked twice (fewer if the scene has no more: a hundred draws find none new).
-    `absent` multiplies the share of those about things that are not there."""
+    `more` multiplies the shares of some ways of asking: {"none": 0.5} asks half as often about what is not there."""
     found: dict[tuple[str, str], Query] = {}
     misses = 0
     while len(found) < n and misses < 100:
-        query = _query(scene, rng, absent, mixture)
+        query = _query(scene, rng, more, mixture)
         key = query and (query.task, query.label or query.question)
         if query is None or key in found:
             misses += 1

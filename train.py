@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -79,7 +79,7 @@ class Stage:
     clips: int = 2               # one in so many pictures of these is a frame of a clip
     pool: int = 48               # examples that wait to be packed
     branches: int = 10           # questions about a synthetic record
-    absent: float = 1.0          # how many of these about things that are not there, relative to synthetic.MIXTURE
+    more: dict[str, float] = field(default_factory=dict)  # ways of asking that are more or less frequent than in the synthetic mixtures
     image_crops: int | None = None  # of an image in training; None: as in inference
     drop_responses_only: bool = False  # dropout acts on what the model learns to say
 
@@ -101,10 +101,11 @@ RELEASED = {
 }
 TINY = {
     1: Stage(1050, 2, 1024, 20, 16, {"stills": 95, "text": 5}, "uniform", each(2e-4, 2e-3, 2e-3, 2e-3), each(20, 20, 20, 20),
-             ("stills",), look=1400, clips=3, absent=0.4),
-    2: Stage(21_200, 2, 1024, 20, 16, {"image points": 22, "multi-image points": 6, "screens": 14, "video points": 18, "tracks": 16,
-                                       "captions": 7, "image qa": 7, "video qa": 6, "text": 4}, "uniform",
-             each(4e-4, 1.5e-3, 1.5e-3, 1.5e-3), each(20, 20, 20, 20), ("stills", "clips", "screens", "tracks"), look=4500),
+             ("stills",), look=1400, clips=3, more={"none": 0.4}),
+    2: Stage(33_000, 2, 1024, 20, 16, {"image points": 24, "multi-image points": 7, "screens": 12, "video points": 20, "tracks": 15,
+                                       "captions": 8, "image qa": 6, "video qa": 5, "text": 3}, "uniform",
+             each(4e-4, 1.5e-3, 1.5e-3, 1.5e-3), each(20, 20, 20, 20), ("stills", "clips", "screens", "tracks"), look=4500,
+             more={"position": 2.5, "size": 2}),
     3: Stage(1800, 1, 2048, 40, 32, {"image points": 18, "multi-image points": 5, "screens": 12, "video points": 14, "tracks": 13,
                                     "captions": 6, "image qa": 6, "video qa": 5, "text": 3, "long points": 9, "long tracks": 9},
              "uniform", each(1e-4, 4e-4, 4e-4, 4e-4), each(20, 20, 20, 20), ("video points", "long points", "long tracks")),
@@ -366,9 +367,9 @@ def restore(module: nn.Module, optimisers: list[torch.optim.Optimizer], state: d
 
 def look(run: Run, state: dict[str, np.ndarray] | None):
     """Where the papers load SigLIP 2, `tiny` trains its ViT alone at the beginning of a stage: a linear layer on the
-    features, thrown away afterwards, names for each patch the kind and colour of the thing at its middle and of which
-    kind of thing it holds the point. Steps count up to 0, where the model takes over."""
-    model, stage, args = run.model, run.stage, run.args
+    features, thrown away afterwards, names for each patch the kind and colour of the thing at its middle, of which kind of
+    thing it holds the point, and the background. Steps count up to 0, where the model takes over."""
+    model, stage, args, world = run.model, run.stage, run.args, run.world
     names = nn.Linear(model.config.vit.feature_width, sum(loading.PATCH_CLASSES), device=args.device)
     nn.init.zeros_(names.weight), nn.init.zeros_(names.bias)
     seeing = nn.ModuleDict({"vit": model.vit, "names": names})
@@ -376,23 +377,27 @@ def look(run: Run, state: dict[str, np.ndarray] | None):
     if state:
         names.load_state_dict({key: torch.from_numpy(state[f"names {key}"]) for key in ("weight", "bias")})
         first = restore(seeing, optimisers, state, run)
-    numbers = range((first + stage.look) * LOOK_BATCH, stage.look * LOOK_BATCH)
-    scenes = DataLoader(loading.PatchSet(run.settings["seed"], model.config, stage.clips), LOOK_BATCH, sampler=numbers, collate_fn=loading.collate_patches,
-                        num_workers=args.workers, worker_init_fn=loading.leave_signals, generator=torch.Generator())
+    each = -(-LOOK_BATCH // world.size)  # scenes a step of every process
+    numbers = range((first + stage.look) * each * world.size, stage.look * each * world.size)[world.rank::world.size]
+    scenes = DataLoader(loading.PatchSet(run.settings["seed"], model.config, stage.clips), each, sampler=numbers,
+                        collate_fn=loading.collate_patches, num_workers=args.workers, worker_init_fn=loading.leave_signals,
+                        generator=torch.Generator())
     bar = tqdm(scenes, initial=first + stage.look, total=stage.look, desc="the ViT alone", dynamic_ncols=True, disable=run.log.silent)
     for step, (crops, labels) in enumerate(bar, start=first):
         scores = names(model.vit(crops.to(args.device))).flatten(0, 1)
         truth = labels.to(args.device).flatten(0, 1)
-        kind, color, pointed = scores.split(loading.PATCH_CLASSES, dim=-1)
-        loss = sum(F.cross_entropy(s, t) for s, t in zip((kind, color, pointed), truth.T))
+        named = scores.split(loading.PATCH_CLASSES, dim=-1)
+        loss = sum(F.cross_entropy(s, t) for s, t in zip(named, truth.T))
         loss.backward()
+        parallel.average(seeing, world)
         clip(parts, loss.item(), step)
         update(optimisers, dict.fromkeys(PARTS, schedule(LOOK_LR, LOOK_WARMUP, step + stage.look, stage.look)))
         shown = truth[:, 0] > 0
-        line = {"naming": loss.item(), "named": (kind.argmax(-1) == truth[:, 0])[shown].float().mean().item()}
+        kind, *_, background = (scores.argmax(-1) == t for scores, t in zip(named, truth.T))
+        line = {"naming": loss.item(), "named": kind[shown].float().mean().item(), "background": background.float().mean().item()}
         run.log.write(step=step, **line)
         bar.set_postfix(line)
-        stop = run.world.any(bool(run.asked))
+        stop = world.any(bool(run.asked))
         if stop or (step + 1) % args.save_every == 0:
             run.save(seeing, optimisers, step + 1, **{f"names {key}": value.cpu().numpy() for key, value in names.state_dict().items()})
         if stop:
@@ -472,8 +477,8 @@ def start(args: argparse.Namespace, world: World):
     with stoppable() as asked:
         run = Run(model, tokenizer, stage, settings, args, log, asked, world)
         if "names weight" in state if state else stage.look and not args.data and "vit" not in args.freeze:
-            model.to(args.device)
-            look(run, state)  # every process the same
+            parallel.replicate(model, world, args.device)
+            look(run, state)
             state = None
         if not world.any(bool(asked)):
             if args.preset in LIGHT:
@@ -497,7 +502,7 @@ def make_loader(stage: Stage, seed: int, tokenizer: Tokenizer, config: MolmoConf
         lines = Lines(args.data)
         sets, rates = {args.data: [loading.Moments(lines, seed) if args.stage == 4 else lines]}, {args.data: 1.0}
     else:
-        sets, rates = loading.synthetic_sets(stage.rates, seed, stage.branches, stage.absent), stage.rates
+        sets, rates = loading.synthetic_sets(stage.rates, seed, stage.branches, stage.more), stage.rates
     mixture = loading.Mixture(sets, rates, seed, tokenizer, config, stage.tokens)
     rows = stage.packs // (accumulate * world.data_size)
     multiple = math.lcm(world.context, 128 if torch.device(args.device).type == "cuda" else 1)  # few lengths: blocks of a mask

@@ -126,8 +126,8 @@ def check_resize(source: str, target: str):
             print(json.dumps([parameters, moments, loss]))
 
 
-def check_train(dies: str, *words: str):
-    """train.py on a small mixture; process 1 ends without a word after so many steps (0: never)."""
+def check_train(look: str, dies: str, *words: str):
+    """train.py on a small mixture, `look` steps of which teach the ViT alone; process 1 ends without a word after so many steps (0: never)."""
     steps = 0
 
     def counted(*given):
@@ -138,7 +138,8 @@ def check_train(dies: str, *words: str):
             os._exit(9)
 
     update, train.update = train.update, counted
-    train.STAGES["tiny", 3] = replace(train.TINY[3], packs=2, tokens=512, rates={"image points": 8, "text": 2}, pool=2, branches=2, watch=())
+    train.STAGES["tiny", 3] = replace(train.TINY[3], packs=2, tokens=512, rates={"image points": 8, "text": 2}, pool=2, branches=2, watch=(),
+                                      look=int(look))
     train.main(["--stage", "3", "--workers", "0", *words])
 
 

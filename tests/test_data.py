@@ -300,11 +300,13 @@ def test_patches_are_labelled_with_what_they_show():
 
 
 def test_points_lie_in_labelled_patches():
-    """By hand on one still: the patch that holds a thing's point names its kind, and only those patches do."""
+    """By hand on one still: the patch that holds a thing's point names its kind, and only those patches do; all name the
+    background."""
     scene = synthetic.still(7, 0)
     views = data.views_of(data.scene_record(scene, []), CONFIG.views)
     labels = loading.patch_labels(scene, views.patches)
-    for (_, left, top, width, height), (kind, _, pointed) in zip(views.patches, labels):
+    assert {synthetic.BACKGROUNDS[label] for label in labels[:, 3]} == {scene.background}
+    for (_, left, top, width, height), (kind, _, pointed, _) in zip(views.patches, labels):
         inside = [1 + synthetic.KINDS.index(thing.kind) for thing, (x, y) in zip(scene.things, scene.points[0])
                   if left <= x < left + width and top <= y < top + height]
         assert pointed == (inside[-1] if inside else 0)

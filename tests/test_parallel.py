@@ -31,13 +31,14 @@ def processes(n: int, *words: object, fails: bool = False) -> subprocess.Complet
 
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["naming" if line["step"] < 0 else "loss"] for line in lines]
 
 
 def test_two_processes_do_what_one_does():
     """Apart (FSDP2) and on the same batch (context parallel), two processes have the loss, the gradients, the norms of the parts
-    and the step of one: in shards and whole, with pictures in uneven numbers, with text alone on one, with a temporal module, with fewer key heads than
-    processes, with activations computed again."""
+    and the step of one: in shards and whole, with pictures in uneven numbers, with text alone on one, with a temporal module, with
+    fewer key heads than processes, with activations computed again."""
     processes(2, "equal")
 
 
@@ -58,24 +59,24 @@ def test_a_checkpoint_is_read_by_another_number_of_processes(tmp_path):
 
 
 def test_a_process_that_dies_stops_the_run_and_the_run_goes_on(tmp_path):
-    """Process 1 of two ends in the third step: process 0 says so in one line, nothing hangs, and the last checkpoint is gone on from
-    by two processes, which come to the same numbers as a run that nobody died in, and by one."""
+    """Process 1 of two ends in the third step after two of the ViT alone: process 0 says so in one line, nothing hangs, and the last
+    checkpoint is gone on from by two processes, which come to the same numbers as a run that nobody died in, and by one."""
     words = ("--steps", "4", "--save-every", "2", "--out")
-    died = processes(2, "train", 3, *words, tmp_path / "run", fails=True)
+    died = processes(2, "train", 2, 5, *words, tmp_path / "run", fails=True)
     lines = [line for line in died.stderr.splitlines() if line.startswith("train.py")]
     assert died.returncode and len(lines) == 1 and "another process has gone" in lines[0] and "--resume" in lines[0], died.stderr[-3000:]
     shutil.copytree(tmp_path / "run", tmp_path / "alone")
-    processes(2, "train", 0, *words, tmp_path / "run", "--resume")
-    processes(1, "train", 0, *words, tmp_path / "alone", "--resume")
-    processes(2, "train", 0, *words, tmp_path / "whole")
+    processes(2, "train", 2, 0, *words, tmp_path / "run", "--resume")
+    processes(1, "train", 2, 0, *words, tmp_path / "alone", "--resume")
+    processes(2, "train", 2, 0, *words, tmp_path / "whole")
     whole = losses(tmp_path / "whole")
-    assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-6) and len(whole) == 4
-    assert losses(tmp_path / "alone")[:2] == pytest.approx(whole[:2], rel=1e-6) and len(losses(tmp_path / "alone")) == 4
+    assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-6) and len(whole) == 6
+    assert losses(tmp_path / "alone")[:4] == pytest.approx(whole[:4], rel=1e-6) and len(losses(tmp_path / "alone")) == 6
 
 
 def test_a_context_group_trains_as_one_process_does(tmp_path):
     """Two processes that share every batch log the losses of one process, step by step."""
-    words = ("train", 0, "--steps", 3, "--out")
+    words = ("train", 0, 0, "--steps", 3, "--out")
     processes(2, *words, tmp_path / "two", "--context-parallel", 2)
     processes(1, *words, tmp_path / "one")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4) and len(losses(tmp_path / "one")) == 3
@@ -121,7 +122,7 @@ class Counted(torch.utils.data.Dataset):
 
 def test_many_processes_complain_once(tmp_path):
     """What is wrong for all of them alike is said by one, and nothing is written."""
-    failed = processes(2, "train", 0, "--context-parallel", 3, "--out", tmp_path / "run", fails=True)
+    failed = processes(2, "train", 0, 0, "--context-parallel", 3, "--out", tmp_path / "run", fails=True)
     said = [line for line in failed.stderr.splitlines() if line.startswith("train.py")]
     assert said == ["train.py: --context-parallel 3: 2 processes cannot be cut into such groups"] and not (tmp_path / "run").exists()
 
