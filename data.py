@@ -220,13 +220,14 @@ def fitting(tree: Example, max_tokens: int) -> Example:
     return replace(tree, branches=kept)
 
 
-def prompts(tokenizer: Tokenizer, views: Views, questions: Sequence[str], subtitles: str = "") -> Example:
-    """Questions about the same pictures, each in a branch that waits for its answer. (The last token of a branch is never
-    an input, hence the end token.)"""
+def prompts(tokenizer: Tokenizer, views: Views, questions: Sequence[str], subtitles: str = "",
+            before: Sequence[Sequence[tuple[str, str]]] = ()) -> Example:
+    """Questions about the same pictures, each in a branch that waits for its answer, after the turns of its chat `before` it,
+    if there are any. (The last token of a branch is never an input, hence the end token in place of an answer.)"""
     waiting = []
-    for question in questions:
-        asked = tokenizer.chat_prompt(question) + [tokenizer.eos_id]
-        waiting.append(Branch(np.array(asked), np.zeros(len(asked), bool), np.zeros((0, 3), int)))
+    for question, turns in zip(questions, before or [()] * len(questions), strict=True):
+        asked = branch(tokenizer, [*turns, (question, "")], np.zeros((0, 3), int))
+        waiting.append(replace(asked, learned=np.zeros_like(asked.learned)))
     return Example(trunk(tokenizer, views, subtitles), views.crops, views.pooling, waiting, frames=views.frames)
 
 

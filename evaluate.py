@@ -197,23 +197,27 @@ class Asked:
     text: str = ""
     points: list[Point] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
+    turn: int = 0  # of a chat
 
 
 def questions(records: Iterator[Record], model: Molmo, seed: int) -> Iterator[Asked]:
-    """All that is said about the records, as questions; of a chat its first turn."""
+    """All that is said about the records, as questions; of a chat every turn, after the true ones before it."""
     for number, record in enumerate(records):
         rng = np.random.default_rng([seed, number, 8])
         views = data.views_of(record, model.config.views, model.config.temporal.memory)
         for said in record.annotations:
-            yield Asked(record, said, views, said.messages[0][0] if said.messages else data.question(said, record, rng))
+            if not said.messages:
+                yield Asked(record, said, views, data.question(said, record, rng))
+            for turn, (asked, _) in enumerate(said.messages):
+                yield Asked(record, said, views, asked, turn=turn)
 
 
 def ask(model: Molmo, tokenizer: Tokenizer, asked: list[Asked]) -> None:
     """Answers a batch of questions in place, all of them with tracks or none; neighbours about one record as one tree."""
     device = next(model.parameters()).device
     trees = [list(group) for _, group in groupby(asked, key=lambda a: id(a.views))]
-    batch = collate([data.prompts(tokenizer, tree[0].views, [a.question for a in tree], tree[0].record.subtitles)
-                     for tree in trees]).to(device)
+    batch = collate([data.prompts(tokenizer, tree[0].views, [a.question for a in tree], tree[0].record.subtitles,
+                                  [a.annotation.messages[:a.turn] for a in tree]) for tree in trees]).to(device)
     longest = LONGEST[asked[0].annotation.task in TRACKS] * (1 + (model.config.points_as != "tokens"))
     answers = generate(model, batch, data.spelling(tokenizer), longest)
     for a, answer in zip(asked, answers, strict=True):
@@ -326,7 +330,7 @@ def scores(a: Asked) -> dict[str, float]:
     """The figures of one question."""
     task = a.annotation.task
     if not TASKS[task].answer:
-        wanted = a.annotation.messages[0][1] if a.annotation.messages else data.in_words(a.annotation)
+        wanted = a.annotation.messages[a.turn][1] if a.annotation.messages else data.in_words(a.annotation)
         return {"words f1": words_f1(a.text, wanted)} | ({} if task == "transcript" else {"text exact": a.text == wanted})
     true = data.pointed(a.record, a.annotation)
     number = a.annotation.count if a.annotation.count is not None else len({p.id for p in true})

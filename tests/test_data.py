@@ -177,6 +177,18 @@ def test_learned_tokens_are_the_answers_and_their_ends():
     assert (made.tokens == TOKENIZER.eos_id).sum() == 4, "the typed one is ten characters"
 
 
+def test_a_later_turn_is_asked_as_it_was_learned():
+    """The prompt of a chat's second turn is what training saw up to its answer, the first answer included."""
+    views, turns = data.views_of(draw("stills", 0, 0, 1), VIEWS), [("What is this?", "A cup."), ("Which color?", "Red.")]
+    waiting = data.prompts(TOKENIZER, views, ["Which color?", "How many?"], before=[turns[:1], []]).branches
+    assert not any(one.learned.any() for one in waiting)
+    seen = branch(TOKENIZER, turns, np.zeros((0, 3), int)).tokens
+    n = len(waiting[0].tokens) - 1  # the last is never an input
+    assert n > len(branch(TOKENIZER, turns[:1], np.zeros((0, 3), int)).tokens) and (waiting[0].tokens[:n] == seen[:n]).all()
+    assert TOKENIZER.decode(seen[n:]) == "Red.<|im_end|>"
+    assert waiting[1].tokens.tolist()[:-1] == TOKENIZER.chat_prompt("How many?")
+
+
 def test_a_prompt_is_the_example_up_to_the_answer():
     """What inference feeds is a prefix of what training saw, subtitles included."""
     record = draw("video qa", 0, next(i for i in range(50) if draw("video qa", 0, i, 3).subtitles), 3)

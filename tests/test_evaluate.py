@@ -232,6 +232,17 @@ def test_a_model_is_asked_end_to_end(tiny, name, monkeypatch):
         (a.annotation, a.question, a.text, a.points) for a in one_by_one]
 
 
+def test_every_turn_of_a_chat_is_asked(tiny):
+    """A chat of two turns is two questions, the second after the true first answer, each compared with its own."""
+    record = data.draw("stills", 0, 0, 1)
+    record.annotations = [Annotation("chat", messages=[("What is this?", "A cup."), ("Which color?", "Red.")])]
+    _, asked = evaluate.evaluate(*tiny, iter([record]))
+    assert [(a.question, a.turn) for a in asked] == [("What is this?", 0), ("Which color?", 1)]
+    for a, text in zip(asked, ("A cup.", "Red.")):
+        a.text = text
+        assert scores(a)["text exact"]
+
+
 def test_the_command_writes_its_settings(tmp_path, capsys, monkeypatch):
     """Figures of a JSONL file and every setting go to the JSON; a bad line is named and ends the command."""
     monkeypatch.setattr(evaluate, "LONGEST", {False: 8, True: 8})
