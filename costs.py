@@ -110,8 +110,9 @@ def pack(config: MolmoConfig, tokens: int, crops: int) -> Work:
     return Work(crops, visual, slots, tokens, pairs, (tokens - visual) / 2)
 
 
-def plan(config: MolmoConfig, stage, gpus: int, context: int, accumulate: int) -> dict[str, float]:
-    """A stage (train.Stage) on H100s: bytes per GPU, seconds per step. ValueError if its packs cannot be shared out."""
+def plan(config: MolmoConfig, stage, gpus: int, context: int, accumulate: int, sharded: bool = True) -> dict[str, float]:
+    """A stage (train.Stage) on H100s: bytes per GPU, seconds per step. `sharded`, and its blocks computed again in the backward
+    pass; else the model is whole on every GPU. ValueError if its packs cannot be shared out."""
     if gpus % context or stage.packs % (gpus // context * accumulate):
         raise ValueError(f"--plan {gpus}: {stage.packs} packs a step cannot be shared out to {gpus} GPUs in groups of {context}, "
                          f"in {accumulate} parts (--accumulate)")
@@ -121,17 +122,19 @@ def plan(config: MolmoConfig, stage, gpus: int, context: int, accumulate: int) -
 
     # memory: parameters, gradients and two moments in float32; what is gathered at a time; what the backward pass needs
     part = parameters(config)
-    gathered = 8 * (part["word embeddings"] + part["head"]) + 2 * 2 * part["decoder blocks"] / t.layers
+    gathered = sharded * (8 * (part["word embeddings"] + part["head"]) + 2 * 2 * part["decoder blocks"] / t.layers)
     kept = 2 * (stage.tokens * t.width * t.layers + stage.crops * S * v.width * depth) / context  # the inputs of the blocks
-    inside = 2 * max(stage.tokens * (2 * heads + 4 * t.mlp_hidden + 6 * t.width), stage.crops * S * (8 * v.width + 2 * v.mlp_hidden)) / context
+    block = 2 * stage.tokens * (2 * heads + 4 * t.mlp_hidden + 6 * t.width) / context, 2 * stage.crops * S * (8 * v.width + 2 * v.mlp_hidden) / context
+    inside = max(block) if sharded else t.layers * block[0] + depth * block[1]
     seen_whole = 2 * v.feature_width * (2 * stage.crops * S + work.windows * work.slots)
     logits = 3 * 4 * work.scored * t.vocabulary / context
-    memory = {"states": 16 * P / gpus, "gathered": gathered, "activations": rows * (kept + inside + seen_whole + logits)}
+    memory = {"states": 16 * P / (gpus if sharded else 1), "gathered": gathered, "activations": rows * (kept + inside + seen_whole + logits)}
 
     # time: blocks run a second time in the backward pass; collectives run meanwhile, so the longer of the two counts
     useful = stage.packs * training_flops(config, work)
-    computing = useful * 4 / 3 / (gpus * PEAK * EFFICIENCY)
-    shards = accumulate * (2 * 2 + 4) * P * (gpus - 1) / gpus             # parameters twice in bfloat16, gradients in float32
+    computing = useful * (4 / 3 if sharded else 1) / (gpus * PEAK * EFFICIENCY)
+    # parameters twice in bfloat16 and gradients in float32 for every part of a step; or gradients there and back, once
+    shards = (accumulate * (2 * 2 + 4) if sharded else 2 * 4) * P * (gpus - 1) / gpus
     exchanged = 0.0 if context == 1 else accumulate * rows * 3 * 2 * (
         2 * t.layers * stage.tokens / context * heads + stage.crops * S * v.feature_width)
     talking = shards / (NVLINK if gpus <= NODE else NETWORK) + exchanged / (NVLINK if context <= NODE else NETWORK)
@@ -141,8 +144,8 @@ def plan(config: MolmoConfig, stage, gpus: int, context: int, accumulate: int) -
             "talking": talking, "step": step, "mfu": useful / (step * gpus * PEAK), "gpu hours": step * stage.steps * gpus / 3600}
 
 
-def print_plan(name: str, config: MolmoConfig, number: int, stage, gpus: int, context: int, accumulate: int) -> None:
-    p, G = plan(config, stage, gpus, context, accumulate), 2**30
+def print_plan(name: str, config: MolmoConfig, number: int, stage, gpus: int, context: int, accumulate: int, sharded: bool) -> None:
+    p, G = plan(config, stage, gpus, context, accumulate, sharded), 2**30
     print(f"{name}, stage {number}: {stage.steps:,} steps on {gpus} H100, {context} to a batch, {accumulate} parts a step")
     print(f"a step          {p['packs']:,} packs of {stage.tokens:,} tokens and {stage.crops} crops: {p['tokens']:,} tokens, {p['crops']:,} crops, "
           f"{p['flops']:.2e} FLOPs")

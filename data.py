@@ -215,6 +215,8 @@ def fitting(tree: Example, max_tokens: int) -> Example:
         if len(one.tokens) - 1 <= room:
             room -= len(one.tokens) - 1
             kept.append(one)
+    if not tree.branches:
+        raise ValueError(f"{tree.name}: nothing is said about what is shown")
     if not kept:
         raise ValueError(f"{tree.name}: {tree.length} tokens, there is room for {max_tokens}")
     return replace(tree, branches=kept)
@@ -324,8 +326,8 @@ RATES = {"captions": 13.6, "image qa": 22.7, "video qa": 18.2, "image pointing":
 
 
 def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, more: dict[str, float] = {}) -> Record:
-    """Record `index` of a synthetic set, a pure function of the arguments; `more` as in `synthetic.queries`, for the
-    sets of SCENES."""
+    """Record `index` of a synthetic set, a pure function of the arguments; `more` as in `synthetic.queries`, for moments and
+    the sets of SCENES."""
     rng, title = np.random.default_rng([seed, index, 6]), f"{name}-{index}"
     if name == "multi-image points":
         return album(seed, index, rng, branches, masks)
@@ -380,8 +382,9 @@ def number(kind: type, low: float, high: float):
 
 def device(name: str) -> str:
     """An argparse type: a device that this machine has."""
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name  # under torchrun each process has its own GPU
     try:
-        torch.zeros(1, device=name).item()
+        torch.zeros(1, device=own).item()
     except (RuntimeError, AssertionError):
         raise argparse.ArgumentTypeError(f"{name}: not available on this machine: try cpu") from None
     return name
@@ -428,7 +431,7 @@ def check(path: str, tokenizer: Tokenizer, config: MolmoConfig, max_tokens: int,
             if len(tree.crops) > max_crops:
                 raise ValueError(f"{path}:{lines.at[i][0]}: {len(tree.crops)} crops, there is room for {max_crops}")
         except ValueError as error:
-            print(error if str(error).startswith(str(path)) else f"{path}:{lines.at[i][0]}: {error}")
+            print(error if str(error).startswith(str(lines.path)) else f"{path}:{lines.at[i][0]}: {error}")
             bad += 1
             continue
         tasks.update(said.task for said in record.annotations)

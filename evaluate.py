@@ -1,7 +1,7 @@
 """Measures, and the command that prints them.
 
     python evaluate.py --checkpoint assets/tiny                            # fresh stills and clips
-    python evaluate.py --checkpoint CKPT --set screens "video tracking"    # other synthetic sets
+    python evaluate.py --checkpoint CKPT --set screens tracks    # other synthetic sets
     python evaluate.py --checkpoint CKPT --data FILE.jsonl                 # your own
     python evaluate.py --checkpoint CKPT --set vpos-synthetic              # masks, in five worlds never trained on
     python evaluate.py --checkpoint CKPT --davis FOLDER --sam2 FOLDER      # Refer-DAVIS-17, MeViS, Ref-YouTube-VOS
@@ -212,14 +212,18 @@ def questions(records: Iterator[Record], model: Molmo, seed: int) -> Iterator[As
                 yield Asked(record, said, views, asked, turn=turn)
 
 
+def longest(model: Molmo, tracks: bool) -> int:
+    """Tokens of an answer: coordinates as text need twice as many."""
+    return LONGEST[tracks] * (1 + (model.config.points_as != "tokens"))
+
+
 def ask(model: Molmo, tokenizer: Tokenizer, asked: list[Asked]) -> None:
     """Answers a batch of questions in place, all of them with tracks or none; neighbours about one record as one tree."""
     device = next(model.parameters()).device
     trees = [list(group) for _, group in groupby(asked, key=lambda a: id(a.views))]
     batch = collate([data.prompts(tokenizer, tree[0].views, [a.question for a in tree], tree[0].record.subtitles,
                                   [a.annotation.messages[:a.turn] for a in tree]) for tree in trees]).to(device)
-    longest = LONGEST[asked[0].annotation.task in TRACKS] * (1 + (model.config.points_as != "tokens"))
-    answers = generate(model, batch, data.spelling(tokenizer), longest)
+    answers = generate(model, batch, data.spelling(tokenizer), longest(model, asked[0].annotation.task in TRACKS))
     for a, answer in zip(asked, answers, strict=True):
         a.text, a.points = data.read_answer(answer, tokenizer, a.views)
         a.figures = {"answers cut": answer.finish_reason == "length"}
@@ -425,7 +429,7 @@ def settings_of(args: argparse.Namespace, model: Molmo, records: int, masks: boo
         "prompts": "each task's own wordings, no system prompt",
         "points read from": {"tokens": "grounding tokens", "text": "coordinates", "tags": "tags"}[model.config.points_as],
         "crops": views.max_crops, "frames": views.max_frames, "fps": views.fps, "batch": args.batch,
-        "longest answer": LONGEST[False], "with tracks": LONGEST[True],
+        "longest answer": longest(model, False), "with tracks": longest(model, True),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "device": args.device}
     return settings if not masks else settings | {
         "temporal module": temporal.mode, "asked every": f"{args.every} frames, each with {temporal.memory} before it",

@@ -498,7 +498,7 @@ def annotate_file(path: str, out: Path, segmenter: Callable[[np.ndarray, float, 
                     fits += [iou(segmenter(at[moment], *place), thing.masks[moment].mask()) for moment, place in found.items()]
                     thing.points |= found
                     if not thing.points:
-                        raise ValueError(f"{path}:{index + 1}: an object has empty masks only")
+                        raise ValueError(f"{path}:{lines.at[index][0]}: an object has empty masks only")
                 near = lambda media: os.path.relpath(media, out.parent)
                 before = None if line.before is None else list(map(near, line.before))
                 file.write(dump(record, list(map(near, line.images)), line.video and near(line.video), before) + "\n")

@@ -4,7 +4,7 @@
            position 0 1 2 ... n-1                  n n+1 ...                           n n+1 ...
 
 Every branch continues the trunk as if it were alone: its positions restart where the trunk ends, and the mask rule of
-model.py keeps branches apart. The pictures are seen once, however many questions are asked about them. A *pack* puts
+attention.py keeps branches apart. The pictures are seen once, however many questions are asked about them. A *pack* puts
 several trees behind each other in one row, blind to each other. The mask of a pack of two trees (rows look at columns),
 trunk `v v a` with branches `b b` and `c`, and trunk `w` (a visual token too) with branch `d d`:
 

@@ -1,5 +1,5 @@
-"""Many processes, one model: parameters in shards (FSDP2), long rows in parts (context parallelism), and checkpoints that any
-number of processes can read.
+"""Many processes, one model: gradients averaged or parameters in shards (FSDP2), long rows in parts (context parallelism), and
+checkpoints that any number of processes can read.
 
     torchrun --nproc-per-node 8 train.py --stage 3 --preset molmo2-8b --context-parallel 8
 
@@ -246,9 +246,9 @@ class Context:
 
 
 def replicate(model: Molmo, world: World, device: str) -> Molmo:
-    """The same model in every process: less to send than shards, which are gathered block by block, as long as a model and
-    its optimiser fit many times over. Gradients are averaged by `average`."""
-    model.to(device)
+    """The same model in every process, in float32, if it and its optimiser fit there: less to send than shards, which are
+    gathered block by block. Gradients are averaged by `average`."""
+    model.to(device, torch.promote_types(next(model.parameters()).dtype, torch.float32))
     if world.context > 1:
         model.context = Context(world.group)
     if world.mesh is not None:
@@ -322,8 +322,8 @@ def whole(model: Molmo, world: World) -> Molmo | None:
 
 def save(folder: Path, moments: dict[str, Tensor], world: World, finish: Callable[..., None]) -> None:
     """A checkpoint of many processes. Process 0 writes the whole model with `finish(also=...)`, which is `weights.save`; the
-    optimisers' moments, twice the model's size, are written in shards by all of them at once (none: nothing is in shards
-    yet). Whole or not at all; the processes share the file system."""
+    optimisers' moments, twice the model's size, are written in shards by all of them at once (none: the model is whole in
+    every process, and `finish` writes them). Whole or not at all; the processes share the file system."""
     def shards(fresh: Path) -> None:
         world.wait()  # until process 0 has made the folder
         try:

@@ -351,6 +351,8 @@ def _annotation(said: dict, objects: dict[int, Object], named: frozenset[int], m
     turns = [(take(only(m, "role", "content"), "role", str), take(m, "content", str)) for m in take(said, "messages", list, [])]
     if [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2):
         raise ValueError("'messages' must go from user to assistant and end with the assistant")
+    if turns and task != "chat":
+        raise ValueError(f"{task}: 'messages' are for the task chat")
     made.messages = [(asked, answered) for (_, asked), (_, answered) in zip(turns[::2], turns[1::2])]
     for need in TASKS[task].needs.split():
         if need == "objects" and ("objects" in said or "points" in said):

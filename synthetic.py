@@ -18,7 +18,6 @@ Points are in pixels, continuous: the centre of the pixel in row r and column c 
 
 import argparse
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -862,24 +861,21 @@ def _cups(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Worlds drawn by code, with their exact truth.")
-    commands = parser.add_subparsers(required=True)
-    show = commands.add_parser("show", help="draw a sheet of scenes with queries and their targets")
-    show.add_argument("out", help="the picture to write")
-    show.add_argument("--seed", type=int, default=0)
-    show.add_argument("--index", type=int, default=0, help="of the first scene")
-    show.add_argument("--video", action="store_true", help="clips instead of stills")
-    show.set_defaults(run=_show)
-    cups = commands.add_parser("cups", help="write the sample clip cups.mp4 and its truth cups.json")
-    cups.add_argument("out", help="the folder to write to")
-    cups.set_defaults(run=_cups)
-    args = parser.parse_args()
-    try:
+    import data  # a later room, for the manners of its commands
+    with data.one_line("synthetic.py"):
+        parser = data.Parser(prog="synthetic.py", description="Worlds drawn by code, with their exact truth.")
+        commands = parser.add_subparsers(required=True, metavar="show|cups", parser_class=data.Parser)
+        show = commands.add_parser("show", help="draw a sheet of scenes with queries and their targets")
+        show.add_argument("out", help="the picture to write")
+        show.add_argument("--seed", type=data.number(int, 0, 2**32), default=0)
+        show.add_argument("--index", type=data.number(int, 0, 10**9), default=0, help="of the first scene")
+        show.add_argument("--video", action="store_true", help="clips instead of stills")
+        show.set_defaults(run=_show)
+        cups = commands.add_parser("cups", help="write the sample clip cups.mp4 and its truth cups.json")
+        cups.add_argument("out", help="the folder to write to")
+        cups.set_defaults(run=_cups)
+        args = parser.parse_args()
         args.run(args)
-    except (OSError, ValueError) as error:
-        if os.environ.get("MOLMO_TRACEBACK") == "1":
-            raise
-        parser.exit(2, f"synthetic.py: {error}\n")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,9 @@ characters like any others. Files have the layout of a Hugging Face `tokenizer.j
     python tokenizer.py train CORPUS.txt OUT.json --size 512
     python tokenizer.py show OUT.json "point to the cups"
 """
-import argparse
 import json
 import os
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -313,19 +311,20 @@ def read_corpus(path: Path) -> str:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status (2 and one line on standard error for bad input)."""
-    parser = argparse.ArgumentParser(description="Train or look at a byte-level BPE tokenizer.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="learn merges from a UTF-8 text file")
-    train.add_argument("corpus", type=Path)
-    train.add_argument("out", type=Path)
-    train.add_argument("--size", type=int, default=512, help="rows of the base vocabulary (default %(default)s)")
-    show = commands.add_parser("show", help="print the pieces of a text")
-    show.add_argument("tokenizer", type=Path)
-    show.add_argument("text")
-    args = parser.parse_args(arguments)
-    try:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; bad input ends in one line on standard error and status 2."""
+    import data  # a later room, for the manners of its commands
+    with data.one_line("tokenizer.py"):
+        parser = data.Parser(prog="tokenizer.py", description="Train or look at a byte-level BPE tokenizer.")
+        commands = parser.add_subparsers(dest="command", required=True, parser_class=data.Parser)
+        train = commands.add_parser("train", help="learn merges from a UTF-8 text file")
+        train.add_argument("corpus", type=Path)
+        train.add_argument("out", type=Path)
+        train.add_argument("--size", type=int, default=512, help="rows of the base vocabulary (default %(default)s)")
+        show = commands.add_parser("show", help="print the pieces of a text")
+        show.add_argument("tokenizer", type=Path)
+        show.add_argument("text")
+        args = parser.parse_args(arguments)
         if args.command == "train":
             tokenizer = Tokenizer.train([read_corpus(args.corpus)], args.size)
             tokenizer.save(args.out)
@@ -334,13 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tokenizer = Tokenizer.load(args.tokenizer)
             for i in tokenizer.encode(args.text):
                 print(f"{i:6d}  {tokenizer.decode([i])!r}")
-    except (OSError, ValueError) as error:
-        if os.environ.get("MOLMO_TRACEBACK") == "1":
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

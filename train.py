@@ -106,9 +106,10 @@ TINY = {
                                        "captions": 8, "image qa": 6, "video qa": 5, "text": 3}, "uniform",
              each(4e-4, 1.5e-3, 1.5e-3, 1.5e-3), each(20, 20, 20, 20), ("stills", "clips", "screens", "tracks"), look=4500,
              more={"position": 2.5, "size": 2}),
-    3: Stage(1800, 1, 2048, 40, 32, {"image points": 18, "multi-image points": 5, "screens": 12, "video points": 14, "tracks": 13,
-                                    "captions": 6, "image qa": 6, "video qa": 5, "text": 3, "long points": 9, "long tracks": 9},
-             "uniform", each(1e-4, 4e-4, 4e-4, 4e-4), each(20, 20, 20, 20), ("video points", "long points", "long tracks")),
+    3: Stage(1300, 2, 2048, 40, 32, {"image points": 21, "multi-image points": 6, "screens": 9, "video points": 17, "tracks": 13,
+                                    "captions": 7, "image qa": 5, "video qa": 4, "text": 2, "long points": 8, "long tracks": 8},
+             "uniform", each(1e-4, 4e-4, 4e-4, 4e-4), each(20, 20, 20, 20), ("video points", "long points", "long tracks"),
+             more={"position": 2.5, "size": 2}),
     4: Stage(300, 1, 1024, 100, 32, {"moments": 1.0}, "uniform", each(2e-4, 8e-4, 8e-4, 8e-4), each(20, 20, 20, 20),
              ("moments",), branches=5),
 }
@@ -126,7 +127,7 @@ def parse(argv: list[str] | None):
     parser = data.Parser(prog="train.py", description=__doc__.split("\n")[0])
     parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), required=True)
     parser.add_argument("--preset", default="tiny", choices=sorted({name for name, _ in STAGES}))
-    parser.add_argument("--points-as", default="tokens", choices=POINTS_AS, help="how a new model writes points")
+    parser.add_argument("--points-as", choices=POINTS_AS, help="how a new model writes points (default: tokens)")
     parser.add_argument("--init", help="checkpoint of the stage before")
     parser.add_argument("--data", help="a JSONL file of your own, in place of the stage's synthetic sets")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the run folder, if there is one")
@@ -377,7 +378,7 @@ def look(run: Run, state: dict[str, np.ndarray] | None):
     if state:
         names.load_state_dict({key: torch.from_numpy(state[f"names {key}"]) for key in ("weight", "bias")})
         first = restore(seeing, optimisers, state, run)
-    each = -(-LOOK_BATCH // world.size)  # scenes a step of every process
+    each = -(-LOOK_BATCH // world.size)  # scenes a step of every process: rounded up
     numbers = range((first + stage.look) * each * world.size, stage.look * each * world.size)[world.rank::world.size]
     scenes = DataLoader(loading.PatchSet(run.settings["seed"], model.config, stage.clips), each, sampler=numbers,
                         collate_fn=loading.collate_patches, num_workers=args.workers, worker_init_fn=loading.leave_signals,
@@ -387,14 +388,16 @@ def look(run: Run, state: dict[str, np.ndarray] | None):
         scores = names(model.vit(crops.to(args.device))).flatten(0, 1)
         truth = labels.to(args.device).flatten(0, 1)
         named = scores.split(loading.PATCH_CLASSES, dim=-1)
-        loss = sum(F.cross_entropy(s, t) for s, t in zip(named, truth.T))
-        loss.backward()
+        loss = sum(F.cross_entropy(s, t, reduction="sum") for s, t in zip(named, truth.T))
+        right, shown = torch.stack([s.argmax(-1) for s in named], dim=-1) == truth, truth[:, 0] > 0
+        totals = world.totals({"naming": loss.item(), "patches": len(truth), "named": right[shown, 0].sum().item(),
+                               "shown": shown.sum().item(), "background": right[:, -1].sum().item()})
+        (loss / totals["patches"] * world.size).backward()
         parallel.average(seeing, world)
-        clip(parts, loss.item(), step)
+        clip(parts, totals["naming"], step)
         update(optimisers, dict.fromkeys(PARTS, schedule(LOOK_LR, LOOK_WARMUP, step + stage.look, stage.look)))
-        shown = truth[:, 0] > 0
-        kind, *_, background = (scores.argmax(-1) == t for scores, t in zip(named, truth.T))
-        line = {"naming": loss.item(), "named": kind[shown].float().mean().item(), "background": background.float().mean().item()}
+        line = {"naming": totals["naming"] / totals["patches"], "named": totals["named"] / max(totals["shown"], 1),
+                "background": totals["background"] / totals["patches"]}
         run.log.write(step=step, **line)
         bar.set_postfix(line)
         stop = world.any(bool(run.asked))
@@ -416,7 +419,8 @@ def main(argv: list[str] | None = None):
         if args.plan:
             stage = STAGES[args.preset, args.stage]
             parts = parts_of_a_step(args, stage, args.plan // args.context_parallel)
-            return costs.print_plan(args.preset, PRESETS[args.preset], args.stage, stage, args.plan, args.context_parallel, parts)
+            return costs.print_plan(args.preset, PRESETS[args.preset], args.stage, stage, args.plan, args.context_parallel, parts,
+                                    sharded=args.preset not in LIGHT)
         with parallel.together(args.device, args.context_parallel) as (world, args.device):
             start(args, world)
 
@@ -439,15 +443,22 @@ def prepare(args: argparse.Namespace, world: World):
         raise ValueError("--temporal-init and --missing go with --temporal")
     seed, folder = args.stage + 100 * args.seed, run_folder(args)
     state = weights.load_training(folder / "checkpoint") if args.resume else None
-    settings = {"stage": args.stage, "seed": args.seed, "steps": steps, "data": args.data,
-                "temporal": args.temporal, "temporal-init": args.temporal_init, "missing": args.missing}
+    if not args.resume and (folder / "checkpoint").exists():
+        raise ValueError(f"{folder} holds a run: --resume goes on with it, --out FOLDER begins another elsewhere")
+    settings = {"stage": args.stage, "preset": args.preset, "freeze": sorted(args.freeze), "seed": args.seed, "steps": steps,
+                "data": args.data, "temporal": args.temporal, "temporal-init": args.temporal_init, "missing": args.missing}
     if state:
         same_run(settings, json.loads(str(state["settings"])) if "loaders" in state else {}, folder)
     if args.init or state:
         model, tokenizer = weights.load(folder / "checkpoint" if state else args.init)
+        if model.config.llm.width != PRESETS[args.preset].llm.width:
+            raise ValueError(f"--preset {args.preset} is for a language model of width {PRESETS[args.preset].llm.width}; "
+                             f"the checkpoint's has {model.config.llm.width}")
+        if (args.points_as or model.config.points_as) != model.config.points_as:
+            raise ValueError(f"--points-as {args.points_as}: the checkpoint writes points as {model.config.points_as}")
     else:
         tokenizer = Tokenizer.load(HOME / "assets/tokenizer.json")
-        config = replace(PRESETS[args.preset], points_as=args.points_as)
+        config = replace(PRESETS[args.preset], points_as=args.points_as or "tokens")
         model = Molmo(config).initialize(args.seed)
     if args.temporal and not state:
         temporal = replace(model.config.temporal, mode=args.temporal, missing=args.missing or model.config.temporal.missing)
@@ -476,7 +487,8 @@ def start(args: argparse.Namespace, world: World):
     log = Log(run_folder(args), int(state["step"]) if state else None, silent=world.rank > 0)  # not before bad input is out: it begins a new file
     with stoppable() as asked:
         run = Run(model, tokenizer, stage, settings, args, log, asked, world)
-        if "names weight" in state if state else stage.look and not args.data and "vit" not in args.freeze:
+        begins = stage.look > 0 and not args.data and "vit" not in args.freeze
+        if "names weight" in state if state else begins:  # a run that was stopped while the ViT was alone goes on there
             parallel.replicate(model, world, args.device)
             look(run, state)
             state = None

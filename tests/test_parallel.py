@@ -75,11 +75,11 @@ def test_a_process_that_dies_stops_the_run_and_the_run_goes_on(tmp_path):
 
 
 def test_a_context_group_trains_as_one_process_does(tmp_path):
-    """Two processes that share every batch log the losses of one process, step by step."""
-    words = ("train", 0, 0, "--steps", 3, "--out")
+    """Two processes that share every batch, and the scenes of the ViT alone, log the losses of one process, step by step."""
+    words = ("train", 2, 0, "--steps", 3, "--out")
     processes(2, *words, tmp_path / "two", "--context-parallel", 2)
     processes(1, *words, tmp_path / "one")
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4) and len(losses(tmp_path / "one")) == 3
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4) and len(losses(tmp_path / "one")) == 5
 
 
 def test_loaders_are_shared_out_without_loss():

@@ -144,6 +144,24 @@ def test_bad_commands_end_in_one_line(argv, said, tmp_path, capsys):
     assert (tmp_path / "run/metrics.jsonl").read_text() == "kept"
 
 
+def test_another_run_is_not_taken_for_this_one(quick, tmp_path, capsys):
+    """What a checkpoint is not, in one line each, the run in the folder kept: the same command without --resume, another preset, a part
+    no longer frozen, another form of points, another size."""
+    run, other = ["--stage", "1", "--out", str(tmp_path / "run")], ["--stage", "1", "--out", str(tmp_path / "other")]
+    train.main([*run, "--freeze", "vit", *quick])
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    init = ["--init", str(tmp_path / "run/checkpoint")]
+    for words, said in (([*run, "--freeze", "vit"], "holds a run: --resume goes on with it"),
+                        ([*run, "--resume", "--freeze", "vit", "--preset", "small"], "has preset tiny, not small"),
+                        ([*run, "--resume"], "has freeze ['vit'], not []"),
+                        ([*other, *init, "--points-as", "text"], "the checkpoint writes points as tokens"),
+                        ([*other, *init, "--preset", "small"], "--preset small is for a language model of width 512")):
+        with pytest.raises(SystemExit) as end:
+            train.main([*words, *quick])
+        assert end.value.code == 2 and said in capsys.readouterr().err
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before and not (tmp_path / "other").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step(quick, tmp_path, monkeypatch, capsys):
     """A NaN in the loss ends the run with one line that names the step and the examples; what is saved is from before it."""
     losses = Molmo.losses
