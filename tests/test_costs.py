@@ -40,7 +40,7 @@ def test_backward_costs_twice_the_forward():
 
 
 def test_the_plan_adds_up(capsys):
-    """The printed plan of the 8B model's second stage: steps and tokens by hand, 16 bytes of states a parameter over all GPUs, more
+    """The printed plan of the 8B model's second stage: steps and tokens by hand, 16 bytes of states a parameter over all GPUs or on each, more
     GPUs less time and memory, a longer context group less memory; and what cannot be shared out is one line."""
     stage, config = train.STAGES["molmo2-8b", 2], PRESETS["molmo2-8b"]
     plan = costs.plan(config, stage, 64, 1, 1)
@@ -48,6 +48,8 @@ def test_the_plan_adds_up(capsys):
     assert plan["states"] == 16 * sum(costs.parameters(config).values()) / 64
     assert plan["gpu hours"] == pytest.approx(plan["step"] * 30_000 * 64 / 3600)
     assert 6 * 6.9e9 * plan["tokens"] < plan["flops"] < 12 * 8.7e9 * plan["tokens"]
+    whole = costs.plan(config, stage, 64, 1, 1, sharded=False)
+    assert whole["states"] == 64 * plan["states"] and whole["computing"] < plan["computing"] and whole["activations"] > plan["activations"]
     more, shared = costs.plan(config, stage, 128, 1, 1), costs.plan(config, stage, 64, 8, 1)
     assert more["step"] < plan["step"] and more["memory"] < plan["memory"]
     assert costs.plan(config, stage, 64, 8, 16)["memory"] < costs.plan(config, stage, 64, 8, 1)["memory"] and shared["exchanged"] > 0

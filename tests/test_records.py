@@ -106,6 +106,8 @@ VIDEO = {"images": None, "video": "a.mp4", "objects": [{"id": 4, "points": [{"x"
     ({"annotations": [{"task": "caption"}]}, "caption needs 'answer'"),
     ({"annotations": [{"task": "choice", "question": "?", "choices": ["a"], "answer": "b"}]}, "'b' is none of the choices"),
     ({"annotations": [{"task": "chat", "messages": [{"role": "user", "content": "Hi"}]}]}, "must go from user to assistant"),
+    ({"annotations": [{"task": "point", "label": "cups", "objects": [], "messages": [
+        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}]}, "point: 'messages' are for the task chat"),
     ({"annotations": [{"task": "track", "label": "x", "objects": [4]}]}, "track needs a video"),
     ({"annotations": [{"task": "point", "label": "x</points>", "objects": [4]}]}, "holds < or >"),
     (VIDEO | {"annotations": [{"task": "track", "label": "x", "objects": [4], "fps": 0}]}, "'fps' is 0"),
