@@ -106,10 +106,10 @@ TINY = {
                                        "captions": 8, "image qa": 6, "video qa": 5, "text": 3}, "uniform",
              each(4e-4, 1.5e-3, 1.5e-3, 1.5e-3), each(20, 20, 20, 20), ("stills", "clips", "screens", "tracks"), look=4500,
              more={"position": 2.5, "size": 2}),
-    3: Stage(1300, 2, 2048, 40, 32, {"image points": 21, "multi-image points": 6, "screens": 9, "video points": 17, "tracks": 13,
-                                    "captions": 7, "image qa": 5, "video qa": 4, "text": 2, "long points": 8, "long tracks": 8},
+    3: Stage(2700, 2, 2048, 40, 32, {"image points": 22, "multi-image points": 6, "screens": 8, "video points": 30, "tracks": 10,
+                                    "captions": 8, "image qa": 4, "video qa": 3, "text": 1, "long points": 4, "long tracks": 4},
              "uniform", each(1e-4, 4e-4, 4e-4, 4e-4), each(20, 20, 20, 20), ("video points", "long points", "long tracks"),
-             more={"position": 2.5, "size": 2}),
+             more={"none": 1.25, "position": 2.5, "size": 2}),
     4: Stage(300, 1, 1024, 100, 32, {"moments": 1.0}, "uniform", each(2e-4, 8e-4, 8e-4, 8e-4), each(20, 20, 20, 20),
              ("moments",), branches=5),
 }
