@@ -312,6 +312,7 @@ SCENES = {
     "image captions": (synthetic.still, synthetic.CAPTIONS), "video captions": (synthetic.clip, synthetic.CAPTIONS),
     "image qa": (synthetic.still, synthetic.ANSWERS), "video qa": (synthetic.clip, synthetic.ANSWERS),
     "image points": (synthetic.still, synthetic.POINTING), "video points": (synthetic.clip, synthetic.POINTING),
+    "arrivals": (synthetic.arrivals, synthetic.POINTING),
     "tracks": (synthetic.tracks, synthetic.TRACKING), "long points": (synthetic.long_clip, synthetic.POINTING),
     "long tracks": (synthetic.long_tracks, synthetic.TRACKING),
 }
@@ -541,7 +542,8 @@ def corpus(n: int, seed: int) -> Iterator[str]:
     turn, and what stands around it."""
     rng, digits = np.random.default_rng([seed, 9]), [f"{half / 2:.1f} " for half in range(61)]
     pieces = ["user", "assistant", "Image 1", "Image 2", "Image 3", '<points coords="', '<tracks coords="', CLOSE_LIST, NONE, *digits]
-    records = (draw(name, seed, index, 8) for index in count() for name in SETS if name != "moments")  # the words of clips again
+    records = (draw(name, seed, index, 8) for index in count() for name in SETS
+               if name not in ("moments", "arrivals"))  # the words of clips again
     def texts(record: Record) -> Iterator[str]:
         for said in record.annotations:
             alone = (question(said, record, rng), "" if TASKS[said.task].answer else in_words(said))

@@ -434,6 +434,30 @@ def clip(seed: int, index: int, fps: float = 2.0, seconds: float | None = None) 
     return made.film(frame_times(fps, made.seconds))
 
 
+def _arrival(rng: np.random.Generator, size: float, shape: tuple[int, int], seconds: float) -> Motion:
+    """Out of view at first: comes in across one of the four sides, straight on, and bounces off the others."""
+    sides, axis = np.array(shape[::-1], float), rng.integers(2)
+    low, high, velocity = np.full(2, size / 2), sides - size / 2, rng.uniform(-0.2, 0.2, 2) * min(shape)
+    start, inside = rng.uniform(low, high), rng.uniform(low, high)
+    outside, moment = size * rng.uniform(0.5, 1.5), rng.uniform(0.15, 0.85) * seconds
+    first = -outside if rng.random() < 0.5 else sides[axis] + outside
+    start[axis], velocity[axis] = first, (inside[axis] - first) / moment  # is `inside` at that moment
+    low[axis], high[axis] = min(low[axis], first), max(high[axis], first)
+    return Motion(start, velocity, low, high, np.zeros(2), np.ones(2))
+
+
+def arrivals(seed: int, index: int, fps: float = 2.0, seconds: float | None = None) -> Scene:
+    """As `clip`, but about half of the things come into view one after the other: where each is seen first has to be
+    looked for. At least two things; a pure function of its arguments."""
+    made, rng = world(seed, index, seconds), _generator(seed, index, 9)
+    shape, came = made.background.shape[:2], made
+    while came is made or len(came.things) < 2:
+        motions = [_arrival(rng, thing.size, shape, made.seconds) if rng.random() < 0.5 else motion
+                   for thing, motion in zip(made.things, made.motions)]
+        came = replace(made, motions=motions).without_hidden()
+    return came.film(frame_times(fps, came.seconds))
+
+
 def _journey(rng: np.random.Generator, size: float, shape: tuple[int, int], seconds: float, others: list[Motion]) -> Motion:
     """Always on its way: bounces off the frame or turns outside of it; mostly sent across the path of another."""
     sides = np.array(shape[::-1], float)

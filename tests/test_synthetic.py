@@ -42,7 +42,7 @@ def test_a_scene_is_a_pure_function_of_seed_and_index():
 
 
 def test_stills_keep_to_their_ranges(monkeypatch):
-    """Sides, numbers and sizes of things lie in the promised ranges, and every thing shows at least 45% of itself."""
+    """Sides, numbers and sizes of things lie in the promised ranges, and every thing shows at least 60% of itself."""
     areas, compose = [], synthetic._compose
     monkeypatch.setattr(synthetic, "_compose", lambda background, sprites, places: (
         areas.append([sprite.solid.sum() for sprite in sprites]), compose(background, sprites, places))[1])
@@ -414,6 +414,22 @@ def test_crowds_hide_and_cross():
         returned += [bool((~track[track.argmax():len(track) - track[::-1].argmax()]).any()) for track in seen.T]
         alike.append(max(Counter(thing.name for thing in scene.things).values()))
     assert np.mean(returned) > 0.2 and np.mean(alike) > 1.8
+
+
+def test_arrivals_come_in_one_after_the_other():
+    """Two to six things of the ranges of `clip`, of which about half show nothing in the first frame (of `clip`'s, few), and
+    come in at different times; whatever is never clearly in view is left out."""
+    hidden = {make: [] for make in (clip, synthetic.arrivals)}
+    first = Counter()
+    for index in range(40):
+        for make, found in hidden.items():
+            scene = make(2, index)
+            assert 2 <= len(scene.things) <= 6 and scene.is_video and 1.5 <= scene.times[-1] <= 5
+            assert np.isfinite(scene.points[..., 0]).any(0).all()
+            found += (~scene.masks[0].any((1, 2))).tolist()
+        first.update(first_seen(scene, i) for i in range(len(scene.things)))
+    assert np.mean(hidden[synthetic.arrivals]) > 0.4 and np.mean(hidden[clip]) < 0.1
+    assert first[0] < 0.6 * first.total() and min(first[n] for n in (1, 2, 3)) > 9
 
 
 def test_long_clips_are_the_same_worlds_for_longer():
