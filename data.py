@@ -72,7 +72,8 @@ def question(annotation: Annotation, record: Record, rng: np.random.Generator) -
     task, words = TASKS[annotation.task], annotation.question
     if not words or "{question}" in task.wordings[0]:
         fps = f"{annotation.fps:g}"
-        wordings = [w for w in task.wordings if annotation.task not in TRACKS or annotation.fps == DEFAULT_FPS or "{fps}" in w]
+        timed = [w for w in task.wordings if "{fps}" in w] if annotation.fps != DEFAULT_FPS else []
+        wordings = timed or task.wordings
         given = write_text(pointed(record, annotation)[:1], places(record.times, len(record.pictures)), sizes(record),
                            annotation.label) if annotation.task == "track_from" else ""
         words = wordings[rng.integers(len(wordings))].format(

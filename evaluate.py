@@ -50,7 +50,7 @@ HOME = Path(__file__).resolve().parent
 EVALUATION_SEED = 2_000_000  # training seeds lie below
 FAR = 1e6                    # pixels: the distance to an object that is not in that picture
 NEAR = 0.05                  # of the longer side: a hit where no mask is known
-LONGEST = {False: 192, True: 768}  # tokens of an answer; of one with tracks (twice as many for points as text)
+LONGEST = {False: 320, True: 768}  # tokens of an answer: 60 points; of one with tracks through 32 frames
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,8 +213,9 @@ def questions(records: Iterator[Record], model: Molmo, seed: int) -> Iterator[As
 
 
 def longest(model: Molmo, tracks: bool) -> int:
-    """Tokens of an answer: coordinates as text need twice as many."""
-    return LONGEST[tracks] * (1 + (model.config.points_as != "tokens"))
+    """Tokens of an answer; tracks need more where more frames are seen, and coordinates as text twice as many."""
+    frames = max(model.config.views.max_frames, 32) // 32 if tracks else 1
+    return LONGEST[tracks] * frames * (1 + (model.config.points_as != "tokens"))
 
 
 def ask(model: Molmo, tokenizer: Tokenizer, asked: list[Asked]) -> None:
@@ -353,7 +354,7 @@ def scores(a: Asked) -> dict[str, float]:
         hits = len(matched(a.points, a.record, [p.id for p in true]))
         found |= dict(zip(("precision", "recall", "f1"), precision_recall_f1(hits, len(a.points), number)))
     if task != "point":
-        written = re.findall(r"\d+", re.sub(r"<(points|tracks) .*?</(points|tracks)>", "", a.text))
+        written = re.findall(r"\d+", re.sub(r"<(points?|tracks) .*?</(points?|tracks)>", "", a.text))
         said = int(written[-1]) if written else 0
         counted = said if task == "count" else len({p.id for p in a.points})
         off = abs(counted - number)

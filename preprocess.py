@@ -22,7 +22,7 @@ import os
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain, dropwhile, islice
 from typing import NamedTuple
@@ -39,6 +39,7 @@ VIDEO_FORMATS = "mov,matroska,webm,avi,gif,apng,mpegts,mpeg,flv,asf,ogg,h264,hev
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".apng", ".ts", ".mts", ".m2ts", ".mpg",
                   ".mpeg", ".3gp", ".flv", ".wmv", ".ogv", ".h264", ".hevc"}
 MAX_PIXELS = 64_000_000        # of an image or a frame
+CROPS_OF_SEVERAL = 8           # of the tiling of each of several images, at most
 MAX_CLIP_PIXELS = 1 << 30      # of all the sampled frames together, 3 GB
 MAX_DECODED_FRAMES = 200_000   # nearly two hours at 30 fps
 MAX_MISSING = 0.25             # seconds; a video that ends earlier than its header says by more than this is cut off
@@ -100,6 +101,8 @@ def image_views(images: list[np.ndarray], config: ViewConfig, before: Sequence[n
     With `before`, the one image is a frame of a video and these are the frames before it, oldest first, none at the
     start. They have crops but no tokens: only a temporal module sees them. (VideoMolmo asks about frames in this way.)
     """
+    if len(images) > 1:
+        config = replace(config, max_crops=min(config.max_crops, CROPS_OF_SEVERAL))
     views = _Collector(images, config.image_pool, config, before)
     low = "<im_patch>" if config.low_res_pointing else "<im_low>"
     for number, image in enumerate(images):

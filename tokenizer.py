@@ -221,8 +221,8 @@ class ReleasedTokenizer(Tokenizer):
         if missing := sorted(name for name, i in chat.items() if i is None and name != "<|endoftext|>"):
             raise ValueError(f"the token {missing[0]} is missing")
         self.special = chat | wanted
-        self.bos_id, self.eos_id = chat[bos], chat[eos]
-        self.stop_ids = (self.eos_id,)
+        self.bos_id, self.eos_id = chat[bos], chat["<|im_end|>"]
+        self.stop_ids = (self.eos_id, chat[eos])
         self._names = {i: name for name, i in self.special.items()}
 
     def encode(self, text: str) -> list[int]:

@@ -119,6 +119,8 @@ SMALL = {n: replace(TINY[n], packs=packs, tokens=tokens, crops=crops)
 STAGES = {("tiny", n): stage for n, stage in TINY.items()} | {("small", n): stage for n, stage in SMALL.items()} | {
     (preset, n): stage for preset in PRESETS if preset not in LIGHT for n, stage in RELEASED.items()} | {
     (preset, 2): replace(RELEASED[2], steps=22_000, packs=160) for preset in PRESETS if preset.startswith("molmopoint")} | {
+    ("molmopoint-gui-8b", 2): replace(RELEASED[2], steps=22_000, packs=160, image_crops=48),
+    ("molmopoint-gui-8b", 3): replace(RELEASED[3], image_crops=48)} | {
     ("molmopoint-vid-4b", n): replace(RELEASED[n], steps=steps, packs=64, rates={"video pointing": 1.0})
     for n, steps in ((2, 6_000), (3, 800))}
 
@@ -261,7 +263,8 @@ class Log:
             title = "log10 " if scale is not float else ""
             curves = {title + n: thinned([(line["step"], scale(line[n])) for line in self.lines if n in line]) for n in names}
             plot(sheet, x, width, height, curves)
-        sheet.save(self.folder / "curves.png")
+        sheet.save(self.folder / "curves.part", format="PNG")
+        (self.folder / "curves.part").replace(self.folder / "curves.png")
 
 
 def thinned(curve: list[tuple[float, float]], most: int = 240) -> list[tuple[float, float]]:
@@ -454,12 +457,16 @@ def prepare(args: argparse.Namespace, world: World):
         if model.config.llm.width != PRESETS[args.preset].llm.width:
             raise ValueError(f"--preset {args.preset} is for a language model of width {PRESETS[args.preset].llm.width}; "
                              f"the checkpoint's has {model.config.llm.width}")
-        if (args.points_as or model.config.points_as) != model.config.points_as:
-            raise ValueError(f"--points-as {args.points_as}: the checkpoint writes points as {model.config.points_as}")
+        has, wanted = model.config.points_as, args.points_as or model.config.points_as
+        if has != wanted and (state or "tokens" in (has, wanted)):  # only these have a pointing head
+            raise ValueError(f"--points-as {wanted}: the checkpoint writes points as {has}")
+        model.config = replace(model.config, points_as=wanted)
     else:
-        tokenizer = Tokenizer.load(HOME / "assets/tokenizer.json")
-        config = replace(PRESETS[args.preset], points_as=args.points_as or "tokens")
-        model = Molmo(config).initialize(args.seed)
+        tokenizer, config = Tokenizer.load(HOME / "assets/tokenizer.json"), PRESETS[args.preset]
+        if tokenizer.base_size != config.llm.vocabulary:
+            raise ValueError(f"--preset {args.preset} has a vocabulary of {config.llm.vocabulary} tokens, which comes with its "
+                             "released weights: give their folder, --init FOLDER")
+        model = Molmo(replace(config, points_as=args.points_as or config.points_as)).initialize(args.seed)
     if args.temporal and not state:
         temporal = replace(model.config.temporal, mode=args.temporal, missing=args.missing or model.config.temporal.missing)
         if args.temporal_init and temporal.mode == model.config.temporal.mode:

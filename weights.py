@@ -366,7 +366,7 @@ def _stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     named = named if isinstance(named, list) else [] if named is None else [named]
     if not all(isinstance(i, int) and 0 <= i < tokenizer.size for i in named):
         raise CheckpointError(f"{path}: eos_token_id {named!r} is not among the {tokenizer.size} tokens")
-    return tuple({tokenizer.eos_id, *named})
+    return tuple({*tokenizer.stop_ids, *named})
 
 
 def _released_tensors(folder: Path, model: Molmo, device, dtype) -> dict[str, torch.Tensor]:

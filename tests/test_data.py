@@ -149,6 +149,8 @@ def test_styles_that_are_not_for_chat_say_their_name():
     assert choice.startswith("multiple_choice: Which?") and "A. a\nB. b" in choice
     given = question(Annotation("track_from", "cup", [1], start=1.0, fps=1.0), record, RNG())
     assert '<points coords="1.0 1 200 100">cup</points> at 1 fps' in given
+    at_one = {question(Annotation(task, "cup", [1], fps=1.0), record, np.random.default_rng(i)) for task in ("track", "track_ends") for i in range(9)}
+    assert sum("1 fps" in text for text in at_one) == 2 and len(at_one) == 4, "where a rate can be named it is"
 
 
 def test_an_own_question_replaces_the_wordings():

@@ -210,6 +210,15 @@ def test_the_table(record):
     assert table["point_count"] == pytest.approx(0.5) and table["choice"] == 1
 
 
+@pytest.mark.parametrize("text, differs", [
+    ('There are 1 <point x="12.5" y="3.0" alt="cup">cup</point>.', False), ('There are 2 <points coords="1 1 500 500">cups</point>.', True),
+    ('There are 2 <points x1="1.0" y1="2.0" x2="3.0" y2="4.0" alt="cups">cups</points>.', True), ('<points coords="1 1 500 500">cups</points> One.', True)])
+def test_the_number_said_is_read_beside_the_tags(record, text, differs):
+    """In all forms of points what stands in the tag is not taken for the number that is said about them."""
+    said = Annotation("count_point", "cups", [0])
+    assert asked(record, said, text, at((0, 2, 5))).figures["number differs"] == differs
+
+
 def test_tracks_are_scored_at_whole_seconds(record):
     """P, R, F1 look at the frames of whole seconds only, HOTA at all that was asked for."""
     record = clip(5)

@@ -180,6 +180,14 @@ def test_several_images_are_labelled_and_patch_ids_go_on():
     assert both.sizes == [(256, 192), (300, 50)]
 
 
+def test_several_images_share_out_their_crops():
+    """One of several images is cut into eight crops at most, besides its whole; alone it may have all of them."""
+    image = noise(1500, 1500)
+    alone, several = preprocess.image_views([image], RELEASED), preprocess.image_views([image, noise(90, 90)], RELEASED)
+    assert RELEASED.max_crops > 8 and len(alone.crops) > 9
+    assert (several.patches[::729, 0] == 0).sum() in range(5, 10)
+
+
 def test_video_layout():
     """Frames are one crop and 3x3 windows each, between their times with one decimal and one space apart."""
     views = preprocess.video_views([noise(36, 64, n) for n in range(3)], [0, 0.4667, 12.04], RELEASED)

@@ -119,9 +119,11 @@ def test_temporal_modules_train_in_any_stage_and_stay(quick, tmp_path, capsys):
 
 
 def test_tags_train_frame_by_frame(quick, tmp_path):
-    """--points-as tags makes a model that writes percent, as VideoMolmo does."""
-    train.main(["--stage", "4", "--points-as", "tags", "--out", str(tmp_path / "run"), *quick])
-    assert weights.load(tmp_path / "run/checkpoint")[0].config.points_as == "tags"
+    """--points-as tags makes a model that writes percent, as VideoMolmo does; also of one that wrote coordinates as text,
+    which has the same parameters."""
+    train.main(["--stage", "2", "--points-as", "text", "--out", str(tmp_path / "text"), *quick])
+    train.main(["--stage", "4", "--points-as", "tags", "--init", str(tmp_path / "text/checkpoint"), "--out", str(tmp_path / "tags"), *quick])
+    assert weights.load(tmp_path / "tags/checkpoint")[0].config.points_as == "tags"
 
 
 @pytest.mark.parametrize("argv, said", [
@@ -131,6 +133,7 @@ def test_tags_train_frame_by_frame(quick, tmp_path):
     (["--stage", "1", "--steps", "0"], "0"),
     (["--stage", "2", "--init", "no/such/folder"], "no/such/folder"),
     (["--stage", "1", "--preset", "huge"], "huge"),
+    (["--stage", "1", "--preset", "molmo2-8b"], "--init FOLDER"),
     (["--stage", "1", "--device", "no-such-device"], "no-such-device"),
 ])
 def test_bad_commands_end_in_one_line(argv, said, tmp_path, capsys):
@@ -235,6 +238,8 @@ def test_stage_table_holds_the_papers_numbers():
     """Of SPEC section 6: steps, tokens, frames, learning rates; every preset has its three stages."""
     assert STAGES["molmopoint-8b", 2].steps == 22_000 and STAGES["molmopoint-8b", 2].packs == 160
     assert [STAGES["molmopoint-vid-4b", n].steps for n in (2, 3)] == [6_000, 800]
+    crops = {key: stage.image_crops for key, stage in STAGES.items() if key[0] not in ("tiny", "small")}
+    assert crops == {(preset, n): 48 if preset == "molmopoint-gui-8b" and n in (2, 3) else 8 for preset, n in crops}
     assert {key for key in STAGES} == {(preset, n) for preset in PRESETS for n in (1, 2, 3, 4)}
     for n, (steps, tokens, vit, connector, llm, warmup) in {1: (32_000, 2560, 6e-6, 2e-4, 2e-5, 2000), 2: (30_000, 16_384, 5e-6, 5e-6, 1e-5, 200),
                                                            3: (2_000, 36_864, 5e-6, 5e-6, 1e-5, 200)}.items():
