@@ -148,11 +148,11 @@ class Connector(nn.Module):
     def forward(self, windows: Tensor, valid: Tensor, past: Tensor | None = None, known: Tensor | None = None) -> Tensor:
         """windows (M, K, v), valid (M, K) -> visual tokens (M, d). Every window has at least one valid slot. With a
         temporal module also past (M, K, v), zeros in empty slots, and known (M,) bool, whether there is a past."""
-        more, mode = None, self.mode if past is not None else "none"  # text alone has no past
-        if mode == "add":
+        more = None
+        if self.mode == "add":
             windows = windows + past * known[:, None, None].to(past.dtype)
-        elif mode == "concat":
+        elif self.mode == "concat":
             more = past, valid & known[:, None]
-        elif mode == "attention":
+        elif self.mode == "attention":
             windows = torch.where(known[:, None, None], self.adapter(windows, past, valid), windows)
         return self.image_projector(self.image_pooling_2d(windows, valid, more))

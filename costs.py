@@ -17,6 +17,7 @@ import torch
 
 import data
 from model import PRESETS, Batch, Molmo, MolmoConfig
+from tokenizer import RESERVED
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def flops(config: MolmoConfig, work: Work) -> dict[str, float]:
         "vit": work.crops * S * (2 * patch + 4 * depth * S * v.width),
         "connector": work.windows * (2 * window + 4 * work.slots * c.width),
         "llm": 2 * token * work.tokens + 4 * t.layers * heads * work.pairs,
-        "head": 2 * work.scored * t.width * (t.vocabulary + (128 if pointing else 0)),
+        "head": 2 * work.scored * t.width * (t.vocabulary + RESERVED * pointing),
         "point": 2 * work.windows * t.width * config.point.width * pointing,
     }
 
@@ -146,7 +147,7 @@ def plan(config: MolmoConfig, stage, gpus: int, context: int, accumulate: int, s
 
 def print_plan(name: str, config: MolmoConfig, number: int, stage, gpus: int, context: int, accumulate: int, sharded: bool) -> None:
     p, G = plan(config, stage, gpus, context, accumulate, sharded), 2**30
-    print(f"{name}, stage {number}: {stage.steps:,} steps on {gpus} H100, {context} to a batch, {accumulate} parts a step")
+    print(f"{name}, stage {number}: {stage.steps:,} steps on {gpus} H100, {context} to a pack, {accumulate} parts a step")
     print(f"a step          {p['packs']:,} packs of {stage.tokens:,} tokens and {stage.crops} crops: {p['tokens']:,} tokens, {p['crops']:,} crops, "
           f"{p['flops']:.2e} FLOPs")
     print(f"memory per GPU  {p['memory'] / G:.1f} GiB of {MEMORY / G:.1f}: states {p['states'] / G:.1f}, gathered {p['gathered'] / G:.1f}, "

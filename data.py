@@ -35,7 +35,7 @@ import synthetic
 from attention import Ids, may_attend
 from connector import TemporalConfig
 from generate import Answer, Spelling
-from model import PRESETS, VISUAL_TOKENS, MolmoConfig
+from model import VISUAL_TOKENS, MolmoConfig
 from packing import Branch, Example, lay_out
 from pointing import (
     CLOSE_LIST,
@@ -408,6 +408,8 @@ def one_line(program: str):
         except BrokenPipeError:  # nobody reads on, as after `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise SystemExit(141) from None
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             if os.environ.get("MOLMO_TRACEBACK") == "1":
                 raise
@@ -424,12 +426,14 @@ COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#e3
 def check(path: str, tokenizer: Tokenizer, config: MolmoConfig, max_tokens: int, max_crops: int) -> int:
     """Reads every line with its pictures and makes an example of it; prints what is wrong with the bad ones, those too
     that no pack can hold, and a table. -> how many are bad."""
-    lines, tasks, totals, lengths, bad, cut = Lines(path), Counter(), Counter(), [], 0, 0
+    lines, tasks, totals, lengths, bad, cut, merged = Lines(path), Counter(), Counter(), [], 0, 0, 0
     for i in range(lines.size):
         try:
             record = lines.record(i, config.views)
             tree = example(record, tokenizer, config, np.random.default_rng(0))
             cut += len(tree.branches) - len(fitting(tree, max_tokens).branches)
+            merged += sum(len(pointed(record, said)) - int((one.points[:, 0] >= 0).sum())
+                          for said, one in zip(record.annotations, tree.branches) if len(one.points))
             if len(tree.crops) > max_crops:
                 raise ValueError(f"{path}:{lines.at[i][0]}: {len(tree.crops)} crops, there is room for {max_crops}")
         except ValueError as error:
@@ -441,7 +445,8 @@ def check(path: str, tokenizer: Tokenizer, config: MolmoConfig, max_tokens: int,
                        "points": sum(len(thing.points) for thing in record.objects.values()),
                        "masks": sum(len(thing.masks) for thing in record.objects.values())})
         lengths.append((tree.length, len(tree.crops)))
-    print(f"{lines.size} lines, {bad} bad" + (f"; {cut} annotations do not fit beside the others" if cut else ""))
+    print(f"{lines.size} lines, {bad} bad" + (f"; {cut} annotations do not fit beside the others" if cut else "")
+          + (f"; {merged} points lie in the same patch as another one and are taken for it" if merged else ""))
     for table in (totals, tasks):
         print("  " + ", ".join(f"{name} {n}" for name, n in table.most_common()))
     if lengths:
@@ -569,6 +574,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands.add_parser(name, help=text, description=text)
         for name in ("check", "show"):
             commands.choices[name].add_argument("file", metavar="FILE.jsonl")
+            commands.choices[name].add_argument("--checkpoint", default=HOME / "assets/tiny", help="the model whose crops and tokens these are")
         commands.choices["check"].add_argument("--max-tokens", type=number(int, 1, 10**6), default=1024, help="that a pack holds")
         commands.choices["check"].add_argument("--max-crops", type=number(int, 1, 10**6), default=20, help="that a pack holds")
         commands.choices["show"].add_argument("--n", type=number(int, 1, 10**6), default=8, help="so many of the first lines")
@@ -586,13 +592,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "corpus":
             print("\n".join(corpus(args.n, args.seed)))
             return 0
-        tokenizer, config = Tokenizer.load(HOME / "assets/tokenizer.json"), PRESETS["tiny"]
-        if args.command == "check":
-            return 2 if check(args.file, tokenizer, config, args.max_tokens, args.max_crops) else 0
         if args.command == "draw":
             print(f"wrote {write_set(args.set, args.out, args.n, args.seed, args.branches)}")
             return 0
-        lines = Lines(args.file)
+        from weights import load  # a later file
+        model, tokenizer = load(args.checkpoint)
+        if args.command == "check":
+            return 2 if check(args.file, tokenizer, model.config, args.max_tokens, args.max_crops) else 0
+        lines, config = Lines(args.file), model.config
         args.out.mkdir(parents=True, exist_ok=True)
         for i in range(min(args.n, lines.size)):
             record = lines.record(i, config.views)

@@ -213,7 +213,8 @@ class Loader:
                 packs.append(self.packer.take())
             if len(packs) == self.rows:
                 names = [tree.name for pack in packs for tree in pack]
-                yield collate(packs, self.weights, self.multiple), names, {"next": [after], "pool": self.packer.numbers + first[drawn:]}
+                batch = collate(packs, self.weights, self.multiple)
+                yield batch.pinned() if torch.cuda.is_available() else batch, names, {"next": [after], "pool": self.packer.numbers + first[drawn:]}
                 packs = []
 
 

@@ -510,7 +510,7 @@ def annotate_file(path: str, out: Path, segmenter: Callable[[np.ndarray, float, 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    import data  # a later room, for the manners of its commands
+    import data  # for the manners of its commands
     with data.one_line("masks.py"):
         parser = data.Parser(prog="masks.py", description="Turns masks into points.")
         command = parser.add_subparsers(dest="command", required=True, parser_class=data.Parser).add_parser("annotate")

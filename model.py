@@ -183,8 +183,11 @@ class Batch:
     frames: Tensor        # (N,) how many crops right before each show the same place earlier; -1 = an image
 
     def to(self, device) -> "Batch":
-        on_gpu = torch.device(device).type == "cuda"  # from pinned memory the copy does not keep the program waiting
-        return Batch(*((x.pin_memory() if on_gpu and not x.is_cuda else x).to(device, non_blocking=True) for x in (getattr(self, f.name) for f in fields(self))))
+        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+    def pinned(self) -> "Batch":
+        """In memory from which the copy to a GPU does not keep the program waiting."""
+        return Batch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -279,13 +279,14 @@ def shard(model: Molmo, world: World, device: str, recompute: bool = False) -> M
     if world.context > 1:
         model.context = Context(world.group)
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if torch.device(device).type == "cuda" else MixedPrecisionPolicy()
+    uncast = replace(half, cast_forward_inputs=False)  # the model's input is a Batch, whose loss weights stay float32
     for module in (*model.vit.blocks, model.vit, model.connector, *model.blocks, model):
         module.to(device, torch.promote_types(next(module.parameters()).dtype, torch.float32))  # one at a time, for memory
         if world.mesh is not None:
             for p in module.parameters():
                 if not isinstance(p, DTensor):
                     dist.broadcast(p.detach(), 0)
-            fully_shard(module, mesh=world.mesh, mp_policy=half)
+            fully_shard(module, mesh=world.mesh, mp_policy=uncast if module is model else half)
     register_fsdp_forward_method(model, "losses")
     return model
 

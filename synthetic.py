@@ -885,7 +885,7 @@ def _cups(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    import data  # a later room, for the manners of its commands
+    import data  # a later file, for the manners of its commands
     with data.one_line("synthetic.py"):
         parser = data.Parser(prog="synthetic.py", description="Worlds drawn by code, with their exact truth.")
         commands = parser.add_subparsers(required=True, metavar="show|cups", parser_class=data.Parser)

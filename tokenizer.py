@@ -224,6 +224,11 @@ class ReleasedTokenizer(Tokenizer):
         self.bos_id, self.eos_id = chat[bos], chat["<|im_end|>"]
         self.stop_ids = (self.eos_id, chat[eos])
         self._names = {i: name for name, i in self.special.items()}
+        self._made_of = settings, base_size, bos, eos
+
+    def __reduce__(self):
+        """Made anew where a worker process gets it by pickle: the library's own pickle would read special tokens out of text."""
+        return type(self), self._made_of, {"stop_ids": self.stop_ids}
 
     def encode(self, text: str) -> list[int]:
         return self.library.encode(utf8(text).decode("utf-8"), add_special_tokens=False).ids
@@ -313,7 +318,7 @@ def read_corpus(path: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; bad input ends in one line on standard error and status 2."""
-    import data  # a later room, for the manners of its commands
+    import data  # a later file, for the manners of its commands
     with data.one_line("tokenizer.py"):
         parser = data.Parser(prog="tokenizer.py", description="Train or look at a byte-level BPE tokenizer.")
         commands = parser.add_subparsers(dest="command", required=True, parser_class=data.Parser)

@@ -11,7 +11,8 @@
 
 Writes a run folder: metrics.jsonl (a line per step and per evaluation), curves.png, and a checkpoint for
 `infer.py --checkpoint` that also holds all that --resume needs: on the CPU a resumed run repeats the uninterrupted one
-bit for bit. SIGTERM and Ctrl-C finish the step, save and end with status 0.
+bit for bit. SIGTERM and Ctrl-C finish the step, save and end with status 0
+(torchrun itself ends with another, and kills what has not ended 30 s later: TORCH_ELASTIC_SHUTDOWN_TIMEOUT).
 """
 
 import argparse
@@ -25,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +133,8 @@ def parse(argv: list[str] | None):
     parser.add_argument("--preset", default="tiny", choices=sorted({name for name, _ in STAGES}))
     parser.add_argument("--points-as", choices=POINTS_AS, help="how a new model writes points (default: tokens)")
     parser.add_argument("--init", help="checkpoint of the stage before")
-    parser.add_argument("--data", help="a JSONL file of your own, in place of the stage's synthetic sets")
+    parser.add_argument("--data", nargs="+", metavar="FILE.jsonl",
+                        help="of your own, in place of the stage's synthetic sets; several in shares by the square roots of their lengths")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the run folder, if there is one")
     parser.add_argument("--freeze", choices=PARTS, action="append", default=[], help="a part that stays as it is")
     parser.add_argument("--temporal", choices=TEMPORAL, help="another temporal module (default: what the checkpoint has)")
@@ -341,6 +344,8 @@ class Run:
         state = {"step": np.array(step), "settings": np.array(json.dumps(self.settings)),
                  "loaders": np.array(json.dumps(self.world.collect(loader)[::self.world.context])),
                  "rng": np.stack(self.world.collect(torch.get_rng_state().numpy()))} | more
+        if torch.device(self.args.device).type == "cuda":  # there dropout draws
+            state["rng of the GPU"] = np.stack(self.world.collect(torch.cuda.get_rng_state().numpy()))
         whole, sharded = self.model, any(isinstance(p, DTensor) for p in names)
         if sharded:
             whole = parallel.whole(self.model, self.world)
@@ -361,7 +366,10 @@ def restore(module: nn.Module, optimisers: list[torch.optim.Optimizer], state: d
         i, parameter, key = name.split("/")
         p = parameters[parameter]
         optimisers[int(i)].state[p][key] = value if key == "step" or isinstance(value, DTensor) else parallel.placed(value, p)
-    torch.set_rng_state(torch.from_numpy(state["rng"][run.world.rank % len(state["rng"])]))
+    own = lambda name: torch.from_numpy(state[name][run.world.rank % len(state[name])])
+    torch.set_rng_state(own("rng"))
+    if torch.device(run.args.device).type == "cuda" and "rng of the GPU" in state:
+        torch.cuda.set_rng_state(own("rng of the GPU"))
     return int(state["step"])
 
 
@@ -370,7 +378,7 @@ def restore(module: nn.Module, optimisers: list[torch.optim.Optimizer], state: d
 
 
 def look(run: Run, state: dict[str, np.ndarray] | None):
-    """Where the papers load SigLIP 2, `tiny` trains its ViT alone at the beginning of a stage: a linear layer on the
+    """Where the papers load SigLIP 2, `tiny` and `small` train their ViT alone at the beginning of a stage: a linear layer on the
     features, thrown away afterwards, names for each patch the kind and colour of the thing at its middle, of which kind of
     thing it holds the point, and the background. Steps count up to 0, where the model takes over."""
     model, stage, args, world = run.model, run.stage, run.args, run.world
@@ -421,6 +429,7 @@ def main(argv: list[str] | None = None):
             args = parse(argv)
         if args.plan:
             stage = STAGES[args.preset, args.stage]
+            stage = replace(stage, steps=args.steps or stage.steps)
             parts = parts_of_a_step(args, stage, args.plan // args.context_parallel)
             return costs.print_plan(args.preset, PRESETS[args.preset], args.stage, stage, args.plan, args.context_parallel, parts,
                                     sharded=args.preset not in LIGHT)
@@ -444,6 +453,8 @@ def prepare(args: argparse.Namespace, world: World):
                          f"for {world.data_size} processes")
     if not args.temporal and (args.temporal_init or args.missing):
         raise ValueError("--temporal-init and --missing go with --temporal")
+    if args.points_as == "tags" and args.stage in (2, 3):
+        raise ValueError("--points-as tags: they mark points in one picture; stages 2 and 3 have videos and several images")
     seed, folder = args.stage + 100 * args.seed, run_folder(args)
     state = weights.load_training(folder / "checkpoint") if args.resume else None
     if not args.resume and (folder / "checkpoint").exists():
@@ -454,9 +465,13 @@ def prepare(args: argparse.Namespace, world: World):
         same_run(settings, json.loads(str(state["settings"])) if "loaders" in state else {}, folder)
     if args.init or state:
         model, tokenizer = weights.load(folder / "checkpoint" if state else args.init)
-        if model.config.llm.width != PRESETS[args.preset].llm.width:
-            raise ValueError(f"--preset {args.preset} is for a language model of width {PRESETS[args.preset].llm.width}; "
-                             f"the checkpoint's has {model.config.llm.width}")
+        shape, pointing = attrgetter("llm.width", "llm.layers", "llm.vocabulary"), model.config.points_as == "tokens"
+        (width, layers, rows), own = shape(PRESETS[args.preset]), shape(model.config)
+        if own != (width, layers, rows):
+            raise ValueError(f"--preset {args.preset} is for a language model of width {width}, {layers} layers and {rows} tokens; "
+                             f"the checkpoint's has {own[0]}, {own[1]} and {own[2]}")
+        if args.preset not in LIGHT and pointing != (PRESETS[args.preset].points_as == "tokens"):
+            raise ValueError(f"--preset {args.preset}: the checkpoint is of the other family, it writes points as {model.config.points_as}")
         has, wanted = model.config.points_as, args.points_as or model.config.points_as
         if has != wanted and (state or "tokens" in (has, wanted)):  # only these have a pointing head
             raise ValueError(f"--points-as {wanted}: the checkpoint writes points as {has}")
@@ -518,8 +533,8 @@ def same_run(settings: dict, before: dict, folder: Path):
 
 def make_loader(stage: Stage, seed: int, tokenizer: Tokenizer, config: MolmoConfig, args, world: World, accumulate: int) -> loading.Loader:
     if args.data:
-        lines = Lines(args.data)
-        sets, rates = {args.data: [loading.Moments(lines, seed) if args.stage == 4 else lines]}, {args.data: 1.0}
+        files = [Lines(path) for path in args.data]
+        sets, rates = {"own": [loading.Moments(lines, seed) for lines in files] if args.stage == 4 else files}, {"own": 1.0}
     else:
         sets, rates = loading.synthetic_sets(stage.rates, seed, stage.branches, stage.more), stage.rates
     mixture = loading.Mixture(sets, rates, seed, tokenizer, config, stage.tokens)
@@ -565,7 +580,8 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
         own = totals["loss"]
         totals = world.totals(totals)
         totals["loss"] /= world.size
-        norms = clip(parts, totals["loss"], step, lambda: world.names([] if math.isfinite(own) else [n for _, names in micro for n in names]))
+        with parallel.said_once():  # by all processes alike
+            norms = clip(parts, totals["loss"], step, lambda: world.names([] if math.isfinite(own) else [n for _, names in micro for n in names]))
         update(optimisers, learning_rates(stage, step))
 
         # report
@@ -597,7 +613,7 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
 
 def has_bfloat16(device: str) -> bool:
     """Compute in bfloat16 where that is fast (parameters stay float32)."""
-    return torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 if __name__ == "__main__":

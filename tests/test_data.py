@@ -465,7 +465,13 @@ def test_check_names_bad_lines_and_counts(tmp_path, capsys):
     assert good.startswith("3 lines, 0 bad") and "image 3" in good and "tokens" in good
     assert data.main(["check", str(path), "--max-crops", "1"]) == 2 and "crops, there is room for 1" in capsys.readouterr().out
     data.main(["check", str(path), "--max-tokens", "200"])
-    assert "do not fit beside the others" in capsys.readouterr().out
+    assert "do not fit beside the others" in capsys.readouterr().out and "same patch" not in good
+    with pytest.raises(SystemExit):
+        data.main(["check", str(path), "--checkpoint", "nowhere"])
+    assert "nowhere: not a checkpoint folder" in capsys.readouterr().err
+    close = {"images": ["image-points-0-1.png"], "annotations": [{"task": "point", "label": "dots", "points": [{"x": 30, "y": 30}, {"x": 31, "y": 30}]}]}
+    (tmp_path / "close.jsonl").write_text(json.dumps(close))
+    assert data.main(["check", str(tmp_path / "close.jsonl")]) == 0 and "; 1 points lie in the same patch as another" in capsys.readouterr().out
     path.write_text(path.read_text() + '{"images": ["gone.png"], "annotations": [{"task": "caption", "answer": "a"}]}\n{\n')
     assert data.main(["check", str(path)]) == 2
     out = capsys.readouterr().out
@@ -568,6 +574,14 @@ def test_tags_are_for_one_picture():
     record = next(evaluate.fresh("clips", 1, VIEWS))
     with pytest.raises(ValueError, match="ask frame by frame"):
         data.example(record, TOKENIZER, replace(PRESETS["tiny"], points_as="tags"), np.random.default_rng(0))
+
+
+def test_ctrl_c_ends_a_command_without_a_word(capsys):
+    """As every other ending, it shows no traceback; the status is a shell's for it."""
+    with pytest.raises(SystemExit) as end:
+        with data.one_line("x"):
+            raise KeyboardInterrupt
+    assert end.value.code == 130 and capsys.readouterr() == ("", "")
 
 
 def test_a_reader_that_goes_away_is_no_error():

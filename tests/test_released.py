@@ -1,6 +1,7 @@
 """The released layout without the `transformers` library: round trips, what it refuses, and MolmoPoint's two ways."""
 
 import json
+import pickle
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -238,6 +239,9 @@ def test_a_tokenizer_with_all_that_real_ones_hold(folder, tiny):
     path = folder / "again.json"
     tokenizer.save(path)
     assert json.loads(path.read_text()) == settings  # as it came
+    other = pickle.loads(pickle.dumps(tokenizer))  # as a worker process may get it
+    assert other.encode("<|im_end|><im_patch>") == tokenizer.encode("<|im_end|><im_patch>")
+    assert (other.stop_ids, other.eos_id, other.special) == (tokenizer.stop_ids, tokenizer.eos_id, tokenizer.special)
 
 
 @pytest.mark.parametrize("package", ["safetensors", "tokenizers"])

@@ -134,6 +134,7 @@ def test_tags_train_frame_by_frame(quick, tmp_path):
     (["--stage", "2", "--init", "no/such/folder"], "no/such/folder"),
     (["--stage", "1", "--preset", "huge"], "huge"),
     (["--stage", "1", "--preset", "molmo2-8b"], "--init FOLDER"),
+    (["--stage", "2", "--points-as", "tags"], "they mark points in one picture"),
     (["--stage", "1", "--device", "no-such-device"], "no-such-device"),
 ])
 def test_bad_commands_end_in_one_line(argv, said, tmp_path, capsys):
@@ -158,7 +159,8 @@ def test_another_run_is_not_taken_for_this_one(quick, tmp_path, capsys):
                         ([*run, "--resume", "--freeze", "vit", "--preset", "small"], "has preset tiny, not small"),
                         ([*run, "--resume"], "has freeze ['vit'], not []"),
                         ([*other, *init, "--points-as", "text"], "the checkpoint writes points as tokens"),
-                        ([*other, *init, "--preset", "small"], "--preset small is for a language model of width 512")):
+                        ([*other, *init, "--preset", "small"], "--preset small is for a language model of width 512, 12 layers"),
+                        ([*other, *init, "--preset", "molmo2-4b"], "--preset molmo2-4b is for a language model of width 2560")):
         with pytest.raises(SystemExit) as end:
             train.main([*words, *quick])
         assert end.value.code == 2 and said in capsys.readouterr().err
@@ -223,11 +225,11 @@ def test_the_loss_does_not_depend_on_how_a_step_is_cut(quick, form, tmp_path):
     assert runs[0][0][0]["norms"] == pytest.approx(runs[1][0][0]["norms"], rel=1e-4)
 
 
-def test_own_points_are_learned_from_a_file(quick, tmp_path, capsys):
-    """--data trains on a JSONL file in place of the stage's sets, epoch after epoch; a bad line is named and left out."""
-    path = data.write_set("image points", tmp_path, 5, 0, 2)
+def test_own_points_are_learned_from_files(quick, tmp_path, capsys):
+    """--data trains on JSONL files in place of the stage's sets, epoch after epoch; a bad line is named and left out."""
+    path, more = (data.write_set(name, tmp_path, 5, 0, 2) for name in ("image points", "video points"))
     path.write_text(path.read_text() + "{\n")
-    train.main(["--stage", "2", "--data", str(path), "--out", str(tmp_path / "run"), *quick])
+    train.main(["--stage", "2", "--data", str(path), str(more), "--out", str(tmp_path / "run"), *quick])
     lines = lines_of(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2] and all("loss" in line for line in lines)
     assert f"warning: left out: {path}:6: " in capsys.readouterr().err
