@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+import screens
 import synthetic
 from data import CATEGORIES, HISTORY, draw, example, fitting, scene_record, views_of
 from model import Batch, MolmoConfig
@@ -287,32 +288,39 @@ def leave_signals(worker: int):
 # Labels for every patch
 
 
-PATCH_CLASSES = (1 + len(synthetic.KINDS), 1 + len(synthetic.COLORS), 1 + len(synthetic.KINDS), len(synthetic.BACKGROUNDS))
+ELEMENTS = [(sort, word) for sort, words in screens.USES.items() for word in words]  # of screens: "the Save button"
+PATCH_CLASSES = (1 + len(synthetic.KINDS), 1 + len(synthetic.COLORS), 1 + len(synthetic.KINDS), 1 + len(ELEMENTS), len(synthetic.BACKGROUNDS))
+UNKNOWN = -100  # what cross entropy leaves out
 
 
 @dataclass
 class PatchSet(Dataset):
     """Crops with a label for every patch, to teach a ViT to see before it has anyone to tell. Item i -> crops
-    (N, S, 3P²) and labels (N, S, 4) in PATCH_CLASSES: kind and colour of the thing at the middle of the patch, the kind of the
-    thing whose point lies in it (0 = none), and the background. Every `clips`-th item is a frame of a clip."""
+    (N, S, 3P²) and labels (N, S, 5) in PATCH_CLASSES: kind and colour of the thing at the middle of the patch, the kind of the
+    thing whose point lies in it, the element of a screen at its middle (0 = none), and the background. Item by item `sights`
+    in turn: "stills", "screens", or a frame of "clips" or "tracks"."""
 
     seed: int
     config: MolmoConfig
-    clips: int = 3
+    sights: Sequence[str]
 
     def __len__(self) -> int:
         return 1 << 40
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if index % self.clips == self.clips - 1:
-            world = synthetic.world(self.seed, index)
+        name = self.sights[index % len(self.sights)]
+        if name in FILMED:
+            world = FILMED[name](self.seed, index)
             scene = world.film(np.random.default_rng([self.seed, index, 1]).uniform(0, world.seconds, 1))
         else:
-            scene = synthetic.still(self.seed, index)
+            scene = (screens.screen if name == "screens" else synthetic.still)(self.seed, index)
         views = views_of(scene_record(scene, []), self.config.views)
         labels = patch_labels(scene, views.patches).reshape(*views.crops.shape[:2], -1)
-        skipped = 0 if scene.is_video else 1  # the global crop of a still: the others show the same, larger
+        skipped = 0 if scene.is_video else 1  # the global crop of an image: the others show the same, larger
         return torch.from_numpy(views.crops[skipped:]), torch.from_numpy(labels[skipped:])
+
+
+FILMED = {"clips": synthetic.world, "tracks": synthetic.crowd}
 
 
 def collate_patches(items: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -321,14 +329,17 @@ def collate_patches(items: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple
 
 
 def patch_labels(scene: Scene, patches: np.ndarray) -> np.ndarray:
-    """The labels of `PatchSet` for patches (N*S, 5) of a scene with one picture: (N*S, 4)."""
+    """The labels of `PatchSet` for patches (N*S, 5) of a scene with one picture: (N*S, 5)."""
     _, left, top, width, height = patches.T
     rows, columns = (top + height / 2).astype(int), (left + width / 2).astype(int)
-    names = [(1 + synthetic.KINDS.index(thing.kind), 1 + list(synthetic.COLORS).index(thing.color))
-             for thing in scene.things]
-    labels = np.zeros((len(patches), 4), int)
-    labels[:, 3] = synthetic.BACKGROUNDS.index(scene.background)
-    for name, mask, (x, y) in zip(names, scene.masks[0], scene.points[0]):
-        labels[mask[rows, columns], :2] = name
-        labels[(left <= x) & (x < left + width) & (top <= y) & (y < top + height), 2] = name[0]
+    labels = np.zeros((len(patches), 5), int)
+    labels[:, 4] = synthetic.BACKGROUNDS.index(scene.background) if scene.background in synthetic.BACKGROUNDS else UNKNOWN
+    for thing, mask, (x, y) in zip(scene.things, scene.masks[0], scene.points[0]):
+        here = mask[rows, columns]
+        if isinstance(thing, screens.Element):
+            labels[here, 3] = 1 + ELEMENTS.index((thing.sort, thing.word))
+            continue
+        kind = 1 + synthetic.KINDS.index(thing.kind)
+        labels[here, :2] = kind, 1 + list(synthetic.COLORS).index(thing.color)
+        labels[(left <= x) & (x < left + width) & (top <= y) & (y < top + height), 2] = kind
     return labels

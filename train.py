@@ -78,7 +78,7 @@ class Stage:
     warmup: dict[str, int]       # steps, per part
     watch: tuple[str, ...] = ()  # sets of the small evaluations
     look: int = 0                # steps that teach the ViT alone to see, before the whole model trains
-    clips: int = 2               # one in so many pictures of these is a frame of a clip
+    sights: tuple[str, ...] = ("stills", "clips", "screens", "stills", "tracks")  # what it sees there, in turn (loading.PatchSet)
     pool: int = 48               # examples that wait to be packed
     branches: int = 10           # questions about a synthetic record
     more: dict[str, float] = field(default_factory=dict)  # ways of asking that are more or less frequent than in the synthetic mixtures
@@ -103,7 +103,7 @@ RELEASED = {
 }
 TINY = {
     1: Stage(1050, 2, 1024, 20, 16, {"stills": 95, "text": 5}, "uniform", each(2e-4, 2e-3, 2e-3, 2e-3), each(20, 20, 20, 20),
-             ("stills",), look=1400, clips=3, more={"none": 0.4}),
+             ("stills",), look=1400, sights=("stills", "stills", "clips"), more={"none": 0.4}),
     2: Stage(33_000, 2, 1024, 20, 16, {"image points": 24, "multi-image points": 7, "screens": 12, "video points": 20, "tracks": 15,
                                        "captions": 8, "image qa": 6, "video qa": 5, "text": 3}, "uniform",
              each(4e-4, 1.5e-3, 1.5e-3, 1.5e-3), each(20, 20, 20, 20), ("stills", "clips", "screens", "tracks"), look=4500,
@@ -261,7 +261,7 @@ class Log:
             return
         width, height = 480, 320
         sheet = Image.new("RGB", (2 * width, height), "white")
-        shares = ["named"] + sorted({k for line in self.lines for k in line if k.endswith((" f1", " hota"))})
+        shares = ["named", "read"] + sorted({k for line in self.lines for k in line if k.endswith((" f1", " hota"))})
         for x, names, scale in ((0, ["naming", "loss", *LOSSES], lambda v: math.log10(max(v, 1e-3))), (width, shares, float)):
             title = "log10 " if scale is not float else ""
             curves = {title + n: thinned([(line["step"], scale(line[n])) for line in self.lines if n in line]) for n in names}
@@ -380,7 +380,7 @@ def restore(module: nn.Module, optimisers: list[torch.optim.Optimizer], state: d
 def look(run: Run, state: dict[str, np.ndarray] | None):
     """Where the papers load SigLIP 2, `tiny` and `small` train their ViT alone at the beginning of a stage: a linear layer on the
     features, thrown away afterwards, names for each patch the kind and colour of the thing at its middle, of which kind of
-    thing it holds the point, and the background. Steps count up to 0, where the model takes over."""
+    thing it holds the point, the element of a screen, and the background. Steps count up to 0, where the model takes over."""
     model, stage, args, world = run.model, run.stage, run.args, run.world
     names = nn.Linear(model.config.vit.feature_width, sum(loading.PATCH_CLASSES), device=args.device)
     nn.init.zeros_(names.weight), nn.init.zeros_(names.bias)
@@ -391,7 +391,7 @@ def look(run: Run, state: dict[str, np.ndarray] | None):
         first = restore(seeing, optimisers, state, run)
     each = -(-LOOK_BATCH // world.size)  # scenes a step of every process: rounded up
     numbers = range((first + stage.look) * each * world.size, stage.look * each * world.size)[world.rank::world.size]
-    scenes = DataLoader(loading.PatchSet(run.settings["seed"], model.config, stage.clips), each, sampler=numbers,
+    scenes = DataLoader(loading.PatchSet(run.settings["seed"], model.config, stage.sights), each, sampler=numbers,
                         collate_fn=loading.collate_patches, num_workers=args.workers, worker_init_fn=loading.leave_signals,
                         generator=torch.Generator())
     bar = tqdm(scenes, initial=first + stage.look, total=stage.look, desc="the ViT alone", dynamic_ncols=True, disable=run.log.silent)
@@ -400,15 +400,17 @@ def look(run: Run, state: dict[str, np.ndarray] | None):
         truth = labels.to(args.device).flatten(0, 1)
         named = scores.split(loading.PATCH_CLASSES, dim=-1)
         loss = sum(F.cross_entropy(s, t, reduction="sum") for s, t in zip(named, truth.T))
-        right, shown = torch.stack([s.argmax(-1) for s in named], dim=-1) == truth, truth[:, 0] > 0
-        totals = world.totals({"naming": loss.item(), "patches": len(truth), "named": right[shown, 0].sum().item(),
-                               "shown": shown.sum().item(), "background": right[:, -1].sum().item()})
+        right = torch.stack([s.argmax(-1) for s in named], dim=-1) == truth
+        asked = {"named": (truth[:, 0] > 0, 0), "read": (truth[:, 3] > 0, 3), "background": (truth[:, 4] >= 0, 4)}
+        totals = world.totals({"naming": loss.item(), "patches": len(truth)}
+                              | {name: right[there, column].sum().item() for name, (there, column) in asked.items()}
+                              | {f"all {name}": there.sum().item() for name, (there, _) in asked.items()})
         (loss / totals["patches"] * world.size).backward()
         parallel.average(seeing, world)
         clip(parts, totals["naming"], step)
         update(optimisers, dict.fromkeys(PARTS, schedule(LOOK_LR, LOOK_WARMUP, step + stage.look, stage.look)))
-        line = {"naming": totals["naming"] / totals["patches"], "named": totals["named"] / max(totals["shown"], 1),
-                "background": totals["background"] / totals["patches"]}
+        line = {"naming": totals["naming"] / totals["patches"]} | {name: totals[name] / totals[f"all {name}"]
+                                                                  for name in asked if totals[f"all {name}"]}
         run.log.write(step=step, **line)
         bar.set_postfix(line)
         stop = world.any(bool(run.asked))

@@ -17,6 +17,7 @@ from PIL import Image
 import data
 import evaluate
 import loading
+import screens
 import synthetic
 from connector import ConnectorConfig
 from data import branch, draw, example, pointed, question
@@ -300,7 +301,7 @@ CONFIG = replace(
 
 def test_patches_are_labelled_with_what_they_show():
     """A vivid patch is labelled with the colour that its middle shows, and fewer patches hold a point than show a thing."""
-    examples = loading.PatchSet(7, PRESETS["tiny"])
+    examples = loading.PatchSet(7, PRESETS["tiny"], ("stills", "stills", "clips"))
     crops, labels = loading.collate_patches([examples[i] for i in range(9)])  # three of them are frames of clips
     assert crops.shape[:2] == labels.shape[:2] and crops.dtype == torch.uint8
     assert all(labels[..., i].min() == 0 and labels[..., i].max() < n for i, n in enumerate(loading.PATCH_CLASSES))
@@ -319,14 +320,29 @@ def test_points_lie_in_labelled_patches():
     scene = synthetic.still(7, 0)
     views = data.views_of(data.scene_record(scene, []), CONFIG.views)
     labels = loading.patch_labels(scene, views.patches)
-    assert {synthetic.BACKGROUNDS[label] for label in labels[:, 3]} == {scene.background}
-    for (_, left, top, width, height), (kind, _, pointed, _) in zip(views.patches, labels):
+    assert {synthetic.BACKGROUNDS[label] for label in labels[:, 4]} == {scene.background} and not labels[:, 3].any()
+    for (_, left, top, width, height), (kind, _, pointed, *_) in zip(views.patches, labels):
         inside = [1 + synthetic.KINDS.index(thing.kind) for thing, (x, y) in zip(scene.things, scene.points[0])
                   if left <= x < left + width and top <= y < top + height]
         assert pointed == (inside[-1] if inside else 0)
         x, y = left + width / 2, top + height / 2
         owner = scene.masks[0, :, int(y), int(x)].nonzero()[0]
         assert kind == (1 + synthetic.KINDS.index(scene.things[owner[0]].kind) if len(owner) else 0)
+
+
+def test_patches_of_screens_are_labelled_with_their_elements():
+    """What a screen shows at the middle of a patch, by its name; no background is asked for there, and only there."""
+    scene = screens.screen(7, 0)
+    views = data.views_of(data.scene_record(scene, []), CONFIG.views)
+    labels = loading.patch_labels(scene, views.patches)
+    assert not labels[:, :3].any() and (labels[:, 4] == loading.UNKNOWN).all() and len(loading.ELEMENTS) == loading.PATCH_CLASSES[3] - 1
+    for (_, left, top, width, height), label in zip(views.patches, labels[:, 3]):
+        owner = scene.masks[0, :, int(top + height / 2), int(left + width / 2)].nonzero()[0]
+        element = scene.things[owner[0]] if len(owner) else None
+        assert label == (1 + loading.ELEMENTS.index((element.sort, element.word)) if element else 0)
+    seen = loading.PatchSet(7, PRESETS["tiny"], ("stills", "clips", "screens", "tracks"))
+    shown = [tuple((seen[i][1][..., column] > 0).any().item() for column in (0, 3)) for i in range(4)]
+    assert shown == [(True, False), (True, False), (False, True), (True, False)]
 
 
 # ---- mixture and loader --------------------------------------------------------------------------------------------------
