@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+import questions
 import screens
 import synthetic
 from attention import Ids, may_attend
@@ -50,8 +51,9 @@ from pointing import (
     write_text,
 )
 from preprocess import ViewConfig, Views, image_views, no_views, video_views, write_video
+from questions import Query
 from records import DEFAULT_FPS, TASKS, TRACKS, Annotation, Lines, Object, Record, Runs, dump
-from synthetic import Query, Scene
+from synthetic import Scene
 from tokenizer import Tokenizer
 
 HOME = Path(__file__).resolve().parent
@@ -276,8 +278,8 @@ def album(seed: int, index: int, rng: np.random.Generator, branches: int, masks:
     """Two or three stills; what is asked for may be in any of them."""
     scenes = [synthetic.still(seed, 4 * index + i) for i in range(rng.integers(2, 4))]
     together = replace(scenes[0], things=[thing for scene in scenes for thing in scene.things])
-    shares = {key: share for key, share in synthetic.POINTING.items() if key[1] not in ("size", "position")}
-    asked = synthetic.queries(together, rng, branches, mixture=shares)
+    shares = {key: share for key, share in questions.POINTING.items() if key[1] not in ("size", "position")}
+    asked = questions.queries(together, rng, branches, mixture=shares)
     parts, objects = [scene_record(scene, [], masks) for scene in scenes], {}
     for number, part in enumerate(parts):
         for thing in part.objects.values():
@@ -293,8 +295,8 @@ def glimpse(seed: int, index: int, rng: np.random.Generator, branches: int, mask
     last = rng.uniform(0, made.seconds)
     times = last - np.arange(HISTORY + 1)[::-1] / rng.choice([4.0, 8.0, 16.0])
     scene = made.film(times[times >= 0] if last > 0 else times[-1:])
-    asked = synthetic.queries(scene, rng, 2, more, synthetic.MOVING)  # where it can be said clearly
-    asked += synthetic.queries(scene, rng, branches - len(asked), more, synthetic.POINTING)
+    asked = questions.queries(scene, rng, 2, more, questions.MOVING)  # where it can be said clearly
+    asked += questions.queries(scene, rng, branches - len(asked), more, questions.POINTING)
     return scene_record(scene, asked, masks, f"moments-{index}").moment(len(scene.times) - 1, HISTORY)
 
 
@@ -309,13 +311,13 @@ def dialogue(record: Record, rng: np.random.Generator) -> None:
 
 # Set -> how its scenes are made and what is asked about them; "stills" and "clips" are a bit of everything.
 SCENES = {
-    "stills": (synthetic.still, synthetic.MIXTURE), "clips": (synthetic.clip, synthetic.MIXTURE),
-    "image captions": (synthetic.still, synthetic.CAPTIONS), "video captions": (synthetic.clip, synthetic.CAPTIONS),
-    "image qa": (synthetic.still, synthetic.ANSWERS), "video qa": (synthetic.clip, synthetic.ANSWERS),
-    "image points": (synthetic.still, synthetic.POINTING), "video points": (synthetic.clip, synthetic.POINTING),
-    "arrivals": (synthetic.arrivals, synthetic.POINTING),
-    "tracks": (synthetic.tracks, synthetic.TRACKING), "long points": (synthetic.long_clip, synthetic.POINTING),
-    "long tracks": (synthetic.long_tracks, synthetic.TRACKING),
+    "stills": (synthetic.still, questions.MIXTURE), "clips": (synthetic.clip, questions.MIXTURE),
+    "image captions": (synthetic.still, questions.CAPTIONS), "video captions": (synthetic.clip, questions.CAPTIONS),
+    "image qa": (synthetic.still, questions.ANSWERS), "video qa": (synthetic.clip, questions.ANSWERS),
+    "image points": (synthetic.still, questions.POINTING), "video points": (synthetic.clip, questions.POINTING),
+    "arrivals": (synthetic.arrivals, questions.POINTING),
+    "tracks": (synthetic.tracks, questions.TRACKING), "long points": (synthetic.long_clip, questions.POINTING),
+    "long tracks": (synthetic.long_tracks, questions.TRACKING),
 }
 SETS = (*SCENES, "multi-image points", "screens", "text", "moments")
 
@@ -328,13 +330,13 @@ RATES = {"captions": 13.6, "image qa": 22.7, "video qa": 18.2, "image pointing":
 
 
 def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, more: dict[str, float] = {}) -> Record:
-    """Record `index` of a synthetic set, a pure function of the arguments; `more` as in `synthetic.queries`, for moments and
+    """Record `index` of a synthetic set, a pure function of the arguments; `more` as in `questions.queries`, for moments and
     the sets of SCENES."""
     rng, title = np.random.default_rng([seed, index, 6]), f"{name}-{index}"
     if name == "multi-image points":
         return album(seed, index, rng, branches, masks)
     if name == "text":
-        asked = {query.question: query for query in (synthetic.words(rng) for _ in range(branches))}
+        asked = {query.question: query for query in (questions.words(rng) for _ in range(branches))}
         return Record(title, [], None, {}, [annotated(query) for query in asked.values()])
     if name == "screens":
         scene = screens.screen(seed, index, float(rng.choice([1.0, 1.5, 2.0], p=[0.7, 0.2, 0.1])))
@@ -344,8 +346,8 @@ def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, m
     make, shares = SCENES[name]
     scene, text, heard = make(seed, index), "", []
     if name == "video qa" and rng.random() < 0.3:
-        text, heard = synthetic.subtitles(scene, rng)
-    asked = synthetic.queries(scene, rng, branches, more, shares)
+        text, heard = questions.subtitles(scene, rng)
+    asked = questions.queries(scene, rng, branches, more, shares)
     record = scene_record(scene, (heard + asked)[:max(branches, len(heard))], masks, title)
     record.subtitles = text
     for said in record.annotations:

@@ -28,7 +28,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-import synthetic
+import questions
 from preprocess import ViewConfig, displayed_at, read_image, read_video, sample_times
 
 T = TypeVar("T")
@@ -173,8 +173,8 @@ class Task(NamedTuple):
 OPTIONS = ("{question}\n{options}\nAnswer with the letter.", "{question}\n{options}\nWhich option is right?",
            "{question} Choose one:\n{options}")
 TASKS = {
-    "point": Task("label objects", synthetic.POINT, "{}"),
-    "point_count": Task("label objects", synthetic.COUNT, "Counting the {} shows a total of {n}."),
+    "point": Task("label objects", questions.POINT, "{}"),
+    "point_count": Task("label objects", questions.COUNT, "Counting the {} shows a total of {n}."),
     "count_point": Task("label objects", ("How many {label} are there? Point to them.",
                                           "Count the {label}, then point to them."), "There are {n} {}."),
     "count": Task("label", ("How many {label} are there?", "Count the {label}."), "{n}", "only_count"),
@@ -185,7 +185,7 @@ TASKS = {
                        "video_point_ground_start_end"),
     "track_from": Task("label objects", ("Track {given} at {fps} fps.", "Follow {given} at {fps} fps."), "{}",
                        "video_single_point_track_per_frame"),
-    "caption": Task("answer", synthetic.CAPTION),
+    "caption": Task("answer", questions.CAPTION),
     "transcript": Task("answer", ("Describe this {medium} as if you were talking to somebody.",
                                   "What would somebody say who looks at this {medium}?")),
     "qa": Task("question answer", ("{question}",)),

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from synthetic import Query, Scene
+from questions import Query
+from synthetic import Scene
 
 CLICK_VISIBLE = 0.7  # of its box: what an element must show to be asked for
 

@@ -1,0 +1,296 @@
+"""What can be asked about a drawn scene, with answers that are true because the scene's truth is exact.
+
+    scene --_query, a mixture of ways to ask--> Query: the question, and the things it means or an answer in words
+
+A label is a noun phrase ("red cups", "leftmost star"); the things it means are found in the scene's list, never in its
+pixels. Some of the questions are about what is not there. Everything is a pure function of a scene and a generator.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from synthetic import COLORS, KINDS, PLURALS, Scene
+
+# {is} agrees with the label. Labels are plural, except those that name one thing ("largest cup", "leftmost star").
+POINT = ("Point to the {label}.", "point to the {label}", "Where {is} the {label}?", "Show me the {label}.",
+         "Find the {label}.", "Mark the {label}.", "Can you point at the {label}?")
+COUNT = ("How many {label} are there?", "Count the {label}.", "how many {label}",
+         "How many {label} are in this {medium}?", "What is the number of {label}?")
+CAPTION = ("Describe this {medium}.", "What is in this {medium}?", "Write a caption for this {medium}.")
+LARGEST, SMALLEST = ("largest", "biggest"), ("smallest",)
+SIDES = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "bottommost": (1, -1)}  # axis, sign: least first
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+           "eleven")
+
+
+@dataclass
+class Query:
+    task: str           # "point", "point_count", "count", "count_point", "track", "track_ends", "track_from": the points are
+    #                     the answer; "caption", "transcript", "qa", "choice": words are
+    question: str       # what the user says; "" leaves the wording to whoever asks
+    label: str          # where points are asked for: the noun phrase, "red cups"; else ""
+    targets: list[int]  # indices of the things meant; [] if there is none ("There are none.")
+    answer: str         # in words; "" where points are the answer
+    about: str          # how the targets were picked: "kind", "color", "color+kind", "all", "size", "position", "motion",
+    #                     "none"; for words: "caption", "color-of", "kind-of", "exists", "colors", "subtitle", "words"
+    choices: list[str] = field(default_factory=list)  # "choice": what to choose from
+
+
+def _article(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def _medium(scene: Scene) -> str:
+    return "video" if scene.is_video else "image"
+
+
+def describe(scene: Scene) -> str:
+    """The caption: types by falling number, then by name. "Two blue balls, a red cup and a green star on a ..." """
+    counts = Counter((thing.color, thing.kind) for thing in scene.things)
+    parts = [_article(f"{color} {kind}") if n == 1 else f"{NUMBERS[n]} {color} {PLURALS[kind]}"
+             for (color, kind), n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+    listed = " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)
+    return f"{listed[0].upper()}{listed[1:]} on {_article(scene.background)} background."
+
+
+def talk(scene: Scene, rng: np.random.Generator) -> str:
+    """What somebody might say who looks at the scene: the caption's facts, spoken."""
+    said = [str(rng.choice(["So", "Okay, so", "Well,"])) + f" this {_medium(scene)} has {_article(scene.background)} background."]
+    counts = Counter((thing.color, thing.kind) for thing in scene.things)
+    for (color, kind), n in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        name = _article(f"{color} {kind}") if n == 1 else f"{NUMBERS[n]} {color} {PLURALS[kind]}"
+        said.append(str(rng.choice(["I see", "There is, uh,", "And then", "Um, I can see"])) + f" {name}.")
+    return " ".join([*said, str(rng.choice(["And that's it.", "That is all I see."]))])
+
+
+def _match(scene: Scene, kind: str = "", color: str = "") -> list[int]:
+    """Things of this kind and colour; "" matches all."""
+    return [i for i, thing in enumerate(scene.things) if kind in ("", thing.kind) and color in ("", thing.color)]
+
+
+def _plural(kind: str = "", color: str = "") -> str:
+    return f"{color} {PLURALS.get(kind, 'things')}".strip()
+
+
+def _absent(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """A (kind, colour) that is not in the scene, but nearly: mostly the right kind in a wrong colour. The colour may
+    be "": a kind that is not there at all."""
+    thing, near = scene.things[rng.integers(len(scene.things))], rng.random()
+    missing = [kind for kind in KINDS if not _match(scene, kind)]
+    if near < 0.55:
+        others = [(thing.kind, color) for color in COLORS if not _match(scene, thing.kind, color)]
+    elif near < 0.8:
+        others = [(kind, thing.color) for kind in KINDS if not _match(scene, kind, thing.color)]
+    else:
+        others = [(kind, "") for kind in missing]
+    return others[rng.integers(len(others))]
+
+
+def _pick(scene: Scene, rng: np.random.Generator, about: str) -> tuple[str, list[int]]:
+    """Label and targets by kind, colour or both of a random thing of the scene, or of all or of none."""
+    thing = scene.things[rng.integers(len(scene.things))]
+    kind, color = {"kind": (thing.kind, ""), "color": ("", thing.color), "color+kind": (thing.kind, thing.color),
+                   "all": ("", ""), "none": ("", "")}[about]
+    if about == "none":
+        kind, color = _absent(scene, rng)
+    return _plural(kind, color), _match(scene, kind, color)
+
+
+def _ask(scene: Scene, rng: np.random.Generator, task: str, about: str, label: str, targets: list[int]) -> Query:
+    if task not in ("point", "point_count"):
+        return Query(task, "", label, targets, "", about)
+    template = str(rng.choice(POINT if task == "point" else COUNT))
+    verb = "is" if about in ("size", "position", "motion") else "are"
+    question = template.format(label=label, medium=_medium(scene), **{"is": verb})
+    return Query(task, question, label, targets, "", about)
+
+
+def _outermost(scene: Scene, group: list[int], side: str) -> int | None:
+    """The thing of the group that lies farthest to a side, if it leads by 12% of the picture; else None."""
+    axis, sign = SIDES[side]
+    order = sorted(group, key=lambda i: sign * scene.points[0, i, axis])
+    lead = sign * (scene.points[0, order[1], axis] - scene.points[0, order[0], axis]) if len(order) > 1 else 0
+    return order[0] if lead >= 0.12 * scene.frames.shape[2 - axis] else None
+
+
+def _extreme(scene: Scene, group: list[int], word: str) -> int | None:
+    """The largest or smallest thing of the group, if it beats the next one by a factor of 1.35; else None."""
+    order = sorted(group, key=lambda i: scene.things[i].size, reverse=word in LARGEST)
+    sizes = [scene.things[i].size for i in order[:2]]
+    return order[0] if len(order) > 1 and max(sizes) >= 1.35 * min(sizes) else None
+
+
+def _choose(rng: np.random.Generator, options: list):
+    """One of the options, or None if there is none."""
+    return options[rng.integers(len(options))] if options else None
+
+
+def _ask_one(scene: Scene, rng: np.random.Generator, about: str) -> Query | None:
+    """A point query for one thing by its size or its position among its kind or among all; None if all are unclear."""
+    words, find = (LARGEST + SMALLEST, _extreme) if about == "size" else (tuple(SIDES), _outermost)
+    kinds = [""] + sorted({thing.kind for thing in scene.things})
+    found = [(f"{word} {kind or 'thing'}", find(scene, _match(scene, kind), word)) for kind in kinds for word in words]
+    chosen = _choose(rng, [(label, target) for label, target in found if target is not None])
+    return chosen and _ask(scene, rng, "point", about, chosen[0], [chosen[1]])
+
+
+def _ask_qa(scene: Scene, rng: np.random.Generator) -> Query | None:
+    """A short question with an answer in words; None if the scene has no unique answer of the drawn sort."""
+    about = str(rng.choice(["color-of", "kind-of", "exists"]))
+    things = scene.things
+    if about == "exists":
+        thing = things[rng.integers(len(things))]
+        kind, color = (thing.kind, thing.color) if rng.random() < 0.5 else _absent(scene, rng)
+        targets, name = _match(scene, kind, color), f"{color} {kind}".strip()
+        return Query("qa", f"Is there {_article(name)}?", "", targets, "Yes." if targets else "No.", about)
+    if about == "color-of":
+        found = [(f"What color is the {thing.kind}?", i, thing.color) for i, thing in enumerate(things)
+                 if _match(scene, thing.kind) == [i]]
+    else:
+        found = [(f"What is the {thing.color} thing?", i, thing.name) for i, thing in enumerate(things)
+                 if _match(scene, color=thing.color) == [i]]
+        outermost = {} if scene.is_video else {side: _outermost(scene, _match(scene), side) for side in SIDES}
+        found += [(f"What is the {side} thing?", i, things[i].name) for side, i in outermost.items() if i is not None]
+    chosen = _choose(rng, found)
+    return chosen and Query("qa", chosen[0], "", [chosen[1]], chosen[2], about)
+
+
+def _ask_colors(scene: Scene) -> Query:
+    """A longer answer: how many things there are of each colour."""
+    counts = sorted(Counter(thing.color for thing in scene.things).items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{NUMBERS[n]} {'thing is' if n == 1 else 'things are'} {color}" for color, n in counts]
+    listed = " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)
+    return Query("qa", "Which colors are the things?", "", _match(scene), f"{listed[0].upper()}{listed[1:]}.", "colors")
+
+
+def _ask_choice(scene: Scene, rng: np.random.Generator) -> Query | None:
+    """A question about a colour or a kind, with three wrong answers that are words of the same sort."""
+    asked = _ask_qa(scene, rng)
+    if asked is None or asked.about == "exists":
+        return None
+    if asked.about == "color-of":
+        wrong = [color for color in COLORS if color != asked.answer]
+    else:
+        color = asked.answer.split()[0]
+        wrong = [f"{color} {kind}" for kind in KINDS if f"{color} {kind}" != asked.answer]
+    choices = [asked.answer, *map(str, rng.choice(wrong, 3, replace=False))]
+    return replace(asked, task="choice", choices=[choices[i] for i in rng.permutation(4)])
+
+
+MOTIONS = ("rests", "moves left", "moves right", "moves up", "moves down")
+
+
+def motions(scene: Scene) -> list[tuple[str, ...]]:
+    """What each thing of a clip may be said to do from its first to its last moment in view, of MOTIONS: one if that is
+    clear. Something that moves gets as far as a quarter of the shorter side, in a scene of less than 1.5 seconds a sixth a
+    second; what rests stays within a fifth of that."""
+    words, far = [], min(0.25, (scene.times[-1] - scene.times[0]) / 6) * min(scene.frames.shape[1:3])
+    for track in scene.points.transpose(1, 0, 2):
+        track = track[np.isfinite(track[:, 0])]
+        if not len(track):
+            words.append(())
+            continue
+        (dx, dy), way = track[-1] - track[0], np.abs(track - track[0]).max()
+        along = {"moves right" if dx > 0 else "moves left": abs(dx), "moves down" if dy > 0 else "moves up": abs(dy)}
+        main, least = max(along, key=along.get), min(along.values())
+        if way < far / 5 and len(track) > 0.6 * len(scene.times):
+            words.append(("rests",))
+        elif along[main] > max(far, 1.5 * least):
+            words.append((main,))
+        else:
+            may = [word for word, reach in along.items() if reach > far / 5] + (["rests"] if along[main] < far else [])
+            words.append(tuple(may) if len(may) > 1 else MOTIONS)
+    return words
+
+
+def _ask_motion(scene: Scene, rng: np.random.Generator, task: str) -> Query | None:
+    """Which of several alike is meant is said by how it moves: "cup that moves left". To be tracked, all of them must move
+    clearly; to be pointed at in a moment, none of the others may do what is said."""
+    may, found = motions(scene), []
+    for kind in ("", *sorted({thing.kind for thing in scene.things})):
+        group = _match(scene, kind)
+        for word in MOTIONS:
+            meant, others = ([i for i in group if (may[i] == (word,)) == same] for same in (True, False))
+            clear = all(word not in may[i] for i in others) and (task == "point" or all(len(may[i]) == 1 for i in others))
+            if len(group) > 1 and len(meant) == 1 and clear:
+                found.append((f"{kind or 'thing'} that {word}", meant))
+    chosen = _choose(rng, sorted(found))
+    return chosen and _ask(scene, rng, task, "motion", *chosen)
+
+
+def subtitles(scene: Scene, rng: np.random.Generator) -> tuple[str, list[Query]]:
+    """Somebody names a thing now and then: a text of lines "seconds words", and questions that only it answers."""
+    moments = rng.choice(len(scene.times), min(3, len(scene.times)), replace=False)
+    said = {f"{scene.times[frame]:.1f}": f"I like the {scene.things[rng.integers(len(scene.things))].name}."
+            for frame in sorted(moments)}
+    asked = [Query("qa", f"What is said at {time}?", "", [], words, "subtitle") for time, words in said.items()]
+    return "".join(f"\n{time} {words}" for time, words in said.items()), asked
+
+
+def words(rng: np.random.Generator) -> Query:
+    """A question that needs no picture."""
+    n, kind, color = int(rng.integers(1, 10)), str(rng.choice(KINDS)), str(rng.choice(list(COLORS)))
+    question, answer = [
+        (f"What comes after {NUMBERS[n]}?", f"{NUMBERS[n + 1].capitalize()}."),
+        (f"What comes before {NUMBERS[n]}?", f"{NUMBERS[n - 1].capitalize()}."),
+        (f"What is the plural of {kind}?", f"{PLURALS[kind].capitalize()}."),
+        (f"Is {color} a color?", "Yes."), (f"Is {kind} a color?", "No."),
+    ][rng.integers(5)]
+    return Query("qa", question, "", [], answer, "words")
+
+
+# What is asked, and how often. Size and position are asked of stills only: in a clip they change.
+MIXTURE = {("point", "kind"): 20, ("point", "color+kind"): 20, ("point", "color"): 8, ("point", "all"): 3,
+           ("point", "size"): 4, ("point", "position"): 6, ("point", "none"): 16,
+           ("point_count", "kind"): 5, ("point_count", "color+kind"): 5, ("point_count", "color"): 4, ("point_count", "none"): 6,
+           ("caption", ""): 3, ("qa", ""): 8}
+CAPTIONS = {("caption", ""): 3, ("transcript", ""): 2, ("qa", "colors"): 2}
+ANSWERS = {("qa", ""): 6, ("choice", ""): 4, ("count", "kind"): 1, ("count", "color+kind"): 1}
+POINTING = {key: share for key, share in MIXTURE.items() if key[0].startswith("point")} | {
+    ("count_point", "kind"): 3, ("count_point", "color+kind"): 3, ("count_point", "none"): 1}
+TRACKING = {("track", "kind"): 6, ("track", "color+kind"): 6, ("track", "all"): 1, ("track", "motion"): 5, ("track", "none"): 2,
+            ("track_ends", "kind"): 2, ("track_ends", "color+kind"): 2, ("track_ends", "motion"): 1, ("track_from", "all"): 3}
+
+MOVING = {("point", "motion"): 1}
+
+
+def _query(scene: Scene, rng: np.random.Generator, more: dict[str, float], mixture: dict[tuple[str, str], float]) -> Query | None:
+    """One query drawn from a mixture; None if this scene has no clear answer to it."""
+    choices = [key for key in mixture if not (scene.is_video and key[1] in ("size", "position"))]
+    weights = np.array([mixture[key] * more.get(key[1], 1) for key in choices])
+    task, about = choices[rng.choice(len(choices), p=weights / weights.sum())]
+    if task == "caption":
+        question = str(rng.choice(CAPTION)).format(medium=_medium(scene))
+        return Query("caption", question, "", _match(scene), describe(scene), "caption")
+    if task == "transcript":
+        return Query("transcript", "", "", _match(scene), talk(scene, rng), "caption")
+    if task == "qa":
+        return _ask_colors(scene) if about == "colors" else _ask_qa(scene, rng)
+    if task == "choice":
+        return _ask_choice(scene, rng)
+    if task == "track_from":
+        thing = int(rng.integers(len(scene.things)))
+        return Query(task, "", scene.things[thing].name, [thing], "", "all")
+    if about == "motion":
+        return _ask_motion(scene, rng, task)
+    if about in ("size", "position"):
+        return _ask_one(scene, rng, about)
+    return _ask(scene, rng, task, about, *_pick(scene, rng, about))
+
+
+def queries(scene: Scene, rng: np.random.Generator, n: int, more: dict[str, float] = {},
+            mixture: dict[tuple[str, str], float] = MIXTURE) -> list[Query]:
+    """n queries about one scene, nothing asked twice (fewer if the scene has no more: a hundred draws find none new).
+    `more` multiplies the shares of some ways of asking: {"none": 0.5} asks half as often about what is not there."""
+    found: dict[tuple[str, str], Query] = {}
+    misses = 0
+    while len(found) < n and misses < 100:
+        query = _query(scene, rng, more, mixture)
+        key = query and (query.task, query.label or query.question)
+        if query is None or key in found:
+            misses += 1
+        else:
+            found[key], misses = query, 0
+    return list(found.values())

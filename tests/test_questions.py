@@ -1,0 +1,210 @@
+"""Every question must mean what its words say: what a label means is worked out here a second time, from its words."""
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import questions
+import synthetic
+from questions import queries
+from synthetic import COLORS, Scene, Thing, clip
+from test_synthetic import scenes
+
+SINGULAR = {"cups": "cup", "balls": "ball", "boxes": "box", "stars": "star", "rings": "ring", "crosses": "cross",
+            "hearts": "heart", "moons": "moon", "trees": "tree", "houses": "house", "cars": "car", "fish": "fish"}
+
+
+def meant(scene: Scene, label: str) -> set[int]:
+    """The things a label names, from its words alone."""
+    *first, noun = label.split()
+    kind = SINGULAR.get(noun, noun)
+    group = {i for i, thing in enumerate(scene.things) if kind in ("thing", "things", thing.kind)}
+    if not first:
+        return group
+    if first[0] in COLORS:
+        return {i for i in group if scene.things[i].color == first[0]}
+    value = {"largest": lambda i: scene.things[i].size, "biggest": lambda i: scene.things[i].size,
+             "smallest": lambda i: -scene.things[i].size,
+             "leftmost": lambda i: -scene.points[0, i, 0] / scene.frames.shape[2],
+             "rightmost": lambda i: scene.points[0, i, 0] / scene.frames.shape[2],
+             "topmost": lambda i: -scene.points[0, i, 1] / scene.frames.shape[1],
+             "bottommost": lambda i: scene.points[0, i, 1] / scene.frames.shape[1]}[first[0]]
+    second, best = sorted(value(i) for i in group)[-2:]
+    if first[0] in ("largest", "biggest", "smallest"):
+        assert max(abs(best), abs(second)) >= 1.35 * min(abs(best), abs(second))
+    else:
+        assert best - second >= 0.12 - 1e-6
+    return {i for i in group if value(i) == best}
+
+
+def asked(stills: int, clips: int, n: int) -> list[tuple[Scene, questions.Query]]:
+    return [(scene, query) for i, scene in enumerate(scenes(stills, clips))
+            for query in queries(scene, np.random.default_rng(i), n)]
+
+
+def test_targets_are_the_things_that_the_label_names():
+    """For point and count: no more and no fewer than the words say, none for "none", and the label is in the text."""
+    for scene, query in asked(80, 25, 10):
+        if query.task in ("point", "point_count"):
+            assert set(query.targets) == meant(scene, query.label) and len(set(query.targets)) == len(query.targets)
+            assert (query.about == "none") == (query.targets == [])
+            assert query.label in query.question and query.answer == ""
+            assert not (scene.is_video and query.about in ("size", "position"))
+        else:
+            assert query.label == "" and query.answer
+
+
+def test_answers_in_words_are_true():
+    """Yes, no, colours and names, derived again from the question's words; captions count every thing once."""
+    numbers = {word: n for n, word in enumerate(questions.NUMBERS)} | {"a": 1, "an": 1}
+    seen = Counter()
+    for scene, query in asked(150, 40, 12):
+        words = re.findall(r"\w+", query.question)
+        seen[query.about] += query.task in ("qa", "caption")
+        if query.about == "exists":
+            there = meant(scene, " ".join(words[3:]))
+            assert query.answer == ("Yes." if there else "No.")
+        elif query.about in ("color-of", "kind-of"):
+            (target,) = meant(scene, words[-1] if query.about == "color-of" else " ".join(words[3:]))
+            thing = scene.things[target]
+            assert query.targets == [target]
+            assert query.answer == (thing.color if query.about == "color-of" else f"{thing.color} {thing.kind}")
+        elif query.task == "caption":
+            said, background = re.fullmatch(r"(.*) on an? (\w+) background\.", query.answer).groups()
+            parts = [part.split() for part in re.split(", | and ", said.lower())]
+            counted = [(numbers[n], color, SINGULAR.get(noun, noun)) for n, color, noun in parts]
+            assert background == scene.background
+            assert Counter({(color, kind): n for n, color, kind in counted}) == \
+                Counter((thing.color, thing.kind) for thing in scene.things)
+            assert counted == sorted(counted, key=lambda part: (-part[0], *part[1:]))
+    assert all(seen[about] > 20 for about in ("exists", "color-of", "kind-of", "caption")), seen
+
+
+def test_the_mixture_and_its_variety():
+    """Shares near the intended ones; nothing asked twice; the two fixed phrasings occur; negatives are hard ones."""
+    pairs = asked(250, 0, 4)
+    tasks, about = Counter(q.task for _, q in pairs), Counter(q.about for _, q in pairs if q.task == "point")
+    share = {name: count / len(pairs) for name, count in (tasks + about).items()}
+    intended = {"kind": 0.18, "color+kind": 0.19, "color": 0.08, "all": 0.03, "size": 0.04, "position": 0.08,
+                "point_count": 0.19, "caption": 0.04, "qa": 0.09}
+    assert all(abs(share[name] - part) < 0.045 for name, part in intended.items()), share
+    located = [(scene, query) for scene, query in pairs if query.label]
+    nowhere = [(scene, query) for scene, query in located if query.about == "none"]
+    assert 0.18 < len(nowhere) / len(located) < 0.30
+    near = [meant(scene, query.label.split()[-1]) != set() for scene, query in nowhere]
+    assert np.mean(near) > 0.4  # the kind is there, the colour is not
+    questions = {query.question for _, query in pairs}
+    assert any(q.startswith("Point to the ") and q.endswith(".") for q in questions)
+    assert any(q.startswith("point to the ") and not q.endswith(".") for q in questions)
+    for scene in scenes(3, 1):
+        found = [(query.task, query.label or query.question) for query in queries(scene, np.random.default_rng(1), 12)]
+        assert len(found) == len(set(found)) == 12
+
+
+# ---- words and motions -----------------------------------------------------------------------------------------------
+
+
+def test_spoken_captions_say_every_thing_once():
+    """What is said aloud holds each colour and kind with its number, whatever words stand around it."""
+    for i, scene in enumerate(scenes(20, 10)):
+        said = questions.talk(scene, np.random.default_rng(i))
+        counts = Counter((thing.color, thing.kind) for thing in scene.things)
+        for (color, kind), n in counts.items():
+            name = f"{color} {kind}" if n == 1 else f"{questions.NUMBERS[n]} {color} {synthetic.PLURALS[kind]}"
+            assert len(re.findall(rf"\b{name}\.", said)) == 1
+        assert said.count(".") == 2 + len(counts) and scene.background in said
+    assert len({questions.talk(scene, np.random.default_rng(i)) for i in range(20)}) > 15
+
+
+def test_longer_answers_and_choices_are_true():
+    """Colours are counted right; the answer to a choice is among four different options, and is what the question asks for."""
+    seen = Counter()
+    for i, scene in enumerate(scenes(60, 20)):
+        for query in queries(scene, np.random.default_rng(i), 6, mixture=questions.CAPTIONS | questions.ANSWERS):
+            seen[query.task, query.about] += 1
+            if query.about == "colors":
+                found = {color: questions.NUMBERS.index(n.lower()) for n, color in re.findall(r"(\w+) things? (?:is|are) (\w+)", query.answer)}
+                assert found == Counter(thing.color for thing in scene.things)
+            if query.task == "choice":
+                assert len(set(query.choices)) == 4 and query.answer in query.choices
+                thing = scene.things[query.targets[0]]
+                assert query.answer == (thing.color if query.about == "color-of" else thing.name)
+    assert all(seen[key] > 5 for key in (("qa", "colors"), ("choice", "color-of"), ("choice", "kind-of"), ("count", "kind")))
+
+
+def test_as_many_things_as_a_still_can_hold():
+    """Eleven of one colour, which happens once in ten thousand pictures, have a number too."""
+    points = np.full((1, 11, 2), 5, np.float32)
+    scene = Scene(np.zeros((1, 99, 99, 3), np.uint8), np.zeros(1), [Thing("cup", "red", 9)] * 11, np.ones((1, 11, 1, 1), bool), points, "plain", False)
+    assert "eleven red cups" in questions.describe(scene).lower()
+    assert questions._ask_colors(scene).answer == "Eleven things are red."
+    assert "eleven red cups" in questions.talk(scene, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("start, end, word", [((10, 50), (80, 52), "moves right"), ((80, 50), (10, 40), "moves left"), ((50, 80), (51, 10), "moves up"),
+                                              ((50, 10), (45, 70), "moves down"), ((50, 50), (51, 50), "rests"), ((10, 10), (70, 75), "moves right, moves down"),
+                                              ((50, 50), (60, 50), "moves right, rests"), ((50, 50), (56, 62), "moves right, moves down, rests")])
+def test_motions_by_hand(start, end, word):
+    """Far and mostly along one axis has a direction, hardly anything is rest, all else may be several."""
+    points = np.linspace(start, end, 6).astype(np.float32)[:, None]
+    scene = Scene(np.zeros((6, 100, 100, 3), np.uint8), np.arange(6) / 2, [Thing("cup", "red", 9)], np.zeros((6, 1, 1, 1), bool), points, "plain", True)
+    found = questions.motions(scene)[0]
+    assert len(found) == len(set(found)) and set(found) == set(word.split(", "))
+
+
+def test_motion_tells_lookalikes_apart():
+    """A label that names a motion means exactly one of several things of its kind."""
+    seen = 0
+    for index in range(60):
+        scene = synthetic.tracks(1, index)
+        does = questions.motions(scene)
+        for query in queries(scene, np.random.default_rng(index), 8, mixture=questions.TRACKING):
+            if query.about == "motion":
+                noun, motion = query.label.split(" that ")
+                group = meant(scene, noun)
+                assert len(group) > 1 and [i for i in group if does[i] == (motion,)] == query.targets
+                seen += 1
+    assert seen > 10
+
+
+def test_motion_in_a_moment():
+    """Among the few frames of a moment the same holds for pointing: one of several of its kind clearly does what is said,
+    and none of the others may be said to."""
+    seen = 0
+    for index in range(40):
+        made = synthetic.crowd(1, index)
+        scene = made.film(np.linspace(0.4, 1.0, 5) * made.seconds / 2)
+        may = questions.motions(scene)
+        for query in queries(scene, np.random.default_rng(index), 2, mixture=questions.MOVING):
+            noun, motion = query.label.split(" that ")
+            group = meant(scene, noun)
+            assert query.task == "point" and query.label in query.question and len(group) > 1
+            assert [i for i in group if motion in may[i]] == query.targets and may[query.targets[0]] == (motion,)
+            seen += 1
+    assert seen > 10
+
+
+def test_subtitles_are_what_is_asked_for():
+    """Every answer stands in the text behind its moment."""
+    for index in range(10):
+        scene = clip(3, index)
+        text, found = questions.subtitles(scene, np.random.default_rng(index))
+        lines = dict(line.split(" ", 1) for line in text.strip().split("\n"))
+        assert {query.question.split(" at ")[1].rstrip("?"): query.answer for query in found} == lines
+        assert all(any(thing.name in words for thing in scene.things) for words in lines.values())
+
+
+def test_questions_without_a_picture_are_true():
+    """Numbers, plurals and colours, worked out again from the words."""
+    for i in range(200):
+        query = questions.words(np.random.default_rng(i))
+        word = query.question.split()[-1].rstrip("?")
+        number = lambda step: questions.NUMBERS[questions.NUMBERS.index(word) + step].capitalize() + "."
+        if "after" in query.question or "before" in query.question:
+            assert query.answer == number(1 if "after" in query.question else -1)
+        elif "plural" in query.question:
+            assert SINGULAR[query.answer.rstrip(".").lower()] == word
+        else:
+            assert query.answer == ("Yes." if query.question.split()[1] in COLORS else "No.")
