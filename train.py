@@ -344,7 +344,7 @@ class Run:
         state = {"step": np.array(step), "settings": np.array(json.dumps(self.settings)),
                  "loaders": np.array(json.dumps(self.world.collect(loader)[::self.world.context])),
                  "rng": np.stack(self.world.collect(torch.get_rng_state().numpy()))} | more
-        if torch.device(self.args.device).type == "cuda":  # there dropout draws
+        if next(module.parameters()).is_cuda:  # there dropout draws
             state["rng of the GPU"] = np.stack(self.world.collect(torch.cuda.get_rng_state().numpy()))
         whole, sharded = self.model, any(isinstance(p, DTensor) for p in names)
         if sharded:
@@ -368,7 +368,7 @@ def restore(module: nn.Module, optimisers: list[torch.optim.Optimizer], state: d
         optimisers[int(i)].state[p][key] = value if key == "step" or isinstance(value, DTensor) else parallel.placed(value, p)
     own = lambda name: torch.from_numpy(state[name][run.world.rank % len(state[name])])
     torch.set_rng_state(own("rng"))
-    if torch.device(run.args.device).type == "cuda" and "rng of the GPU" in state:
+    if next(module.parameters()).is_cuda and "rng of the GPU" in state:
         torch.cuda.set_rng_state(own("rng of the GPU"))
     return int(state["step"])
 
