@@ -449,7 +449,7 @@ def check(path: str, tokenizer: Tokenizer, config: MolmoConfig, max_tokens: int,
         lengths.append((tree.length, len(tree.crops)))
     print(f"{lines.size} lines, {bad} bad" + (f"; {cut} annotations do not fit beside the others" if cut else "")
           + (f"; {merged} points lie in the same patch as another one and are taken for it" if merged else ""))
-    for table in (totals, tasks):
+    for table in filter(None, (totals, tasks)):
         print("  " + ", ".join(f"{name} {n}" for name, n in table.most_common()))
     if lengths:
         tokens, crops = np.array(lengths).T
