@@ -577,6 +577,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("check", "show"):
             commands.choices[name].add_argument("file", metavar="FILE.jsonl")
             commands.choices[name].add_argument("--checkpoint", default=HOME / "assets/tiny", help="the model whose crops and tokens these are")
+            commands.choices[name].add_argument("--max-frames", type=number(int, 1, 10**6), default=16,
+                                                help="of a video that are looked at: stage 2 of the tiny preset has 16, stage 3 32")
         commands.choices["check"].add_argument("--max-tokens", type=number(int, 1, 10**6), default=1024, help="that a pack holds")
         commands.choices["check"].add_argument("--max-crops", type=number(int, 1, 10**6), default=20, help="that a pack holds")
         commands.choices["show"].add_argument("--n", type=number(int, 1, 10**6), default=8, help="so many of the first lines")
@@ -599,9 +601,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         from weights import load  # a later file
         model, tokenizer = load(args.checkpoint)
+        config = replace(model.config, views=replace(model.config.views, max_frames=args.max_frames))
         if args.command == "check":
-            return 2 if check(args.file, tokenizer, model.config, args.max_tokens, args.max_crops) else 0
-        lines, config = Lines(args.file), model.config
+            return 2 if check(args.file, tokenizer, config, args.max_tokens, args.max_crops) else 0
+        lines = Lines(args.file)
         args.out.mkdir(parents=True, exist_ok=True)
         for i in range(min(args.n, lines.size)):
             record = lines.record(i, config.views)

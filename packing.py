@@ -195,10 +195,10 @@ class Packer:
     pool: dict[int, Example] = field(default_factory=dict)
 
     def add(self, number: int, example: Example) -> None:
-        """ValueError, naming the number, if no pack could hold it."""
+        """ValueError, naming the example, if no pack could hold it."""
         room = self.max_tokens // step_of(self.max_tokens) * step_of(self.max_tokens)
         if example.length > room or len(example.crops) > self.max_crops:
-            raise ValueError(f"example {number} {example.name} has {example.length} tokens and {len(example.crops)} crops, "
+            raise ValueError(f"{example.name}: {example.length} tokens and {len(example.crops)} crops, "
                              f"a pack holds {room} and {self.max_crops}")
         self.pool[number] = example
 

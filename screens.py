@@ -1,9 +1,9 @@
 """Screens drawn by code: windows with menus, icons, fields, boxes to tick and buttons, with exact masks of all of them.
 
     +---------------------------+     looks      light or dark, flat or outlined, square or round, several sizes of type
-    | Notes                 _ x |     asked for  by name       "Click on Save."
+    | Notes                 _ x |     asked for  by name       "Click on the Save button."
     | File  Edit  View          |                by function   "Where do I click to keep my work?"
-    | [=] [o] [?]               |                by place      "Point to the button right of Cancel."
+    | [=] [o] [?]               |                by place      "Where is the button right of the Cancel button?"
     | Name   [____________]     |                all of a sort "Point to the ticked boxes."
     | [x] Sounds   [ ] Updates  |
     |         [Cancel] [Save]   |     A second window may lie on top: what it hides is not there to be clicked.

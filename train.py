@@ -82,6 +82,7 @@ class Stage:
     pool: int = 48               # examples that wait to be packed
     branches: int = 10           # questions about a synthetic record
     more: dict[str, float] = field(default_factory=dict)  # ways of asking that are more or less frequent than in the synthetic mixtures
+    freeze: tuple[str, ...] = ()  # parts that stay as they are, if the data are synthetic
     image_crops: int | None = None  # of an image in training; None: as in inference
     drop_responses_only: bool = False  # dropout acts on what the model learns to say
 
@@ -103,13 +104,13 @@ RELEASED = {
 }
 TINY = {
     1: Stage(1050, 2, 1024, 20, 16, {"stills": 95, "text": 5}, "uniform", each(2e-4, 2e-3, 2e-3, 2e-3), each(20, 20, 20, 20),
-             ("stills",), look=1400, sights=("stills", "stills", "clips"), more={"none": 0.4}),
-    2: Stage(43_600, 2, 1024, 20, 16, {"image points": 24, "multi-image points": 7, "screens": 13, "video points": 14, "arrivals": 10, "tracks": 14,
+             ("stills",), look=1400, sights=("stills",), more={"none": 0.4}, freeze=("vit",)),
+    2: Stage(47_400, 2, 1024, 20, 16, {"image points": 24, "multi-image points": 7, "screens": 13, "video points": 14, "arrivals": 10, "tracks": 14,
                                        "captions": 8, "image qa": 6, "video qa": 5, "text": 3}, "uniform",
-             each(4e-4, 1.5e-3, 1.5e-3, 1.5e-3), each(20, 20, 20, 20), ("stills", "clips", "screens", "tracks"), look=10_900,
+             each(4e-4, 1.5e-3, 1.5e-3, 1.5e-3), each(20, 20, 20, 20), ("stills", "clips", "screens", "tracks"), look=17_400,
              more={"none": 1.3, "position": 2.5, "size": 2}),
-    3: Stage(4200, 2, 2048, 40, 32, {"image points": 24, "multi-image points": 7, "screens": 11, "video points": 19, "arrivals": 11, "tracks": 10,
-                                    "captions": 8, "image qa": 4, "video qa": 3, "text": 1, "long points": 3, "long tracks": 3},
+    3: Stage(6000, 2, 2048, 40, 32, {"image points": 23, "multi-image points": 7, "screens": 12, "video points": 17, "arrivals": 9, "tracks": 11,
+                                    "captions": 11, "image qa": 4, "video qa": 3, "text": 1, "long points": 3, "long tracks": 3},
              "uniform", each(1e-4, 4e-4, 4e-4, 4e-4), each(20, 20, 20, 20), ("video points", "long points", "long tracks"),
              more={"none": 1.6, "position": 2.5, "size": 2}),
     4: Stage(300, 1, 1024, 100, 32, {"moments": 1.0}, "uniform", each(2e-4, 8e-4, 8e-4, 8e-4), each(20, 20, 20, 20),
@@ -459,6 +460,7 @@ def prepare(args: argparse.Namespace, world: World):
         raise ValueError("--points-as tags: they mark points in one picture; stages 2 and 3 have videos and several images")
     seed, folder = args.stage + 100 * args.seed, run_folder(args)
     state = weights.load_training(folder / "checkpoint") if args.resume else None
+    weights.recover(folder / "checkpoint")  # a kill may have left it beside its name
     if not args.resume and (folder / "checkpoint").exists():
         raise ValueError(f"{folder} holds a run: --resume goes on with it, --out FOLDER begins another elsewhere")
     settings = {"stage": args.stage, "preset": args.preset, "freeze": sorted(args.freeze), "seed": args.seed, "steps": steps,
@@ -549,9 +551,10 @@ def make_loader(stage: Stage, seed: int, tokenizer: Tokenizer, config: MolmoConf
 def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None):
     model, stage, args, world, parts = run.model, run.stage, run.args, run.world, parts_of(run.model)
     accumulate = stage.packs // (loader.rows * world.data_size)
+    frozen = {*args.freeze, *(() if args.data else stage.freeze)}
     for part, params in parts.items():
         for p in params.values():
-            p.requires_grad_(part not in args.freeze)
+            p.requires_grad_(part not in frozen)
     optimisers, first = optimizers(model, model.config.optimizer), 0
     if state:
         loader.state = loading.shared_out(json.loads(str(state["loaders"])), world.data_rank, world.data_size)

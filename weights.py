@@ -59,7 +59,7 @@ def save(folder: str | Path, model: Molmo, tokenizer: Tokenizer, dtype: torch.dt
 
 def load_training(folder: Path) -> dict[str, np.ndarray] | None:
     """What `save` was given as `training`; None if there is no such checkpoint."""
-    _recover(folder)
+    recover(folder)
     if not folder.exists():
         return None
     try:
@@ -73,7 +73,7 @@ def _fresh(folder: Path) -> Path:
     """A new empty folder beside `folder`, which may be replaced only if it is a checkpoint or empty."""
     if folder.exists() and not (folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))):
         raise CheckpointError(f"{folder}: is there already and is no checkpoint: give another name")
-    _recover(folder)
+    recover(folder)
     fresh = unfinished(folder)
     shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed
     fresh.mkdir(parents=True)
@@ -95,7 +95,7 @@ def _swap(fresh: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _recover(folder: Path) -> None:
+def recover(folder: Path) -> None:
     """After a kill between the two renames of `_swap` the last whole checkpoint lies beside its name."""
     old = folder.with_name(f".{folder.name}.old")
     if old.is_dir() and not folder.exists():
@@ -109,7 +109,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     checkpoint is ours and as they are in the file if it was released, unless `dtype` says. CheckpointError if anything is
     wrong."""
     folder = Path(folder)
-    _recover(folder)
+    recover(folder)
     if is_released(folder):
         return load_released(folder, device, dtype)
     for name in ("config.json", "tokenizer.json", "model.npz"):
@@ -119,7 +119,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
         config = MolmoConfig.from_json((folder / "config.json").read_text())
         with torch.device("meta"):
             model = Molmo(config)
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     try:
         tokenizer = Tokenizer.load(folder / "tokenizer.json")

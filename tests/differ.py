@@ -6,11 +6,11 @@
 `trace` runs one model and keeps what every layer gave; `compare` lines the two up.
 """
 
-import argparse
 import os
 import sys
 import tempfile
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -167,9 +167,11 @@ def causal_only(q: Ids, k: Ids) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = data.Parser(prog="differ.py", description=__doc__.split("\n")[0])
     parser.add_argument("--break", dest="broken", action="store_true", help="switch the bidirectional rule off here")
     args = parser.parse_args()
+    if find_spec("transformers") is None:
+        raise ValueError("this compares with the transformers library: pip install -r requirements-dev.txt")
     theirs = reference()
     with tempfile.TemporaryDirectory() as folder:
         save_reference(theirs, Path(folder))
@@ -186,4 +188,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    main()
+    with data.one_line("differ.py"):
+        main()

@@ -166,7 +166,7 @@ def test_what_no_pack_holds_is_named():
     """An example with too many tokens or crops is refused with its number and both figures."""
     large = Example(np.arange(600), np.zeros((2, 1, 1), np.uint8), np.zeros((0, 1), int), [], "mine")
     for limits in ((512, 16), (1024, 1)):
-        with pytest.raises(ValueError, match="example 7 mine has 600 tokens and 2 crops"):
+        with pytest.raises(ValueError, match="mine: 600 tokens and 2 crops"):
             Packer(*limits).add(7, large)
 
 

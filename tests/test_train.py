@@ -223,6 +223,9 @@ def test_the_loss_does_not_depend_on_how_a_step_is_cut(quick, form, tmp_path):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
     assert runs[0][0][0]["loss"] == pytest.approx(runs[1][0][0]["loss"], rel=1e-6)
     assert runs[0][0][0]["norms"] == pytest.approx(runs[1][0][0]["norms"], rel=1e-4)
+    one, two = (torch.cat([p.detach().flatten() for p in model.parameters()]) for _, model in runs)
+    start = torch.cat([p.detach().flatten() for p in Molmo(runs[0][1].config).initialize(0).parameters()])
+    assert (one - two).norm() < 0.02 * (one - start).norm()  # Muon rounds to bfloat16
 
 
 def test_own_points_are_learned_from_files(quick, tmp_path, capsys):
@@ -490,3 +493,21 @@ def test_frozen_parts_stay_as_they_are(quick, tmp_path):
     after, _ = weights.load(tmp_path / "b/checkpoint")
     moved = {part_of(name) for (name, a), b in zip(before.named_parameters(), after.parameters()) if not torch.equal(a, b)}
     assert moved == {"connector", "point"}
+
+
+def test_in_stage_1_the_vit_rests_once_it_has_looked(quick, tmp_path, monkeypatch):
+    """After its own turn the ViT stays as it is, to the last bit; on data of one's own, where it has no such turn, it learns."""
+    look, looked = train.look, {}
+
+    def watched(run, state):
+        look(run, state)
+        looked.update({name: p.detach().clone() for name, p in run.model.vit.named_parameters()})
+
+    monkeypatch.setattr(train, "look", watched)
+    train.main(["--stage", "1", "--out", str(tmp_path / "a"), *quick])
+    rested = dict(weights.load(tmp_path / "a/checkpoint")[0].vit.named_parameters())
+    assert looked and all(torch.equal(rested[name], p) for name, p in looked.items())
+    own = data.write_set("image points", tmp_path, 5, 0, 2)
+    train.main(["--stage", "1", "--init", str(tmp_path / "a/checkpoint"), "--data", str(own), "--out", str(tmp_path / "b"), *quick])
+    after = weights.load(tmp_path / "b/checkpoint")[0].vit.named_parameters()
+    assert all((rested[name] != p).any() for name, p in after)
