@@ -139,6 +139,7 @@ BAD = {
     "config that is no JSON": (lambda f: cut(f / "config.json", 0.5), ["config.json"]),
     "config that is a list": (lambda f: (f / "config.json").write_text("[]"), ["config.json"]),
     "config with a word for a number": (lambda f: text(f / "config.json", '"kv_heads": 1', '"kv_heads": "one"'), ["config.json"]),
+    "config with patches of no size": (lambda f: text(f / "config.json", '"patch_size": 14', '"patch_size": 0'), ["config.json"]),
     "config that is not UTF-8": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{}"), ["config.json"]),
     "tokenizer that is no JSON": (lambda f: cut(f / "tokenizer.json", 0.5), ["tokenizer.json"]),
     "tokenizer of another model": (lambda f: Tokenizer([]).save(f / "tokenizer.json"), ["tokenizer.json"]),
