@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from synthetic import COLORS, KINDS, PLURALS, Scene
+from synthetic import COLORS, KINDS, PLURALS, Scene, Thing, first_seen
 
 # {is} agrees with the label. Labels are plural, except those that name one thing ("largest cup", "leftmost star").
 POINT = ("Point to the {label}.", "point to the {label}", "Where {is} the {label}?", "Show me the {label}.",
@@ -46,22 +46,29 @@ def _medium(scene: Scene) -> str:
     return "video" if scene.is_video else "image"
 
 
+def _in_order(scene: Scene) -> list[Thing]:
+    """All things in the order of appearance; those that are there from the same frame on from left to right."""
+    first = [first_seen(scene, i) for i in range(len(scene.things))]
+    order = sorted(range(len(first)), key=lambda i: (first[i], scene.points[first[i], i, 0]))
+    return [scene.things[i] for i in order]
+
+
+def _listed(parts: list[str]) -> str:
+    """"A, b and c"."""
+    *parts, last = parts
+    listed = " and ".join(filter(None, (", ".join(parts), last)))
+    return listed[0].upper() + listed[1:]
+
+
 def describe(scene: Scene) -> str:
-    """The caption: types by falling number, then by name. "Two blue balls, a red cup and a green star on a ..." """
-    counts = Counter((thing.color, thing.kind) for thing in scene.things)
-    parts = [_article(f"{color} {kind}") if n == 1 else f"{NUMBERS[n]} {color} {PLURALS[kind]}"
-             for (color, kind), n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
-    listed = " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)
-    return f"{listed[0].upper()}{listed[1:]} on {_article(scene.background)} background."
+    """The caption: "A blue ball, a red cup, a blue ball and a green star on a striped background." """
+    return f"{_listed([_article(thing.name) for thing in _in_order(scene)])} on {_article(scene.background)} background."
 
 
 def talk(scene: Scene, rng: np.random.Generator) -> str:
     """What somebody might say who looks at the scene: the caption's facts, spoken."""
     said = [str(rng.choice(["So", "Okay, so", "Well,"])) + f" this {_medium(scene)} has {_article(scene.background)} background."]
-    counts = Counter((thing.color, thing.kind) for thing in scene.things)
-    for (color, kind), n in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        name = _article(f"{color} {kind}") if n == 1 else f"{NUMBERS[n]} {color} {PLURALS[kind]}"
-        said.append(str(rng.choice(["I see", "There is, uh,", "And then", "Um, I can see"])) + f" {name}.")
+    said += [str(rng.choice(["I see", "There is, uh,", "And then", "Um, I can see"])) + f" {_article(thing.name)}." for thing in _in_order(scene)]
     return " ".join([*said, str(rng.choice(["And that's it.", "That is all I see."]))])
 
 
@@ -158,11 +165,9 @@ def _ask_qa(scene: Scene, rng: np.random.Generator) -> Query | None:
 
 
 def _ask_colors(scene: Scene) -> Query:
-    """A longer answer: how many things there are of each colour."""
-    counts = sorted(Counter(thing.color for thing in scene.things).items(), key=lambda item: (-item[1], item[0]))
-    parts = [f"{NUMBERS[n]} {'thing is' if n == 1 else 'things are'} {color}" for color, n in counts]
-    listed = " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)
-    return Query("qa", "Which colors are the things?", "", _match(scene), f"{listed[0].upper()}{listed[1:]}.", "colors")
+    """A longer answer: the colour of each thing, in the order of appearance."""
+    answer = _listed([thing.color for thing in _in_order(scene)])
+    return Query("qa", "Which color is each thing?", "", _match(scene), f"{answer}.", "colors")
 
 
 def _ask_choice(scene: Scene, rng: np.random.Generator) -> Query | None:

@@ -174,7 +174,8 @@ def _background(rng: np.random.Generator, style: str, width: int, height: int) -
 STILL_VISIBLE = 0.60   # of its area: what every thing of a still keeps in view
 POINT_VISIBLE = 0.20   # of its area: what a thing must show in a frame to have a point there,
 POINT_PIXELS = 12      # and at least so many pixels
-CLEARLY_VISIBLE = 0.60  # what a thing must show at some moment of a clip, and what `first_seen` asks for
+CLEARLY_VISIBLE = 0.60  # what a thing must show at some moment of a clip
+FIRST_VISIBLE = 0.35   # of the most that any frame shows of a thing: what its first frame must show
 
 
 @dataclass
@@ -256,9 +257,10 @@ def _compose(background: np.ndarray, sprites: list[Sprite],
 
 
 def first_seen(scene: Scene, thing: int) -> int:
-    """The first frame that shows `thing` clearly: at least 60% of the most that any frame shows of it."""
+    """The first frame that shows enough of `thing` to tell what it is: a point, and at least 35% of the most that any
+    frame shows of it."""
     area = scene.masks[:, thing].sum((1, 2))
-    return int(np.argmax(area >= CLEARLY_VISIBLE * area.max()))
+    return int(np.argmax((area >= FIRST_VISIBLE * area.max()) & np.isfinite(scene.points[:, thing, 0])))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,15 +446,27 @@ def _arrival(rng: np.random.Generator, size: float, shape: tuple[int, int], seco
     return Motion(start, velocity, low, high, np.zeros(2), np.ones(2))
 
 
+def _emergence(rng: np.random.Generator, size: float, shape: tuple[int, int], front: Motion) -> Motion:
+    """Behind another thing at first: moves out from there, straight on, and bounces off the frame."""
+    sides, angle = np.array(shape[::-1], float), rng.uniform(0, 2 * np.pi)
+    velocity = rng.uniform(0.1, 0.35) * min(shape) * np.array([np.cos(angle), np.sin(angle)])
+    start = np.clip(front(0) + rng.normal(0, 0.1 * size, 2), size / 2, sides - size / 2)
+    return Motion(start, velocity, np.full(2, size / 2), sides - size / 2, np.zeros(2), np.ones(2))
+
+
 def arrivals(seed: int, index: int, fps: float = 2.0, seconds: float | None = None) -> Scene:
-    """As `clip`, but about half of the things come into view one after the other: where each is seen first has to be
-    looked for. At least two things; a pure function of its arguments."""
+    """As `clip`, but about half of the things come into view one after the other, from outside or from behind another:
+    where each is seen first has to be looked for. At least two things; a pure function of its arguments."""
     made, rng = world(seed, index, seconds), _generator(seed, index, 9)
     shape, came = made.background.shape[:2], made
     while came is made or len(came.things) < 2:
-        motions = [_arrival(rng, thing.size, shape, made.seconds) if rng.random() < 0.5 else motion
-                   for thing, motion in zip(made.things, made.motions)]
-        came = replace(made, motions=motions).without_hidden()
+        motions: list[Motion] = []
+        for thing, motion in zip(reversed(made.things), reversed(made.motions)):  # the nearest first
+            way = rng.choice(["stays", "comes in", "comes out"], p=[0.5, 0.25, 0.25])
+            motions.append(motion if way == "stays" else
+                           _emergence(rng, thing.size, shape, motions[rng.integers(len(motions))]) if way == "comes out" and motions else
+                           _arrival(rng, thing.size, shape, made.seconds))
+        came = replace(made, motions=motions[::-1]).without_hidden()
     return came.film(frame_times(fps, came.seconds))
 
 
