@@ -52,7 +52,7 @@ from pointing import (
 )
 from preprocess import ViewConfig, Views, image_views, no_views, video_views, write_video
 from questions import Query
-from records import DEFAULT_FPS, TASKS, TRACKS, Annotation, Lines, Object, Record, Runs, dump
+from records import DEFAULT_FPS, TASKS, TRACKS, Annotation, Lines, Object, Record, Runs, dump, whole
 from synthetic import Scene
 from tokenizer import Tokenizer
 
@@ -530,19 +530,23 @@ def write_set(name: str, folder: Path, n: int, seed: int, branches: int) -> Path
             grown = [(0, side % 2) for side in record.pictures[0].shape[:2]]  # as write_video grows odd sides
             for thing in record.objects.values():
                 thing.masks = {moment: Runs.of(np.pad(runs.mask(), grown)) for moment, runs in thing.masks.items()}
-            write_video(folder / video, iter(record.pictures), 1 / (record.times[1] - record.times[0]))
+            with whole(folder / video) as part:
+                write_video(part, iter(record.pictures), 1 / (record.times[1] - record.times[0]))
         else:
             for number, picture in enumerate(record.pictures):
                 images.append(f"{stem}-{index}-{number + 1}.png")
-                Image.fromarray(picture).save(folder / images[-1])
+                with whole(folder / images[-1]) as part:
+                    Image.fromarray(picture).save(part)
         if record.before is not None:
             before = [f"{stem}-{index}-before{len(record.before) - number}.png" for number in range(len(record.before))]
             for path, picture in zip(before, record.before):
-                Image.fromarray(picture).save(folder / path)
+                with whole(folder / path) as part:
+                    Image.fromarray(picture).save(part)
         lines.append(dump(record, images, video, before))
-    part = folder / f"{stem}.jsonl.part"
-    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return part.replace(folder / f"{stem}.jsonl")
+    path = folder / f"{stem}.jsonl"
+    with whole(path) as part:
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
 
 
 def corpus(n: int, seed: int) -> Iterator[str]:
@@ -609,7 +613,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for i in range(min(args.n, lines.size)):
             record = lines.record(i, config.views)
             path = args.out / f"{Path(args.file).stem}-{i + 1}.show.png"
-            sheet(record, tokenizer, config).save(path)
+            with whole(path) as part:
+                sheet(record, tokenizer, config).save(part)
             print(f"wrote {path}")
         return 0
 

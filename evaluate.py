@@ -43,7 +43,7 @@ from model import Molmo
 from packing import collate
 from pointing import Point
 from preprocess import ViewConfig, Views
-from records import TASKS, TRACKS, Annotation, Lines, Record
+from records import TASKS, TRACKS, Annotation, Lines, Record, whole
 from tokenizer import Tokenizer
 
 HOME = Path(__file__).resolve().parent
@@ -470,9 +470,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 line = f"{title}: " + ", ".join(f"{key} {value:.3f}" for key, value in table.items())
                 print(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="    "))
         if args.json:
-            part = Path(f"{args.json}.part")
-            part.write_text(json.dumps({"settings": settings, "figures": result}, indent=1) + "\n")
-            part.replace(args.json)
+            with whole(args.json) as part:
+                part.write_text(json.dumps({"settings": settings, "figures": result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -93,9 +93,9 @@ def speakable(model: Molmo, device=None) -> Tensor:
 
 
 @torch.inference_mode()
-def generate_slowly(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int, sample=sampler()) -> Answer:
+def generate_slowly(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int, samplers=sampler) -> Answer:
     """The oracle: one unpadded prompt, the whole sequence through the model for every token, no cache."""
-    tokens, decoder, given, spoken = [], None, batch.points.tolist(), speakable(model, batch.tokens.device)
+    tokens, decoder, sample, given, spoken = [], None, samplers(), batch.points.tolist(), speakable(model, batch.tokens.device)
     for _ in range(max_new_tokens):
         h, sight = model(batch)
         decoder = decoder or start_decoder(model, h, sight, int(model.owners(batch)[0, -1]), spelling.close)
@@ -291,10 +291,10 @@ class Growth:
 
 
 @torch.inference_mode()
-def generate(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int, sample=sampler(), speed: Speed | None = None,
-             way: str = "views") -> list[Answer]:
+def generate(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int,
+             samplers: Callable[[], Callable[[Tensor], int]] = sampler, speed: Speed | None = None, way: str = "views") -> list[Answer]:
     """Answers every branch of B prompts (padded on the right, one tree a row), row by row and branch by branch, as
-    `generate_slowly` answers each alone. `way` of the steps: see `Growth`."""
+    `generate_slowly` answers each alone: `samplers` makes a sampler for every branch. `way` of the steps: see `Growth`."""
     # 1. Prefill: every tree once; its keys and values stay.
     device, speed = batch.tokens.device, speed or Speed()
     speed.lap(device)
@@ -307,6 +307,7 @@ def generate(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int
     owners = model.owners(batch)[tips.row, place].tolist()
     first = {owner: start_decoder(model, h, sight, owner, spelling.close) for owner in set(owners)}
     decoders = [first[owner].another() for owner in owners]  # branches of a tree share the keys of its visual tokens
+    choose = [samplers() for _ in owners]
     h, growth = h[tips.row, place], Growth(model, cache, ids, tips, way)
     del x, sight
     speed.prompt += int((batch.example_ids >= 0).sum())
@@ -318,7 +319,7 @@ def generate(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int
     for step in range(max_new_tokens):
         logits, going = model.logits(h).where(spoken, float("-inf")), []
         for at, w in enumerate(waiting):
-            token, carried = decoders[w].step(logits[at], h[at], sample)
+            token, carried = decoders[w].step(logits[at], h[at], choose[w])
             if token in (spelling.eos, *spelling.stops):
                 reasons[w] = "stop"
             else:

@@ -29,7 +29,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from colorsys import hsv_to_rgb
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
 from time import perf_counter
@@ -153,7 +153,7 @@ def ask(model: Molmo, tokenizer: Tokenizer, views: Views, args: argparse.Namespa
     """To every question; what is seen is read once."""
     batch = collate([data.prompts(tokenizer, views, [args.prompt, *args.ask])]).to(args.device)
     write = lambda speed: generate(model, batch, data.spelling(tokenizer), args.max_new_tokens,
-                                   sampler(args.temperature, args.top_p, args.seed), speed, "compiled" if args.compile else "views")
+                                   partial(sampler, args.temperature, args.top_p, args.seed), speed, "compiled" if args.compile else "views")
     if args.compile and not speed.prompt:
         write(None)  # the first time is for the compiler
     return write(speed)

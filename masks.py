@@ -38,7 +38,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from preprocess import ViewConfig
-from records import Lines, dump
+from records import Lines, dump, whole
 
 Points = Mapping[int, tuple[float, float]]  # id -> x, y in pixels
 Masks = dict[int, np.ndarray]               # id -> (H, W) bool
@@ -485,26 +485,22 @@ def annotate(frame: np.ndarray, mask: np.ndarray, rng: np.random.Generator,
 
 def annotate_file(path: str, out: Path, segmenter: Callable[[np.ndarray, float, float], np.ndarray], seed: int) -> None:
     """Every mask in a JSONL file (records.py) gives a point to its object; the file `out` holds all lines with them."""
-    lines, fits, part = Lines(path), [], out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            for index in tqdm(range(lines.size), desc="annotate", leave=False, disable=None):
-                line = lines.line(index, ViewConfig(fps=FRAMES_PER_SECOND, max_frames=100_000), pointless=True)
-                record, rng = line.record, np.random.default_rng([seed, index])
-                for thing in record.objects.values():
-                    at = {moment: record.pictures[record.picture(moment)] for moment in thing.masks}
-                    found = {moment: annotate(at[moment], runs.mask(), rng, segmenter)
-                             for moment, runs in thing.masks.items() if any(runs.counts[1::2])}
-                    fits += [iou(segmenter(at[moment], *place), thing.masks[moment].mask()) for moment, place in found.items()]
-                    thing.points |= found
-                    if not thing.points:
-                        raise ValueError(f"{path}:{lines.at[index][0]}: an object has empty masks only")
-                near = lambda media: os.path.relpath(media, out.parent)
-                before = None if line.before is None else list(map(near, line.before))
-                file.write(dump(record, list(map(near, line.images)), line.video and near(line.video), before) + "\n")
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
+    lines, fits = Lines(path), []
+    with whole(out) as part, open(part, "w", encoding="utf-8") as file:
+        for index in tqdm(range(lines.size), desc="annotate", leave=False, disable=None):
+            line = lines.line(index, ViewConfig(fps=FRAMES_PER_SECOND, max_frames=100_000), pointless=True)
+            record, rng = line.record, np.random.default_rng([seed, index])
+            for thing in record.objects.values():
+                at = {moment: record.pictures[record.picture(moment)] for moment in thing.masks}
+                found = {moment: annotate(at[moment], runs.mask(), rng, segmenter)
+                         for moment, runs in thing.masks.items() if any(runs.counts[1::2])}
+                fits += [iou(segmenter(at[moment], *place), thing.masks[moment].mask()) for moment, place in found.items()]
+                thing.points |= found
+                if not thing.points:
+                    raise ValueError(f"{path}:{lines.at[index][0]}: an object has empty masks only")
+            near = lambda media: os.path.relpath(media, out.parent)
+            before = None if line.before is None else list(map(near, line.before))
+            file.write(dump(record, list(map(near, line.images)), line.video and near(line.video), before) + "\n")
     print(f"wrote {out}: {lines.size} lines, {len(fits)} points; "
           f"their own masks fit the given ones with an IoU of {np.mean(fits or [0]):.3f}")
 

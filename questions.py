@@ -6,7 +6,6 @@ A label is a noun phrase ("red cups", "leftmost star"); the things it means are 
 pixels. Some of the questions are about what is not there. Everything is a pure function of a scene and a generator.
 """
 
-from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import numpy as np

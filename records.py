@@ -21,7 +21,8 @@ An object that has no point at some moment is out of view then. `TASKS` names al
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -401,6 +402,18 @@ def dump(record: Record, images: Sequence[str] = (), video: str | None = None, b
     extra = ({} if before is None else {"before": list(before)}) | ({"subtitles": record.subtitles} if record.subtitles else {})
     seen = {"objects": objects} if objects else {}
     return json.dumps({"id": record.name} | media | extra | seen | {"annotations": annotations})
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """Around the writing of a file: yields another name to write to; the file has its own once it is complete, or not at all."""
+    path = Path(path)
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class Lines:

@@ -556,7 +556,8 @@ def _strip(scene: Scene, asked: list) -> Image.Image:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from questions import queries  # a later file, here only
+    import records  # later files, here only
+    from questions import queries
     scenes = [(clip if args.video else still)(args.seed, args.index + i) for i in range(8)]
     rng = _generator(args.seed, args.index, 3)
     strips = [_strip(scene, queries(scene, rng, len(MARKS))) for scene in scenes]
@@ -565,7 +566,8 @@ def _show(args: argparse.Namespace) -> None:
     for strip in strips:
         sheet.paste(strip, (0, top))
         top += strip.height
-    sheet.save(args.out)
+    with records.whole(args.out) as part:
+        sheet.save(part)
 
 
 def cups_world() -> World:
@@ -596,19 +598,20 @@ def _track(made: World, truth: Scene, thing: int) -> list[dict]:
 
 def _cups(args: argparse.Namespace) -> None:
     from preprocess import write_video  # here only: drawing needs no video library
+    from records import whole
 
     made, fps, folder = cups_world(), 24, Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     frames = (made.film(np.array([time])).frames[0] for time in frame_times(fps, made.seconds))
-    write_video(folder / "cups.mp4", frames, fps)
+    with whole(folder / "cups.mp4") as part:
+        write_video(part, frames, fps)
 
     truth = made.film(frame_times(2.0, made.seconds))
     height, width = truth.frames.shape[1:3]
     things = [{"id": i, "kind": thing.kind, "color": thing.color, "track": _track(made, truth, i)}
               for i, thing in enumerate(made.things)]
-    written = folder / "cups.json.part"
-    written.write_text(json.dumps({"size": [width, height], "fps": fps, "seconds": made.seconds, "things": things}))
-    written.rename(folder / "cups.json")
+    with whole(folder / "cups.json") as part:
+        part.write_text(json.dumps({"size": [width, height], "fps": fps, "seconds": made.seconds, "things": things}))
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ from evaluate import evaluate, fresh
 from model import POINTS_AS, PRESETS, Molmo, MolmoConfig
 from packing import Packer
 from parallel import World
-from records import Lines
+from records import Lines, whole
 from tokenizer import Tokenizer
 
 HOME = Path(__file__).resolve().parent
@@ -240,9 +240,8 @@ class Log:
             except ValueError:
                 pass  # a kill may cut the last
         self.start = time.time() - (self.lines[-1]["seconds"] if self.lines else 0)
-        fresh = path.with_suffix(".part")
-        fresh.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        fresh.replace(path)
+        with whole(path) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         self.file = open(path, "a")
 
     def write(self, **values):
@@ -267,8 +266,8 @@ class Log:
             title = "log10 " if scale is not float else ""
             curves = {title + n: thinned([(line["step"], scale(line[n])) for line in self.lines if n in line]) for n in names}
             plot(sheet, x, width, height, curves)
-        sheet.save(self.folder / "curves.part", format="PNG")
-        (self.folder / "curves.part").replace(self.folder / "curves.png")
+        with whole(self.folder / "curves.png") as part:
+            sheet.save(part)
 
 
 def thinned(curve: list[tuple[float, float]], most: int = 240) -> list[tuple[float, float]]:

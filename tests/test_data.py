@@ -27,7 +27,7 @@ from model import PRESETS, LLMConfig, MolmoConfig
 from packing import Packer, collate, lay_out
 from pointing import TOKEN_INDEX, Point
 from preprocess import ViewConfig
-from records import TASKS, Annotation, Lines, Object, Record
+from records import TASKS, Annotation, Lines, Object, Record, whole
 from tokenizer import Tokenizer
 from vit import ViTConfig
 
@@ -90,6 +90,32 @@ def test_points_come_back_where_they_were(form):
                                for q in found)
                     seen += 1
     assert seen >= 60
+
+
+@pytest.mark.parametrize("form", ["tokens", "text"])
+@pytest.mark.parametrize("name", data.SETS)
+def test_true_answers_survive_a_pack(form, name):
+    """What a row of two trees asks the model to learn, read back branch by branch with nothing but the batch, is every
+    record's answers: the same words, and points in the same places."""
+    config = replace(PRESETS["tiny"], points_as=form)
+    records = [draw(name, 9, index, 4) for index in range(2)]
+    trees = [example(record, TOKENIZER, config, RNG()) for record in records]
+    batch = collate([trees])
+    chosen, windows = iter(batch.points.tolist()), 0
+    for number, (record, tree) in enumerate(zip(records, trees)):
+        for b, said in enumerate(record.annotations, start=1):
+            here = (batch.example_ids[0] == number) & (batch.branch_ids[0] == b)
+            learned = batch.targets[0, here][batch.loss_weights[0, here] > 0].tolist()
+            rows = [next(chosen) for _ in range(learned.count(TOKENIZER.special[TOKEN_INDEX]))]
+            rows = [[token - windows, slot, place] if token >= 0 else [token, slot, place] for token, slot, place in rows]
+            assert learned[-1] == TOKENIZER.eos_id
+            if said.messages:
+                assert TOKENIZER.decode(learned) == "".join(text + "<|im_end|>" for _, text in said.messages) and not rows
+            else:
+                found = data.read_answer(Answer(learned[:-1], rows, "stop"), TOKENIZER, data.views_of(record, VIEWS))
+                assert found == answered(record, said, config)[:2]
+        windows += len(tree.pooling)
+    assert next(chosen, None) is None
 
 
 def film() -> Record:
@@ -590,6 +616,18 @@ def test_tags_are_for_one_picture():
     record = next(evaluate.fresh("clips", 1, VIEWS))
     with pytest.raises(ValueError, match="ask frame by frame"):
         data.example(record, TOKENIZER, replace(PRESETS["tiny"], points_as="tags"), np.random.default_rng(0))
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    """What ends in the middle leaves the old file and no other; another name is where the new one grows."""
+    path = tmp_path / "a.png"
+    with whole(path) as part:
+        part.write_text("old")
+        assert part.suffix == ".png" and not path.exists()
+    with pytest.raises(KeyboardInterrupt), whole(path) as part:
+        part.write_text("ne")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_ctrl_c_ends_a_command_without_a_word(capsys):

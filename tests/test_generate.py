@@ -2,6 +2,7 @@
 one is in test_model.py.)"""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import data
 import generate as generation
 from attention import Dense, Few, Ids, masked, may_attend
-from generate import Linear8, Speed, Tips, generate, generate_slowly, step_bytes, to_int8
+from generate import Linear8, Speed, Tips, generate, generate_slowly, sampler, step_bytes, to_int8
 from model import Cache, Molmo
 from packing import collate
 from pointing import PointPredictor
@@ -51,6 +52,14 @@ def test_trees_of_different_sizes_in_one_batch(model, way):  # noqa: F811
     together = generate(model, collate([tree(seed, q, **seen) for seed, q, seen in asked]), SPELLING, 30, babble(model), way=way)
     assert together == [answer for seed, q, seen in asked for answer in one_by_one(model, seed, q, **seen)]
     assert {answer.finish_reason for answer in together} == {"stop", "length"}
+
+
+def test_sampled_answers_of_a_tree_too(model):  # noqa: F811
+    """With a temperature every branch draws as if it were asked alone with the same seed, and not what its neighbours draw."""
+    samplers = partial(sampler, 1.0, 0.9, 5)
+    alone = [generate_slowly(model, collate([prompt(74, q, **SEEN["image"])]), SPELLING, 12, samplers) for q in QUESTIONS]
+    assert generate(model, collate([tree(74, **SEEN["image"])]), SPELLING, 12, samplers) == alone
+    assert len({tuple(answer.tokens) for answer in alone}) > 1
 
 
 @pytest.mark.parametrize("style", ["text", "norm after"])
@@ -93,7 +102,7 @@ def test_pictures_and_their_keys_are_paid_for_once(model, monkeypatch):  # noqa:
     calls, real = [], PointPredictor.patch_keys
     monkeypatch.setattr(PointPredictor, "patch_keys", lambda *args: calls.append(1) or real(*args))
     batch, speed = collate([tree(78, **SEEN["video"])]), Speed()
-    answers = generate(model, batch, SPELLING, 12, script(TOKENIZER.encode("abcd") * 12), speed)
+    answers = generate(model, batch, SPELLING, 12, script(TOKENIZER.encode("abcd") * 3), speed)
     assert len(calls) == 1 and batch.crops.shape[0] == SEEN["video"]["frames"]
     assert speed.prompt == (batch.example_ids >= 0).sum() == batch.tokens.shape[1]
     assert speed.written == sum(len(answer.tokens) - 1 for answer in answers), "the last one is never read"
@@ -105,8 +114,8 @@ def test_a_branch_that_ends_makes_the_steps_narrower(model):  # noqa: F811
     tips, _ = Tips.of(collate([tree(79)]))
     assert tips.column.tolist() == [0, 1, 2, 3] and tips.row.tolist() == [0] * 4 and tips.branch.tolist() == [1, 2, 3, 4]
     words, speed = TOKENIZER.encode("a"), Speed()
-    said = iter(words * 4 + words + [SPELLING.eos] * 3 + words * 5)
-    answers = generate(model, collate([tree(79)]), SPELLING, 7, lambda logits: next(said), speed)
+    scripts = iter([words * 7] + [words + [SPELLING.eos]] * 3)
+    answers = generate(model, collate([tree(79)]), SPELLING, 7, lambda: script(next(scripts))(), speed)
     assert [len(a.tokens) for a in answers] == [7, 1, 1, 1] and speed.written == 4 + 5
 
 

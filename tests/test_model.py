@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -324,7 +325,7 @@ def test_packed_examples_are_as_if_in_rows_of_their_own(model):
 
 
 def babble(model: Molmo):
-    """A sampler that looks at nothing but the logits, and begins and ends lists often."""
+    """Samplers that look at nothing but the logits, and begin and end lists often."""
     point, (close,), eos = model.ids[TOKEN_INDEX], SPELLING.close, SPELLING.eos
 
     def sample(logits: torch.Tensor) -> int:
@@ -334,19 +335,22 @@ def babble(model: Molmo):
             return close
         return eos if logits[5] > logits[6] + 1.5 else int(logits[:eos].argmax())
 
-    return sample
+    return lambda: sample
 
 
 def script(tokens: list[int]):
-    """A sampler that says what it is told to."""
-    rest = iter(tokens)
+    """Samplers that say what they are told to."""
+    def samplers():
+        rest = iter(tokens)
 
-    def sample(logits: torch.Tensor) -> int:
-        token = next(rest)
-        assert logits[token].isfinite(), "the script asks for a token that may not be said"
-        return token
+        def sample(logits: torch.Tensor) -> int:
+            token = next(rest)
+            assert logits[token].isfinite(), "the script asks for a token that may not be said"
+            return token
 
-    return sample
+        return sample
+
+    return samplers
 
 
 SEEN = {"text": {}, "image": {"images": 1, "sides": (100, 200)}, "two images": {"images": 2}, "video": {"frames": 4}}
@@ -426,8 +430,8 @@ def test_text_models_generate_alike():
 def test_sampling_is_reproducible(model):
     """With a temperature the same seed gives the same answer, cached or not, and another seed another answer."""
     batch = collate([prompt(47, **SEEN["image"])])
-    run = lambda seed: generate(model, batch, SPELLING, 25, sampler(1.0, 0.9, seed))[0]
-    assert run(1) == run(1) == generate_slowly(model, batch, SPELLING, 25, sampler(1.0, 0.9, 1))
+    run = lambda seed: generate(model, batch, SPELLING, 25, partial(sampler, 1.0, 0.9, seed))[0]
+    assert run(1) == run(1) == generate_slowly(model, batch, SPELLING, 25, partial(sampler, 1.0, 0.9, 1))
     assert run(1) != run(2)
 
 
