@@ -104,8 +104,8 @@ def check_equal():
 
 
 def check_resize(source: str, target: str):
-    """Goes on from `source`, if there is such a checkpoint, else from nothing with one step; saves in `target`, prints what the next
-    batch costs and what the parameters and moments amount to."""
+    """Goes on from `source`, if there is such a checkpoint, else from nothing with one step; saves in `target`, prints what each
+    moment amounts to, what the next batch costs and what it costs after a step on it."""
     with parallel.together("cpu", 1) as (world, _):
         source, target = Path(source), Path(target)
         state = weights.load_training(source / "checkpoint")
@@ -119,16 +119,21 @@ def check_resize(source: str, target: str):
             backward(model, [batches("uneven")[world.rank]], 1.0)
             step(model, optimisers)
         run(target).save(model, optimisers, 1, {"next": [world.rank], "pool": []})
-        total = lambda values: sum(float(parallel.full(x).double().square().sum()) for x in values)
-        moments = total(x for optimiser in optimisers for values in optimiser.state.values() for x in values.values())
-        parameters, loss = total(model.parameters()), float(model.losses(batches("text")[1])["token"])
+        names = {p: name for name, p in model.named_parameters()}
+        said = {f"{names[p]} {key}": float(parallel.full(x).double().square().sum())
+                for optimiser in optimisers for p, values in optimiser.state.items() for key, x in values.items()}
+        for when in ("before", "after"):
+            said[f"loss {when}"] = backward(model, [batches("text")[1]], 1.0)  # the same in every process
+            step(model, optimisers)
         if world.rank == 0:
-            print(json.dumps([parameters, moments, loss]))
+            print(json.dumps(said))
 
 
-def check_train(look: str, dies: str, *words: str):
-    """train.py on a small mixture, `look` steps of which teach the ViT alone; process 1 ends without a word after so many steps (0: never)."""
+def check_train(model: str, look: str, dies: str, *words: str):
+    """train.py on a small mixture, its model "whole" in every process or in "shards", `look` steps of which teach the ViT alone;
+    process 1 ends without a word after so many steps (0: never)."""
     steps = 0
+    train.LIGHT = ("tiny",) if model == "whole" else ()
 
     def counted(*given):
         nonlocal steps

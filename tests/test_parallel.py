@@ -15,6 +15,7 @@ import torch
 import loading
 import parallel
 import train
+import weights
 from packing import Branch, Example, Packer
 from test_model import scrambled
 
@@ -43,11 +44,13 @@ def test_two_processes_do_what_one_does():
 
 
 def test_a_checkpoint_is_read_by_another_number_of_processes(tmp_path):
-    """Written by two processes, read and written by one, read by two: parameters, moments and the next loss stay the same. Of shards
-    that are damaged one line says so."""
+    """Written by two processes, read and written by one, read by two: every parameter bit for bit, every moment, the next loss and
+    the loss after a step stay the same. Of shards that are damaged one line says so."""
     a, b, c = (json.loads(processes(n, "resize", tmp_path / source, tmp_path / target).stdout) for n, source, target in
                ((2, "none", "a"), (1, "a", "b"), (2, "b", "c")))
-    assert a == pytest.approx(b, rel=1e-6) and a == pytest.approx(c, rel=1e-6)
+    assert a == pytest.approx(b, rel=1e-5) and a == pytest.approx(c, rel=1e-5) and len(a) == 3 * len(dict(scrambled(0).named_parameters())) + 2
+    one, two, three = (weights.load(tmp_path / run / "checkpoint")[0].state_dict() for run in "abc")
+    assert all(torch.equal(one[name], two[name]) and torch.equal(one[name], three[name]) for name in one)
     assert (tmp_path / "a/checkpoint/shards").is_dir() and not (tmp_path / "b/checkpoint/shards").exists()
     shards, parameters = tmp_path / "a/checkpoint/shards", dict(scrambled(0).named_parameters())
     index, piece = shards / ".metadata", shards / "__1_0.distcp"
@@ -59,27 +62,34 @@ def test_a_checkpoint_is_read_by_another_number_of_processes(tmp_path):
 
 
 def test_a_process_that_dies_stops_the_run_and_the_run_goes_on(tmp_path):
-    """Process 1 of two ends in the third step after two of the ViT alone: process 0 says so in one line, nothing hangs, and the last
-    checkpoint is gone on from by two processes, which come to the same numbers as a run that nobody died in, and by one."""
+    """Process 1 of two, with the model in shards, ends in the third step after two of the ViT alone: process 0 says so in one line,
+    nothing hangs, and the last checkpoint is gone on from by two processes, which come to the same numbers as a run that nobody
+    died in, and by one."""
     words = ("--steps", "4", "--save-every", "2", "--out")
-    died = processes(2, "train", 2, 5, *words, tmp_path / "run", fails=True)
+    died = processes(2, "train", "shards", 2, 5, *words, tmp_path / "run", fails=True)
     lines = [line for line in died.stderr.splitlines() if line.startswith("train.py")]
     assert died.returncode and len(lines) == 1 and "another process has gone" in lines[0] and "--resume" in lines[0], died.stderr[-3000:]
     shutil.copytree(tmp_path / "run", tmp_path / "alone")
-    processes(2, "train", 2, 0, *words, tmp_path / "run", "--resume")
-    processes(1, "train", 2, 0, *words, tmp_path / "alone", "--resume")
-    processes(2, "train", 2, 0, *words, tmp_path / "whole")
+    assert (tmp_path / "run/checkpoint/shards").is_dir()
+    processes(2, "train", "shards", 2, 0, *words, tmp_path / "run", "--resume")
+    processes(1, "train", "shards", 2, 0, *words, tmp_path / "alone", "--resume")
+    processes(2, "train", "shards", 2, 0, *words, tmp_path / "whole")
     whole = losses(tmp_path / "whole")
     assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-6) and len(whole) == 6
     assert losses(tmp_path / "alone")[:4] == pytest.approx(whole[:4], rel=1e-6) and len(losses(tmp_path / "alone")) == 6
 
 
-def test_a_context_group_trains_as_one_process_does(tmp_path):
-    """Two processes that share every batch, and the scenes of the ViT alone, log the losses of one process, step by step."""
-    words = ("train", 2, 0, "--steps", 3, "--out")
-    processes(2, *words, tmp_path / "two", "--context-parallel", 2)
-    processes(1, *words, tmp_path / "one")
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4) and len(losses(tmp_path / "one")) == 5
+def test_two_processes_train_as_one_does(tmp_path):
+    """Two processes of a context group, with the model whole or in shards, log the losses of one process, step by step, from the
+    scenes of the ViT alone on."""
+    words = ("--steps", 3, "--out")
+    processes(2, "train", "whole", 2, 0, *words, tmp_path / "group", "--context-parallel", 2)
+    processes(2, "train", "shards", 2, 0, *words, tmp_path / "group in shards", "--context-parallel", 2)
+    processes(1, "train", "whole", 2, 0, *words, tmp_path / "one")
+    one = losses(tmp_path / "one")
+    assert len(one) == 5
+    for run in ("group", "group in shards"):
+        assert losses(tmp_path / run) == pytest.approx(one, rel=1e-4), run
 
 
 def test_loaders_are_shared_out_without_loss():
@@ -122,7 +132,7 @@ class Counted(torch.utils.data.Dataset):
 
 def test_many_processes_complain_once(tmp_path):
     """What is wrong for all of them alike is said by one, and nothing is written."""
-    failed = processes(2, "train", 0, 0, "--context-parallel", 3, "--out", tmp_path / "run", fails=True)
+    failed = processes(2, "train", "whole", 0, 0, "--context-parallel", 3, "--out", tmp_path / "run", fails=True)
     said = [line for line in failed.stderr.splitlines() if line.startswith("train.py")]
     assert said == ["train.py: --context-parallel 3: 2 processes cannot be cut into such groups"] and not (tmp_path / "run").exists()
 
