@@ -32,6 +32,7 @@ import data  # noqa: E402
 import synthetic  # noqa: E402
 import weights  # noqa: E402
 from attention import compilations  # noqa: E402
+from costs import Work, flops  # noqa: E402
 from generate import Speed, generate, step_bytes, to_int8  # noqa: E402
 from model import PRESETS, Batch, Molmo  # noqa: E402
 from packing import collate  # noqa: E402
@@ -81,7 +82,7 @@ def asked(questions: list[str], frames: int) -> Batch:
 
 def ours(model: Molmo, batch: Batch, tokens: int, way: str = "views") -> dict[str, float]:
     speed = Speed()
-    generate(model, batch, data.spelling(TOKENIZER), tokens, never_ends, speed, way)
+    generate(model, batch, data.spelling(TOKENIZER), tokens, lambda: never_ends, speed, way)
     return {"prefill": speed.prompt / speed.prefill, "decode": speed.written / speed.decode, "read": speed.read / speed.decode}
 
 
@@ -184,6 +185,7 @@ def infer(args: argparse.Namespace) -> None:
     machine, mine, its = found["machine"], found["ours"], found["theirs"]
     read = mine["read"] / mine["decode"]  # bytes a token
     limit = machine["bytes"] / read
+    mfu = sum(flops(SMALL, Work.of(model, batch)).values()) * mine["prefill"] / batch.tokens.shape[1] / machine["flops"]
     rows = [("matrix x vector", machine["bytes"] / 1e9, "GB/s"), ("matrix x matrix", machine["flops"] / 1e9, "GFLOP/s"),
             ("decode, limit of the memory", limit, f"tokens/s, {read / 1e6:.0f} MB each"),
             ("decode, transformers", its["decode"], "tokens/s"),
@@ -194,7 +196,7 @@ def infer(args: argparse.Namespace) -> None:
         rows += [("decode, compiled", made["decode"], f"tokens/s, {made['decode'] / its['decode']:.2f} x transformers, "
                   f"{made['decode'] / limit:.0%} of the limit; first answer {made['first']:.0f} s, {made['graphs']} graphs compiled")]
     rows += [("prefill, transformers", its["prefill"], f"tokens/s, {batch.tokens.shape[1]} tokens"),
-             ("prefill", mine["prefill"], f"tokens/s, {mine['prefill'] / its['prefill']:.2f} x transformers"),
+             ("prefill", mine["prefill"], f"tokens/s, {mine['prefill'] / its['prefill']:.2f} x transformers, MFU {mfu:.0%} of matrix x matrix"),
              *((f"peak memory, {name}", size / 1e6, "MB") for name, size in memory.items()),
              (f"{QUESTIONS} questions, one by one", found["many"]["one by one"], f"s, {SHARED_FRAMES} frames, {SHORT} tokens each"),
              (f"{QUESTIONS} questions, a tree", found["many"]["tree"], f"s, {found['many']['one by one'] / found['many']['tree']:.1f} times faster")]

@@ -84,11 +84,12 @@ def packed_step(device: str, room: int, top: float):
         sum(losses[name] for name in ("token", "patch", "slot", "location")).backward()
         model.zero_grad()
 
+    unit = "s" if device == "cuda" else "CPU s"
     found, ways = {}, ("dense", "sparse" if device == "cuda" else "cut")
     for way in ways:
         with mock.patch.object(model_file, "masked", WAYS[way]):
             found[way] = seconds(step, device)
-            print(f"  {way:8}{found[way]:8.3f} s   {tokens / found[way]:8.0f} tokens/s   MFU {flops / found[way] / top:6.1%}  {memory(step, device)}")
+            print(f"  {way:8}{found[way]:8.3f} {unit}   {tokens / found[way]:8.0f} tokens/s   MFU {flops / found[way] / top:6.1%}  {memory(step, device)}")
     print(f"  {found[ways[0]] / found[ways[1]]:.2f} times")
 
 
