@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+import questions
 import screens
 import synthetic
 from data import CATEGORIES, HISTORY, draw, example, fitting, scene_record, views_of
@@ -82,7 +83,9 @@ class Moments:
 
 
 def synthetic_sets(names: Iterable[str], seed: int, branches: int, more: dict[str, float] = {}) -> dict[str, list[Drawn]]:
-    """Category (or the name of one set) -> sets."""
+    """Category (or the name of one set) -> sets. ValueError if `more` names a way of asking that there is not."""
+    if unknown := set(more) - questions.WAYS:
+        raise ValueError(f"no question is asked in the way {', '.join(sorted(unknown))}: {', '.join(sorted(filter(None, questions.WAYS)))}")
     return {name: [Drawn(one, seed, branches, more) for one in CATEGORIES.get(name, (name,))] for name in names}
 
 

@@ -258,6 +258,7 @@ TRACKING = {("track", "kind"): 6, ("track", "color+kind"): 6, ("track", "all"): 
             ("track_ends", "kind"): 2, ("track_ends", "color+kind"): 2, ("track_ends", "motion"): 1, ("track_from", "all"): 3}
 
 MOVING = {("point", "motion"): 1}
+WAYS = {about for mixture in (MIXTURE, CAPTIONS, ANSWERS, POINTING, TRACKING, MOVING) for _, about in mixture}
 
 
 def _query(scene: Scene, rng: np.random.Generator, more: dict[str, float], mixture: dict[tuple[str, str], float]) -> Query | None:

@@ -19,6 +19,7 @@ import evaluate
 import loading
 import screens
 import synthetic
+import train
 from connector import ConnectorConfig
 from data import branch, draw, example, pointed, question
 from generate import Answer
@@ -421,6 +422,14 @@ def test_a_category_without_a_set_is_an_error():
     """A missing set stops before training."""
     with pytest.raises(ValueError, match="there is no set for 'b'"):
         mixture({"a": [Numbers("a", 4)]}, {"a": 1, "b": 1})
+
+
+def test_a_way_of_asking_that_there_is_not_is_an_error():
+    """A mistyped way in a stage's `more` is named; those of all stages are right."""
+    with pytest.raises(ValueError, match="in the way siez: .*, size"):
+        loading.synthetic_sets(["stills"], 0, 4, {"siez": 2, "none": 1})
+    for stage in train.STAGES.values():
+        loading.synthetic_sets([], 0, 4, stage.more)
 
 
 def test_branches_are_shuffled_and_cut_to_fit():
