@@ -13,8 +13,11 @@ import torch
 
 import data
 import evaluate
+import questions
+import synthetic
 import train
 import weights
+from generate import Answer, generate
 from model import PRESETS, Molmo
 from conftest import ROOT
 from packing import collate
@@ -201,6 +204,33 @@ def test_each_parameter_has_one_part_and_one_optimiser(tiny):
     names = {name for name, p in model.named_parameters() if id(p) in muon}
     assert "vit.patch_embedding.weight" in names and not any(n.startswith(("wte", "lm_head")) for n in names)
     assert PRESETS["molmopoint-8b"].optimizer == "adamw"
+
+
+def test_thirty_steps_learn_a_handful_of_scenes(tiny):
+    """Two stills and a clip, two questions each, as every run has them: after thirty steps of the preset `tiny` the loss is less
+    than a thousandth of what it was, and every answer is written as it was taught, point by point."""
+    _, tokenizer = tiny
+    config, ways = PRESETS["tiny"], {("point", "kind"): 1, ("point", "color+kind"): 1}
+    trees, asked, answers = [], [], []
+    for i, scene in enumerate((synthetic.still(7, 0), synthetic.still(7, 1), synthetic.clip(7, 0))):
+        record = data.scene_record(scene, questions.queries(scene, np.random.default_rng(i), 2, mixture=ways))
+        views = data.views_of(record, config.views)
+        trees.append(data.example(record, tokenizer, config, np.random.default_rng(0)))
+        asked.append(data.prompts(tokenizer, views, [said.question for said in record.annotations]))
+        for said in record.annotations:
+            pieces, rows = data.answer(said, record, views, config)
+            answers.append(Answer(tokenizer.encode_layout(pieces), rows.tolist(), "stop"))
+    model, batch, history = Molmo(config).initialize(0), collate(trees), []
+    optimisers = optimizers(model, config.optimizer)
+    for step in range(30):
+        losses = model.losses(batch)
+        loss = sum(losses[name] for name in train.LOSSES) / batch.loss_weights.sum()
+        loss.backward()
+        train.clip(parts_of(model), loss.item(), step)
+        train.update(optimisers, dict.fromkeys(PARTS, 5e-3))
+        history.append(loss.item())
+    assert history[-1] < history[0] / 1000
+    assert generate(model.eval(), collate(asked), data.spelling(tokenizer), 60) == answers and len(answers) == 6
 
 
 def test_learning_rates_warm_up_and_end_at_a_tenth():
