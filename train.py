@@ -296,7 +296,7 @@ def plot(sheet: Image.Image, left: int, width: int, height: int, curves: dict[st
 
 def small_evaluation(model: Molmo, tokenizer: Tokenizer, sets: Sequence[str]) -> dict[str, float]:
     """The figures to watch, on fresh records: a few, so they jump about by some hundredths."""
-    figures, shown = {}, ("f1", "hota", "count exact", "none recognised")
+    figures, shown = {}, ("precision", "recall", "f1", "hota", "count exact", "none recognised")
     for name in sets:
         result, _ = evaluate(model, tokenizer, fresh(name, SMALL_EVALUATION, model.config.views))
         figures |= {f"{name} {k}": round(v, 3) for k, v in result.items() if k in shown}
@@ -608,7 +608,8 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
                 figures = small_evaluation(whole.to(args.device), run.tokenizer, stage.watch)
                 run.log.write(step=step, **figures)
                 run.log.draw()
-                run.log.say(f"step {step + 1}: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()))
+                run.log.say(f"step {step + 1}: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()
+                                                                   if not k.endswith(("precision", "recall"))))
             world.wait()
     run.log.draw()
     if graphs := compilations():
