@@ -295,7 +295,7 @@ def glimpse(seed: int, index: int, rng: np.random.Generator, branches: int, mask
     last = rng.uniform(0, made.seconds)
     times = last - np.arange(HISTORY + 1)[::-1] / rng.choice([4.0, 8.0, 16.0])
     scene = made.film(times[times >= 0] if last > 0 else times[-1:])
-    asked = questions.queries(scene, rng, 2, more, questions.MOVING)  # where it can be said clearly
+    asked = questions.queries(scene, rng, min(2, branches), more, questions.MOVING)  # where it can be said clearly
     asked += questions.queries(scene, rng, branches - len(asked), more, questions.POINTING)
     return scene_record(scene, asked, masks, f"moments-{index}").moment(len(scene.times) - 1, HISTORY)
 
@@ -348,7 +348,7 @@ def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, m
     if name == "video qa" and rng.random() < 0.3:
         text, heard = questions.subtitles(scene, rng)
     asked = questions.queries(scene, rng, branches, more, shares)
-    record = scene_record(scene, (heard + asked)[:max(branches, len(heard))], masks, title)
+    record = scene_record(scene, (heard + asked)[:branches], masks, title)
     record.subtitles = text
     for said in record.annotations:
         if said.task in ("track", "track_from") and rng.random() < 0.4:
@@ -583,6 +583,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands.choices[name].add_argument("--checkpoint", default=HOME / "assets/tiny", help="the model whose crops and tokens these are")
             commands.choices[name].add_argument("--max-frames", type=number(int, 1, 10**6), default=16,
                                                 help="of a video that are looked at: stage 2 of the tiny preset has 16, stage 3 32")
+            commands.choices[name].add_argument("--image-crops", type=number(int, 1, 10**4), help="of an image, at most (default: the model's own; "
+                                                "training of the released presets has 8)")
         commands.choices["check"].add_argument("--max-tokens", type=number(int, 1, 10**6), default=1024, help="that a pack holds")
         commands.choices["check"].add_argument("--max-crops", type=number(int, 1, 10**6), default=20, help="that a pack holds")
         commands.choices["show"].add_argument("--n", type=number(int, 1, 10**6), default=8, help="so many of the first lines")
@@ -605,7 +607,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         from weights import load  # a later file
         model, tokenizer = load(args.checkpoint)
-        config = replace(model.config, views=replace(model.config.views, max_frames=args.max_frames))
+        views = model.config.views
+        config = replace(model.config, views=replace(views, max_frames=args.max_frames, max_crops=args.image_crops or views.max_crops))
         if args.command == "check":
             return 2 if check(args.file, tokenizer, config, args.max_tokens, args.max_crops) else 0
         lines = Lines(args.file)

@@ -21,6 +21,7 @@ The figures are means over questions (SPEC section 7). Synthetic records come fr
 import argparse
 import json
 import math
+import os
 import re
 import textwrap
 from collections import Counter, defaultdict
@@ -291,6 +292,8 @@ def frame_by_frame(model: Molmo, tokenizer: Tokenizer, record: Record, how: Betw
             if how.oracle:
                 a.points = data.pointed(a.record, a.annotation)
             a.figures |= scores(a)
+            if how.oracle:
+                a.figures.pop("number differs", None)  # nothing was said
         points = {anchor: {p.id if how.oracle else order: (p.x, p.y) for order, p in enumerate(a.points)}
                   for anchor, a in zip(anchors, here)}  # a model may write an id twice
         figures = summarize(here)
@@ -349,7 +352,7 @@ def scores(a: Asked) -> dict[str, float]:
                    for f in seconds)
         found["hota"] = hota(a.points, a.record, true)
         counted = precision_recall_f1(hits, len(at(a.points)), len(at(true)))
-        return found | dict(zip(("track precision", "track recall", "track f1"), counted))
+        return found | (dict(zip(("track precision", "track recall", "track f1"), counted)) if at(true) else {})
     if task != "count":
         hits = len(matched(a.points, a.record, [p.id for p in true]))
         found |= dict(zip(("precision", "recall", "f1"), precision_recall_f1(hits, len(a.points), number)))
@@ -396,13 +399,13 @@ def by_kind_of_question(asked: Sequence[Asked]) -> dict[str, float]:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = data.Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", default=HOME / "assets/tiny", help="a folder written by train.py")
-    parser.add_argument("--set", nargs="+", choices=[*data.SETS, *MASK_SETS], default=["stills", "clips"], metavar="SET",
+    parser.add_argument("--set", nargs="+", choices=[*data.SETS, *MASK_SETS], metavar="SET",
                         help=f"synthetic sets: {', '.join([*data.SETS, *MASK_SETS])} (default: stills clips)")
     parser.add_argument("--data", help="a JSONL file instead")
     parser.add_argument("--davis", metavar="FOLDER", help="a folder laid out as DAVIS instead (davis.py says how)")
     parser.add_argument("--expressions", metavar="FILE", help="of that folder (default: its meta_expressions.json)")
-    parser.add_argument("--every", type=data.number(int, 1, 10**6), default=6, help="for masks: frames between two questions")
-    parser.add_argument("--fusion", nargs="+", choices=list(FUSIONS), default=["fused"], metavar="NAME",
+    parser.add_argument("--every", type=data.number(int, 1, 10**6), help="for masks: frames between two questions (default: 6)")
+    parser.add_argument("--fusion", nargs="+", choices=list(FUSIONS), metavar="NAME",
                         help=f"for masks: {', '.join(FUSIONS)} (default: fused)")
     parser.add_argument("--oracle", action="store_true", help="for masks: from the true points, not from the model's")
     parser.add_argument("--sam2", metavar="FOLDER", help="for masks: SAM 2 with these weights (default: without weights)")
@@ -419,20 +422,31 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"--json {args.json}: there is no such folder")
     if args.json and Path(args.json).is_dir():
         raise ValueError(f"--json {args.json}: a folder, not a file")
+    if args.json and not os.access(Path(args.json).absolute().parent, os.W_OK | os.X_OK):
+        raise ValueError(f"--json {args.json}: its folder cannot be written to")
+    if args.set and (args.data or args.davis):
+        raise ValueError("--set goes with synthetic sets, not with --data and --davis")
+    if args.expressions and not args.davis:
+        raise ValueError("--expressions goes with --davis")
+    args.set = args.set or ["stills", "clips"]
+    masked = [args.davis] if args.davis else [] if args.data else [name for name in args.set if name in MASK_SETS]
+    if not masked and (args.oracle or args.sam2 or args.fusion or args.every):
+        raise ValueError("--oracle, --sam2, --fusion and --every are for masks: give --davis, or --set " + " or ".join(MASK_SETS))
+    args.masked, args.fusion, args.every = masked, args.fusion or ["fused"], args.every or 6
     return args
 
 
-def settings_of(args: argparse.Namespace, model: Molmo, records: int, masks: bool) -> dict:
+def settings_of(args: argparse.Namespace, model: Molmo, most: dict[str, int]) -> dict:
     """All that the figures depend on."""
     views, temporal = model.config.views, model.config.temporal
     settings = {
-        "checkpoint": str(args.checkpoint), "seed": args.seed, "records": records,
+        "checkpoint": str(args.checkpoint), "seed": args.seed, "records": most if len(set(most.values())) > 1 else max(most.values()),
         "prompts": "each task's own wordings, no system prompt",
         "points read from": {"tokens": "grounding tokens", "text": "coordinates", "tags": "tags"}[model.config.points_as],
         "crops": views.max_crops, "frames": views.max_frames, "fps": views.fps, "batch": args.batch,
         "longest answer": longest(model, False), "with tracks": longest(model, True),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "device": args.device}
-    return settings if not masks else settings | {
+    return settings if not args.masked else settings | {
         "temporal module": temporal.mode, "asked every": f"{args.every} frames, each with {temporal.memory} before it",
         "points": "true" if args.oracle else "the model's", "masks by": f"SAM 2 ({args.sam2})" if args.sam2 else "colour and motion",
         "fusion": args.fusion[0]}
@@ -443,23 +457,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = arguments(argv)
         given = Lines(args.data) if args.data else Sequences(args.davis, args.expressions) if args.davis else None
         names = [args.data or args.davis] if given else args.set
-        masked = set(names) & {args.davis, *MASK_SETS}  # the others are asked about as a whole
-        if not masked and (args.oracle or args.sam2 or args.expressions):
-            raise ValueError("--oracle, --sam2 and --expressions are for masks: give --davis, or --set " + " or ".join(MASK_SETS))
-        most = min(args.records or given.size, given.size) if given else args.records or (50 if set(names) <= masked else 300)
+        most = {name: min(args.records or given.size, given.size) if given else args.records or (50 if name in args.masked else 300) for name in names}
+        for i in range(most[args.data]) if args.data else ():
+            given.line(i)  # a bad line is found before the first question
         between = Between(Sam2(args.sam2, args.device) if args.sam2 else Growing(), args.every, args.fusion, args.oracle)
         model, tokenizer = weights.load(args.checkpoint, args.device)
-        settings, result = settings_of(args, model, most, bool(masked)), {}
+        settings, result = settings_of(args, model, most), {}
         print(", ".join(f"{name} {value}" for name, value in settings.items()))
         for name in names:
             if given:
-                records = (given.record(i, model.config.views) for i in range(most))
-            elif name in masked:
-                records = (MASK_SETS[name](args.seed, i) for i in range(most))
+                records = (given.record(i, model.config.views) for i in range(most[name]))
+            elif name in args.masked:  # the others are asked about as a whole
+                records = (MASK_SETS[name](args.seed, i) for i in range(most[name]))
             else:
-                records = fresh(name, most, model.config.views, args.seed)
-            bar = tqdm(records, total=most, desc=name, leave=False, dynamic_ncols=True)
-            if name in masked:
+                records = fresh(name, most[name], model.config.views, args.seed)
+            bar = tqdm(records, total=most[name], desc=name, leave=False, dynamic_ncols=True)
+            if name in args.masked:
                 asked = [a for record in bar for a in frame_by_frame(model, tokenizer, record, between, args.seed, args.batch)]
                 figures = summarize(asked)
             else:
@@ -469,9 +482,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             for title, table in (("all", figures), ("by question", result[name]["by question"])):
                 line = f"{title}: " + ", ".join(f"{key} {value:.3f}" for key, value in table.items())
                 print(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="    "))
-        if args.json:
-            with whole(args.json) as part:
-                part.write_text(json.dumps({"settings": settings, "figures": result}, indent=1) + "\n")
+            if args.json:  # after every set: what comes later may go wrong
+                with whole(args.json) as part:
+                    part.write_text(json.dumps({"settings": settings, "figures": result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@
 
 A point of a video belongs to one moment, the frame in which the model points: its marker appears with that frame, stays
 for half a second and fades out in another half. All frames are written, at their average rate, without the sound.
-Frame by frame, a video may be as long as it likes: only what lies between two questions is in memory (VideoMolmo).
+Frame by frame, a video may have 200,000 frames: only what lies between two questions is in memory (VideoMolmo).
 
 Bad input ends in one line on stderr and exit status 2 (MOLMO_TRACEBACK=1 in the environment shows the traceback).
 """
@@ -108,6 +108,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     nearest = next(folder for folder in (args.out, *args.out.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"--out {args.out}: {nearest} is no folder that can be written to: give another")
+    for name in Media(args.media, [], [], []).names:
+        for path in (args.out / f"{name}.{end}" for end in ("points.json", "points.png", "points.mp4", "masks.mp4")):
+            if path.is_dir():
+                raise ValueError(f"{path}: a folder, where a result would go: move it away, or give another --out")
     before = args.out / f"{Path(args.media[0]).stem}.masks"
     if args.masks and before.exists() and not (before.is_dir() and all(re.fullmatch("[0-9]{5,}.png", name) for name in os.listdir(before))):
         raise ValueError(f"{before}: holds other things than masks: move it away, or give another --out")

@@ -324,11 +324,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Sam2:
     """SAM 2 from the `transformers` package, with weights from a folder of yours; each call is a session of its own, so
     that neither anchors nor directions know of each other. (Ravi et al., arXiv 2408.00714.) ValueError if the package or
-    the weights are missing."""
+    the weights, any of them, are missing."""
 
-    def __init__(self, folder: str | os.PathLike, device: str = "cpu", dtype: str = "float32"):
+    def __init__(self, folder: str | os.PathLike, device: str = "cpu"):
         try:
-            import torch
             from transformers import Sam2VideoModel
             from transformers.utils.logging import disable_progress_bar
         except ImportError as error:
@@ -340,9 +339,13 @@ class Sam2:
             raise ValueError(f"{folder}: no folder with a SAM 2 model (config.json, model.safetensors)")
         disable_progress_bar()
         try:
-            model = Sam2VideoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=getattr(torch, dtype))
-        except Exception as error:  # a damaged file or another model
-            raise ValueError(f"{folder}: cannot be read as a SAM 2 model ({str(error).strip().splitlines()[0]})") from None
+            model, found = Sam2VideoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype="float32",
+                                                          output_loading_info=True)
+        except Exception as error:  # a damaged file
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{folder}: cannot be read as a SAM 2 model ({reason})") from None
+        if missing := sorted(found["missing_keys"]):  # the library would make them up
+            raise ValueError(f"{folder}: no SAM 2 for videos, {len(missing)} tensors are missing, {missing[0]} for one")
         self.model, self.device = model.to(device).eval(), device
 
     def prepared(self, frames: Sequence[np.ndarray]):
@@ -381,23 +384,25 @@ class Sam2:
 # 4. Fusion
 
 
-def _agreed(left: np.ndarray, right: np.ndarray, threshold: float) -> np.ndarray:
+AGREED = 0.7  # intersection over union of two masks that agree
+SAME = 0.5    # of two masks of one object
+
+
+def _agreed(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     if not left.any() or not right.any():
         return left | right
-    return left & right if iou(left, right) >= threshold else left | right
+    return left & right if iou(left, right) >= AGREED else left | right
 
 
-FUSIONS: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
+FUSIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "fused": _agreed,
-    "left": lambda left, right, _: left,
-    "right": lambda left, right, _: right,
-    "intersection": lambda left, right, _: left & right,
-    "union": lambda left, right, _: left | right,
-    "larger": lambda left, right, _: left if np.count_nonzero(left) >= np.count_nonzero(right) else right,
-    "smaller": lambda left, right, _: left if np.count_nonzero(left) <= np.count_nonzero(right) else right,
+    "left": lambda left, right: left,
+    "right": lambda left, right: right,
+    "intersection": np.logical_and,
+    "union": np.logical_or,
+    "larger": lambda left, right: left if np.count_nonzero(left) >= np.count_nonzero(right) else right,
+    "smaller": lambda left, right: left if np.count_nonzero(left) <= np.count_nonzero(right) else right,
 }
-THRESHOLD = 0.7  # intersection over union of two masks that agree
-SAME = 0.5       # of two masks of one object
 PATIENCE = 3     # anchors through which an object is followed that they do not show
 
 
@@ -416,7 +421,7 @@ def same_objects(left: Sequence[Masks], right: Sequence[Masks]) -> dict[int, int
 
 
 def through_time(frames: Iterable[np.ndarray], ask: Callable[[int, Sequence[np.ndarray]], Points], anchors: Container[int],
-                 propagate: Propagator, how: str = "fused", threshold: float = THRESHOLD, named: bool = False,
+                 propagate: Propagator, how: str = "fused", named: bool = False,
                  history: int = 4, tell: Callable[[int, Points], None] = lambda *_: None) -> Iterator[Masks]:
     """Frames (H, W, 3) -> the masks in each of them, in order, keyed by object.
 
@@ -454,7 +459,7 @@ def through_time(frames: Iterable[np.ndarray], ask: Callable[[int, Sequence[np.n
         empty = np.zeros(frame.shape[:2], bool)
         yield left[0]
         for one, two in zip(left[1:-1], carried[1:-1]):
-            yield {i: fusion(one.get(i, empty), two.get(i, empty), threshold) for i in sorted(one.keys() | two.keys())}
+            yield {i: fusion(one.get(i, empty), two.get(i, empty)) for i in sorted(one.keys() | two.keys())}
         points, window = {names[b]: place for b, place in asked.items()}, [frame]
         lost = {} if named else {i: deepest(mask) for i, mask in missed.items()}
         tell(index, points)
@@ -486,6 +491,8 @@ def annotate(frame: np.ndarray, mask: np.ndarray, rng: np.random.Generator,
 def annotate_file(path: str, out: Path, segmenter: Callable[[np.ndarray, float, float], np.ndarray], seed: int) -> None:
     """Every mask in a JSONL file (records.py) gives a point to its object; the file `out` holds all lines with them."""
     lines, fits = Lines(path), []
+    for index in range(lines.size):
+        lines.line(index, pointless=True)  # a bad line is found before the first point
     with whole(out) as part, open(part, "w", encoding="utf-8") as file:
         for index in tqdm(range(lines.size), desc="annotate", leave=False, disable=None):
             line = lines.line(index, ViewConfig(fps=FRAMES_PER_SECOND, max_frames=100_000), pointless=True)

@@ -20,8 +20,7 @@ COUNT = ("How many {label} are there?", "Count the {label}.", "how many {label}"
 CAPTION = ("Describe this {medium}.", "What is in this {medium}?", "Write a caption for this {medium}.")
 LARGEST, SMALLEST = ("largest", "biggest"), ("smallest",)
 SIDES = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "bottommost": (1, -1)}  # axis, sign: least first
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
-           "eleven")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
 @dataclass

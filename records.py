@@ -140,7 +140,8 @@ class Record:
 
     def moment(self, frame: int, history: int) -> "Record":
         """One frame of a video as an image that has frames before it. What was asked about the video is asked about this
-        frame: tracks become points, and what is not in view is not there; answers in words are left out."""
+        frame: tracks become points, and what is not in view is not there. Answers in words are left out, and so is what
+        means the one thing that a point was given for, since its label may fit others."""
         here = {}
         for identity, thing in self.objects.items():
             points, masks = self.seen(thing.points), self.seen(thing.masks)
@@ -148,7 +149,7 @@ class Record:
                 here[identity] = Object({0: points[frame]}, {0: masks[frame]} if frame in masks else {})
         said = [replace(one, objects=[i for i in one.objects if i in here], task="point" if one.task in TRACKS else one.task,
                         question="" if one.task in TRACKS else one.question.replace("this video", "this image"))
-                for one in self.annotations if TASKS[one.task].answer and one.count is None]
+                for one in self.annotations if TASKS[one.task].answer and one.count is None and one.task != "track_from"]
         return Record(f"{self.name}, frame {frame}", [self.pictures[frame]], None, here, said,
                       before=self.pictures[max(frame - history, 0):frame])
 
@@ -247,10 +248,11 @@ class Line:
                     raise ValueError(f"{path}: {picture.shape[1]}x{picture.shape[0]}, the frame after it is "
                                      f"{record.pictures[0].shape[1]}x{record.pictures[0].shape[0]}")
         for identity, thing in record.objects.items():
-            said = thing.points or thing.masks
-            if record.times and max(said) > record.times[-1] + AT_A_FRAME:
-                raise ValueError(f"object {identity}: a point at {max(said):g} s, the video ends at {record.times[-1]:g} s")
-            if record.times and not record.seen(said):
+            last = max([*thing.points, *thing.masks])
+            if record.times and last > record.times[-1] + AT_A_FRAME:
+                raise ValueError(f"object {identity}: a {'point' if last in thing.points else 'mask'} at {last:g} s, the video ends at "
+                                 f"{record.times[-1]:g} s")
+            if record.times and not record.seen(thing.points or thing.masks):
                 raise ValueError(f"object {identity}: none of the {len(record.times)} frames looked at is within "
                                  f"{AT_A_FRAME} s of its points: give more of them, or a shorter video")
             for moment, (x, y) in thing.points.items():
@@ -289,7 +291,12 @@ def parse(text: str, name: str, folder: Path, pointless: bool = False) -> Line:
         if len(points) < len(places) or video is None and len(points) > 1:
             raise ValueError(f"object {identity} has two points {'at one moment' if video else 'in images'}: "
                              "give each thing an id of its own")
-        masks = {moment(place): runs_of(place) for place in take(listed, "masks", list, [])}
+        pieces = take(listed, "masks", list, [])
+        masks = {moment(place): runs_of(place) for place in pieces}
+        if len(masks) < len(pieces):
+            raise ValueError(f"object {identity} has two masks at one moment: join them")
+        if pointless and video is None and len(masks) > 1:
+            raise ValueError(f"object {identity} has masks in two images: give each thing an id of its own")
         if not points and not (pointless and masks):
             raise ValueError(f"object {identity} has no points")
         shown = take(listed, "shown", float, None)
@@ -435,15 +442,16 @@ class Lines:
             raise ValueError(f"{path}: holds no lines")
         self.size = len(self.at)
 
-    def line(self, index: int, config: ViewConfig, pointless: bool = False) -> Line:
-        """The line, its pictures read. ValueError or MediaError that begins with file and line."""
+    def line(self, index: int, config: ViewConfig | None = None, pointless: bool = False) -> Line:
+        """The line; with a config its pictures are read. ValueError or MediaError that begins with file and line."""
         number, start, length = self.at[index]
         with open(self.path, "rb") as file:
             file.seek(start)
             text = file.read(length)
         try:
             line = parse(text.decode("utf-8"), f"{self.path.stem}-{number}", self.path.parent, pointless)
-            line.load(config)
+            if config:
+                line.load(config)
             return line
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.path}:{number}: {error}") from None

@@ -98,10 +98,15 @@ def _swap(fresh: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def recover(folder: Path) -> None:
-    """After a kill between the two renames of `_swap` the last whole checkpoint lies beside its name."""
+def standing(folder: Path) -> Path:
+    """Where the last whole checkpoint is: between the two renames of `_swap`, or after a kill there, beside its name."""
     old = folder.with_name(f".{folder.name}.old")
-    if old.is_dir() and not folder.exists():
+    return old if old.is_dir() and not folder.exists() else folder
+
+
+def recover(folder: Path) -> None:
+    """Gives the last whole checkpoint its name again. For who writes there; others only read (`standing`)."""
+    if (old := standing(folder)) != folder:
         with suppress(FileNotFoundError):  # another process did it
             os.rename(old, folder)
 
@@ -111,8 +116,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     """-> the model in evaluation mode, and its tokenizer, from a folder of either sort. Numbers are float32 if the
     checkpoint is ours and as they are in the file if it was released, unless `dtype` says. CheckpointError if anything is
     wrong."""
-    folder = Path(folder)
-    recover(folder)
+    folder = standing(Path(folder))
     if is_released(folder):
         return load_released(folder, device, dtype)
     for name in ("config.json", "tokenizer.json", "model.npz"):

@@ -366,6 +366,23 @@ def test_fusing_both_directions_beats_the_rest(tiny):
     assert min(scores, key=scores.get) == "intersection" and max(scores, key=scores.get) == "fused", scores
 
 
+def test_a_track_without_whole_seconds_has_no_f1_there(record):
+    """What is true at half a second only says nothing about whole seconds; HOTA does. With something true there, both count."""
+    record.objects[1] = Object({0.5: (10.0, 5.0)}, {})
+    half, whole = (evaluate.scores(asked(record, Annotation("track", "cups", [i]))) for i in (1, 0))
+    assert half == {"hota": 0.0} and whole["track f1"] == whole["hota"] == 0.0
+
+
+def test_figures_are_written_after_every_set(tmp_path, monkeypatch):
+    """What ends in the second set leaves the figures of the first."""
+    monkeypatch.setattr(evaluate, "LONGEST", {False: 8, True: 8})
+    drawn = data.draw
+    monkeypatch.setattr(data, "draw", lambda name, *words, **more: drawn(name, *words, **more) if name == "screens" else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate.main(["--set", "screens", "stills", "--records", "2", "--json", str(tmp_path / "f.json")])
+    assert list(json.loads((tmp_path / "f.json").read_text())["figures"]) == ["screens"]
+
+
 def test_masks_from_the_command(capsys, monkeypatch):
     """`--set vpos-synthetic` prints how the masks came about and the figures of every world."""
     monkeypatch.setattr(evaluate, "LONGEST", {False: 16, True: 16})
@@ -373,7 +390,8 @@ def test_masks_from_the_command(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "asked every 9 frames, each with 0 before it" in out and "temporal module none" in out and "J&F" in out and "point_count/cells" in out
     for words, said in ((["--sam2", "nowhere"], "SAM 2"), (["--data", "a", "--davis", "b"], "give one of them"),
-                        (["--set", "stills", "--oracle"], "are for masks")):
+                        (["--set", "stills", "--oracle"], "are for masks"), (["--set", "stills", "--every", "5"], "are for masks"),
+                        (["--data", "a"], "--set goes with synthetic sets"), (["--expressions", "a"], "--expressions goes with --davis")):
         with pytest.raises(SystemExit) as end:
             evaluate.main(["--set", "vpos-synthetic", *words])
         assert end.value.code == 2 and said in capsys.readouterr().err

@@ -538,8 +538,9 @@ def test_what_is_not_ours_is_never_replaced(run, media, tmp_path, tiny, monkeypa
     kept = tmp_path / "out/walk.points.json/keep.txt"
     kept.parent.mkdir(parents=True)
     kept.write_text("mine")
-    status, _, err = run(media / "walk.mp4", "Point to the cups.")
-    assert status == 2 and err.count("\n") == 1 and kept.read_text() == "mine"
+    for more in ((), ("--masks",)):
+        refused(run(media / "walk.mp4", "Point to the cups.", *more), "walk.points.json: a folder, where a result would go")
+    assert kept.read_text() == "mine" and not asked
 
 
 def test_too_many_frames_between_two_questions(run, media, tiny, monkeypatch):

@@ -166,10 +166,10 @@ def test_fusion_by_its_table():
     """Agreeing masks: their intersection; others: their union; one empty: the other; both: nothing. And the alternatives."""
     row = lambda first, last: np.array([[first <= i < last for i in range(20)]])
     a, near, far, none = row(0, 10), row(1, 11), row(8, 14), row(0, 0)
-    fuse = lambda how, one, two: FUSIONS[how](one, two, 0.7)
+    fuse = lambda how, one, two: FUSIONS[how](one, two)
     for one, two, wanted in ((a, near, row(1, 10)), (a, far, row(0, 14)), (a, none, a), (none, far, far), (none, none, none)):
         assert np.array_equal(fuse("fused", one, two), wanted) and np.array_equal(fuse("fused", two, one), wanted)
-    assert np.array_equal(FUSIONS["fused"](row(0, 10), row(0, 7), 0.7), row(0, 7))  # exactly at the threshold they agree
+    assert np.array_equal(FUSIONS["fused"](row(0, 10), row(0, 7)), row(0, 7))  # exactly at the threshold they agree
     for how, wanted in (("left", a), ("right", far), ("intersection", row(8, 10)), ("union", row(0, 14)), ("larger", a), ("smaller", far)):
         assert np.array_equal(fuse(how, a, far), wanted)
 

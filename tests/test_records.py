@@ -129,6 +129,7 @@ VIDEO = {"images": None, "video": "a.mp4", "objects": [{"id": 4, "points": [{"x"
     ({"objects": [{"id": 4, "points": [{"x": 3, "y": 1}], "masks": [{"size": [None, 2], "counts": [4]}]}]}, "'size' is 'None'"),
     ({"objects": [{"id": 4, "points": [{"x": 3, "y": 1}], "masks": [{"size": [2.0, 2.0], "counts": [4]}]}]}, "'size' is '2.0'"),
     (VIDEO | {"annotations": [{"task": "track", "label": "x", "objects": [4], "fps": 1e8}]}, "'fps' is 1e"),
+    ({"objects": [{"id": 4, "points": [{"x": 3, "y": 1}], "masks": [{"size": [2, 2], "counts": [4]}] * 2}]}, "object 4 has two masks at one moment"),
 ])
 def test_bad_lines_say_what_is_wrong(change, said, tmp_path):
     """Every wrong line is refused with the thing that is wrong, and the good one is not."""
@@ -143,6 +144,23 @@ def test_broken_json_is_a_value_error(text, tmp_path):
     """Nothing but ValueError comes out, whatever the line holds."""
     with pytest.raises(ValueError):
         parse(text, "a", tmp_path)
+
+
+def test_masks_in_place_of_points_keep_the_rules_of_points(tmp_path):
+    """An object with masks alone is in one image; what a video does not have is refused, be it a point or a mask."""
+    mask = {"size": [64, 64], "counts": [4, 4092]}
+    alone = {"objects": [{"id": 4, "masks": [mask | {"image": 1}, mask | {"image": 2}]}], "images": ["a.png", "b.png"]}
+    with pytest.raises(ValueError, match="object 4 has masks in two images"):
+        parse(json.dumps(GOOD | alone), "x", tmp_path, pointless=True)
+    write_video(tmp_path / "v.mp4", (np.zeros((64, 64, 3), np.uint8) for _ in range(8)), 4)
+    for late, said in ((mask | {"time": 9}, "a mask at 9 s"), (mask | {"time": 1}, None)):
+        thing = {"id": 4, "points": [{"x": 3, "y": 1, "time": 0}], "masks": [late]}
+        line = parse(json.dumps({"video": "v.mp4", "objects": [thing], "annotations": GOOD["annotations"]}), "x", tmp_path)
+        if said:
+            with pytest.raises(ValueError, match=f"object 4: {said}, the video ends at 1.75 s"):
+                line.load(VIEWS)
+        else:
+            assert line.load(VIEWS).objects[4].masks
 
 
 def test_a_bad_line_is_named_with_its_file(tmp_path):

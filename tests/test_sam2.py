@@ -1,5 +1,6 @@
 """The SAM 2 propagator, with small random weights of the `transformers` package: nothing is fetched."""
 
+import shutil
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -101,14 +102,21 @@ def test_the_masks_are_those_of_the_library(folder, carry, start, stop):
         assert wanted[number].any() and (got != wanted[number]).mean() < 0.01
 
 
-def test_what_is_missing_is_said_in_one_line(tmp_path, monkeypatch):
-    """No such folder, a damaged one, no package, a package that does not load."""
+def test_what_is_missing_is_said_in_one_line(folder, tmp_path, monkeypatch):
+    """No such folder, a damaged one, one without some of the tensors, no package, a package that does not load."""
     with pytest.raises(ValueError, match="no folder with a SAM 2 model"):
         Sam2(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read as a SAM 2 model") as caught:
         Sam2(tmp_path)
     assert "\n" not in str(caught.value)
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(folder, tmp_path / "half")
+    tensors = load_file(tmp_path / "half/model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if not name.startswith("memory_")}, tmp_path / "half/model.safetensors",
+              metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="no SAM 2 for videos, [0-9]+ tensors are missing, memory_"):
+        Sam2(tmp_path / "half")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match="pip install -r requirements-sam2.txt"):
         Sam2(tmp_path)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import weights
 from connector import ConnectorConfig, TemporalConfig
 from model import PRESETS, LLMConfig, Molmo
 from pointing import PointConfig
@@ -86,6 +87,15 @@ def test_interrupted_save_keeps_the_old_checkpoint(folder, monkeypatch):
     assert equal(load(folder)[0], made(0))
     save(folder, made(1), TOKENIZER)
     assert equal(load(folder)[0], made(1)) and [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_readers_leave_a_checkpoint_that_is_being_replaced_where_it_is(folder):
+    """Between the two renames of a save a reader finds the old checkpoint and moves nothing, so that the save goes on."""
+    old = folder.with_name(f".{folder.name}.old")
+    folder.rename(old)
+    assert equal(load(folder)[0], made(0)) and old.is_dir() and not folder.exists()
+    weights.recover(folder)
+    assert folder.is_dir() and not old.exists() and equal(load(folder)[0], made(0))
 
 
 # ---- bad checkpoints -------------------------------------------------------------------------------------------------
