@@ -22,6 +22,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 
 MOST_DENSE = 4096  # tokens of a row on a GPU that still get a mask of all pairs
+# cuDNN's attention, which H100s take first, builds and keeps a plan for every new shape; here nearly every call has one.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class Ids(NamedTuple):

@@ -345,7 +345,7 @@ class Run:
                  "loaders": np.array(json.dumps(self.world.collect(loader)[::self.world.context])),
                  "rng": np.stack(self.world.collect(torch.get_rng_state().numpy()))} | more
         if next(module.parameters()).is_cuda:  # there dropout draws
-            state["rng of the GPU"] = np.stack(self.world.collect(torch.cuda.get_rng_state().numpy()))
+            state["rng of the GPU"] = np.stack(self.world.collect(torch.cuda.get_rng_state(self.args.device).numpy()))
         whole, sharded = self.model, any(isinstance(p, DTensor) for p in names)
         if sharded:
             whole = parallel.whole(self.model, self.world)
@@ -369,7 +369,7 @@ def restore(module: nn.Module, optimisers: list[torch.optim.Optimizer], state: d
     own = lambda name: torch.from_numpy(state[name][run.world.rank % len(state[name])])
     torch.set_rng_state(own("rng"))
     if next(module.parameters()).is_cuda and "rng of the GPU" in state:
-        torch.cuda.set_rng_state(own("rng of the GPU"))
+        torch.cuda.set_rng_state(own("rng of the GPU"), run.args.device)
     return int(state["step"])
 
 
@@ -484,7 +484,10 @@ def prepare(args: argparse.Namespace, world: World):
         if tokenizer.base_size != config.llm.vocabulary:
             raise ValueError(f"--preset {args.preset} has a vocabulary of {config.llm.vocabulary} tokens, which comes with its "
                              "released weights: give their folder, --init FOLDER")
-        model = Molmo(replace(config, points_as=args.points_as or config.points_as)).initialize(args.seed)
+        if args.points_as in ("text", "tags"):  # the rest as Molmo2 has it, too
+            config = replace(config, points_as=args.points_as, views=replace(config.views, low_res_pointing=True),
+                             connector=replace(config.connector, output_layer=True))
+        model = Molmo(config).initialize(args.seed)
     if args.temporal and not state:
         temporal = replace(model.config.temporal, mode=args.temporal, missing=args.missing or model.config.temporal.missing)
         if args.temporal_init and temporal.mode == model.config.temporal.mode:
@@ -565,31 +568,34 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
     sharded = any(isinstance(p, DTensor) for p in model.parameters())  # shards are cast when they are gathered
     half = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=has_bfloat16(args.device) and not sharded)
     for step in bar:
-        # the batch, in as many parts as asked for; all losses are divided by the summed weights of the whole, as a mean over
-        # processes, since their gradients are averaged
-        micro = [(batch, loader.names) for batch in islice(batches, accumulate)]
-        learned = sum(model.context.own(batch.loss_weights).sum() for batch, _ in micro)
-        divisor = world.sum(learned.to(args.device)).clamp(min=1) / world.size
-
-        # forward and backward
-        totals = Counter()
-        for batch, _ in micro:
+        # forward and backward, in as many parts as asked for, each made while the one before is learned from
+        totals, names = Counter(), []
+        for batch in islice(batches, accumulate):
+            names += loader.names
             with half:
                 losses = model.losses(batch.to(args.device), stage.drop_responses_only)
-            loss = (sum(losses[name] for name in LOSSES if name in losses) + Z_LOSS * losses["z"]) / divisor
+            loss = sum(losses[name] for name in LOSSES if name in losses) + Z_LOSS * losses["z"]
             loss.backward()
             totals.update({name: value.item() for name, value in losses.items()} | {"loss": loss.item()})
+            totals["weights"] += model.context.own(batch.loss_weights).sum().item()
             totals["tokens"] += int((batch.example_ids >= 0).sum())
-        parallel.average(model, world)
+
+        # losses and gradients are divided by the summed weights of the whole batch, as a mean over processes, since gradients
+        # are averaged
         own = totals["loss"]
         totals = world.totals(totals)
-        totals["loss"] /= world.size
+        divisor = max(totals["weights"], 1)
+        parallel.average(model, world)
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad *= world.size / divisor
+        totals["loss"] /= divisor
         with parallel.said_once():  # by all processes alike
-            norms = clip(parts, totals["loss"], step, lambda: world.names([] if math.isfinite(own) else [n for _, names in micro for n in names]))
+            norms = clip(parts, totals["loss"], step, lambda: world.names([] if math.isfinite(own) else names))
         update(optimisers, learning_rates(stage, step))
 
         # report
-        shown = {name: totals[name] / divisor.item() / world.size for name in LOSSES if name in totals}
+        shown = {name: totals[name] / divisor for name in LOSSES if name in totals}
         if totals["choices"]:  # the share of visual tokens (and of stops) chosen right
             shown["right"] = totals["right"] / totals["choices"]
         tokens += int(totals["tokens"]) // world.context

@@ -258,6 +258,7 @@ def released_config(folder: str | Path) -> MolmoConfig:
             point=_released_point(top, text) if pointing else PointConfig(),
             points_as="tokens" if pointing else top("points_as", default="text"),
             temporal=TemporalConfig(**top("temporal", default=asdict(TemporalConfig()))),
+            optimizer=top("optimizer", default=MolmoConfig.optimizer),
         )
         crop = vit("image_default_input_size", "image_size", default=[378, 378])[0]
         return replace(config, views=_released_views(folder, crop, config.vit.patch_size, pointing))
@@ -467,7 +468,10 @@ def save_released(folder: str | Path, model: Molmo, tokenizer: Tokenizer,
                   training: dict[str, np.ndarray] | None = None, also: Callable[[Path], None] = lambda fresh: None) -> None:
     """Writes the released layout, which the `transformers` library loads too (Molmo2, that is: points as text): the
     tensors in one file, config.json, tokenizer and processor files. The folder appears under its name when complete."""
-    folder, save_file = Path(folder), _extra("safetensors.torch").save_file
+    folder, save_file, config = Path(folder), _extra("safetensors.torch").save_file, model.config
+    if config.points_as != "tokens" and not (config.connector.output_layer and config.views.low_res_pointing):
+        raise ValueError("the released layout of a model that writes points as text has an output layer in the connector's attention "
+                         "and points in the whole-picture crop; this one has not")
     fresh = _fresh(folder)
     also(fresh)
     tensors = {released_name(name, model.config): p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
@@ -538,8 +542,10 @@ def _released_files(config: MolmoConfig, tokenizer: Tokenizer) -> dict[str, dict
         entries |= {"patch_embed_dim": config.point.width, "token_prediction_rotary_theta": config.point.rope_theta,
                     "token_prediction_rotary": "one_d", "patch_location": "3x3", "no_more_points_class": True,
                     "embed_selected_vit_patch": "linear", "embed_location": False, "layer_norm_x": True, "norm_logits": True}
-    if config.temporal != TemporalConfig():  # these two are ours: no released model has them
+    if config.temporal != TemporalConfig():  # these three are ours: no released model has them
         entries["temporal"] = asdict(config.temporal)
+    if config.optimizer != MolmoConfig.optimizer:
+        entries["optimizer"] = config.optimizer
     if config.points_as == "tags":
         entries["points_as"] = "tags"
     size, normal = {"height": views.crop_size, "width": views.crop_size}, {
@@ -548,7 +554,7 @@ def _released_files(config: MolmoConfig, tokenizer: Tokenizer) -> dict[str, dict
     eos = tokenizer.decode([tokenizer.eos_id])
     return {
         "config.json": entries,
-        "generation_config.json": {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id},
+        "generation_config.json": {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted({tokenizer.eos_id, *tokenizer.stop_ids})},
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": eos,
                                   "bos_token": tokenizer.decode([tokenizer.bos_id])},
         "preprocessor_config.json": {

@@ -32,7 +32,7 @@ AS_TEXT = dict(points_as="text", views=replace(TINY.views, low_res_pointing=True
                connector=replace(SMALL.connector, output_layer=True), point=weights.PointConfig())
 CONFIGS = {
     "points": SMALL,
-    "points, tied": replace(SMALL, llm=replace(SMALL.llm, tied=True)),
+    "points, tied": replace(SMALL, llm=replace(SMALL.llm, tied=True), optimizer="muon"),
     "text": replace(SMALL, **AS_TEXT),
     "text, tied": replace(SMALL, llm=replace(SMALL.llm, tied=True), **AS_TEXT),
     "text, olmo": replace(SMALL, llm=OLMO, **AS_TEXT),
@@ -45,6 +45,22 @@ CONFIGS = {
 def folder(tiny, tmp_path):
     weights.save_released(tmp_path / "made", Molmo(SMALL).initialize(1), tiny[1])
     return tmp_path / "made"
+
+
+def test_all_tokens_that_end_an_answer_are_kept(folder, tmp_path):
+    """A release that names several has them still after it is loaded and written again."""
+    named = {"bos_token_id": 1, "eos_token_id": [3, 7]}
+    (folder / "generation_config.json").write_text(json.dumps(named))
+    weights.main([str(folder), str(tmp_path / "again")])
+    one, two = (weights.load(path)[1] for path in (folder, tmp_path / "again"))
+    assert {3, 7, one.eos_id} == set(one.stop_ids) == set(two.stop_ids)
+
+
+def test_points_as_text_need_the_rest_of_molmo2(tiny, tmp_path):
+    """What the layout could not hold is refused, and nothing is written."""
+    with pytest.raises(ValueError, match="output layer"):
+        weights.save_released(tmp_path / "made", Molmo(replace(SMALL, points_as="text")), tiny[1])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -80,6 +80,9 @@ def test_text_coordinates_train_with_the_same_command(quick, tmp_path):
     lines = map(json.loads, (tmp_path / "text/metrics.jsonl").read_text().splitlines())
     line = next(line for line in lines if "loss" in line)
     assert model.point_predictor is None and "patch" not in line
+    pytest.importorskip("safetensors")  # the rest is Molmo2's as well: the released layout holds it
+    weights.main([str(tmp_path / "text/checkpoint"), str(tmp_path / "released")])
+    assert weights.load(tmp_path / "released")[0].config == train.replace(model.config, point=weights.PointConfig())
     assert 0 < line["loss"] - line["token"] < 0.01  # the rest is the z-loss
 
 
