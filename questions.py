@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from synthetic import COLORS, KINDS, PLURALS, Scene, Thing, first_seen
+from synthetic import COLORS, KINDS, PLURALS, Scene, Thing
 
 # {is} agrees with the label. Labels are plural, except those that name one thing ("largest cup", "leftmost star").
 POINT = ("Point to the {label}.", "point to the {label}", "Where {is} the {label}?", "Show me the {label}.",
@@ -44,11 +44,9 @@ def _medium(scene: Scene) -> str:
     return "video" if scene.is_video else "image"
 
 
-def _in_order(scene: Scene) -> list[Thing]:
-    """All things in the order of appearance; those that are there from the same frame on from left to right."""
-    first = [first_seen(scene, i) for i in range(len(scene.things))]
-    order = sorted(range(len(first)), key=lambda i: (first[i], scene.points[first[i], i, 0]))
-    return [scene.things[i] for i in order]
+def _by_name(scene: Scene) -> list[Thing]:
+    """All things, each as often as it is there: what is written next depends on no number that has to be known before."""
+    return sorted(scene.things, key=lambda thing: thing.name)
 
 
 def _listed(parts: list[str]) -> str:
@@ -59,14 +57,14 @@ def _listed(parts: list[str]) -> str:
 
 
 def describe(scene: Scene) -> str:
-    """The caption: "A blue ball, a red cup, a blue ball and a green star on a striped background." """
-    return f"{_listed([_article(thing.name) for thing in _in_order(scene)])} on {_article(scene.background)} background."
+    """The caption: "A blue ball, a blue ball, a green star and a red cup on a striped background." """
+    return f"{_listed([_article(thing.name) for thing in _by_name(scene)])} on {_article(scene.background)} background."
 
 
 def talk(scene: Scene, rng: np.random.Generator) -> str:
     """What somebody might say who looks at the scene: the caption's facts, spoken."""
     said = [str(rng.choice(["So", "Okay, so", "Well,"])) + f" this {_medium(scene)} has {_article(scene.background)} background."]
-    said += [str(rng.choice(["I see", "There is, uh,", "And then", "Um, I can see"])) + f" {_article(thing.name)}." for thing in _in_order(scene)]
+    said += [str(rng.choice(["I see", "There is, uh,", "And then", "Um, I can see"])) + f" {_article(thing.name)}." for thing in _by_name(scene)]
     return " ".join([*said, str(rng.choice(["And that's it.", "That is all I see."]))])
 
 
@@ -163,8 +161,8 @@ def _ask_qa(scene: Scene, rng: np.random.Generator) -> Query | None:
 
 
 def _ask_colors(scene: Scene) -> Query:
-    """A longer answer: the colour of each thing, in the order of appearance."""
-    answer = _listed([thing.color for thing in _in_order(scene)])
+    """A longer answer: the colour of each thing, in the order of captions."""
+    answer = _listed([thing.color for thing in _by_name(scene)])
     return Query("qa", "Which color is each thing?", "", _match(scene), f"{answer}.", "colors")
 
 

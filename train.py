@@ -78,7 +78,7 @@ class Stage:
     warmup: dict[str, int]       # steps, per part
     watch: tuple[str, ...] = ()  # sets of the small evaluations
     look: int = 0                # steps that teach the ViT alone to see, before the whole model trains
-    sights: tuple[str, ...] = ("stills", "clips", "screens", "stills", "tracks")  # what it sees there, in turn (loading.PatchSet)
+    sights: tuple[str, ...] = ("stills", "screens", "clips", "screens", "tracks")  # what it sees there, in turn (loading.PatchSet)
     pool: int = 48               # examples that wait to be packed
     branches: int = 10           # questions about a synthetic record
     more: dict[str, float] = field(default_factory=dict)  # ways of asking that are more or less frequent than in the synthetic mixtures
@@ -105,12 +105,12 @@ RELEASED = {
 TINY = {
     1: Stage(1050, 2, 1024, 20, 16, {"stills": 95, "text": 5}, "uniform", each(2e-4, 2e-3, 2e-3, 2e-3), each(20, 20, 20, 20),
              ("stills",), look=1400, sights=("stills",), more={"none": 0.4}, freeze=("vit",)),
-    2: Stage(47_400, 2, 1024, 20, 16, {"image points": 24, "multi-image points": 7, "screens": 13, "video points": 14, "arrivals": 10, "tracks": 14,
-                                       "captions": 8, "image qa": 6, "video qa": 5, "text": 3}, "uniform",
-             each(4e-4, 1.5e-3, 1.5e-3, 1.5e-3), each(20, 20, 20, 20), ("stills", "clips", "screens", "tracks"), look=17_400,
+    2: Stage(56_200, 2, 1024, 20, 16, {"image points": 24, "multi-image points": 7, "screens": 13, "video points": 15, "arrivals": 10, "tracks": 14,
+                                       "captions": 10, "image qa": 6, "video qa": 5, "text": 3}, "uniform",
+             each(4e-4, 1.5e-3, 1.5e-3, 1.5e-3), each(20, 20, 20, 20), ("stills", "clips", "screens", "tracks"), look=24_400,
              more={"none": 1.3, "position": 2.5, "size": 2}),
-    3: Stage(6000, 2, 2048, 40, 32, {"image points": 23, "multi-image points": 7, "screens": 12, "video points": 17, "arrivals": 9, "tracks": 11,
-                                    "captions": 11, "image qa": 4, "video qa": 3, "text": 1, "long points": 3, "long tracks": 3},
+    3: Stage(7900, 2, 2048, 40, 32, {"image points": 23, "multi-image points": 7, "screens": 12, "video points": 17, "arrivals": 9, "tracks": 11,
+                                    "captions": 14, "image qa": 4, "video qa": 3, "text": 1, "long points": 3, "long tracks": 3},
              "uniform", each(1e-4, 4e-4, 4e-4, 4e-4), each(20, 20, 20, 20), ("video points", "long points", "long tracks"),
              more={"none": 1.6, "position": 2.5, "size": 2}),
     4: Stage(300, 1, 1024, 100, 32, {"moments": 1.0}, "uniform", each(2e-4, 8e-4, 8e-4, 8e-4), each(20, 20, 20, 20),
