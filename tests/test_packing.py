@@ -244,7 +244,7 @@ def test_a_pack_costs_and_teaches_what_its_trees_do_alone(model, trees, scheme):
         assert packed.keys() == alone.keys()
         largest = max(gradient.abs().max() for gradient in alone.values())
         for name, gradient in packed.items():
-            limit = 1e-6 * largest if dtype == torch.float32 else 1e-7 * alone[name].abs().max()
+            limit = 1e-6 * largest if dtype == torch.float32 else 1e-7 * alone[name].abs().max() + 1e-12 * largest  # (of a key's bias it is 0)
             assert (gradient - alone[name]).abs().max() <= limit, name
     with torch.no_grad():
         parts = [{k: v.item() for k, v in model.losses(collate([tree], scheme)).items()} for tree in three]
