@@ -274,12 +274,12 @@ def scene_record(scene: Scene, asked: Sequence[Query], masks: bool = False, name
     return Record(name, list(scene.frames), moments if scene.is_video else None, objects, annotations)
 
 
-def album(seed: int, index: int, rng: np.random.Generator, branches: int, masks: bool) -> Record:
+def album(seed: int, index: int, rng: np.random.Generator, branches: int, masks: bool, more: dict[str, float]) -> Record:
     """Two or three stills; what is asked for may be in any of them."""
     scenes = [synthetic.still(seed, 4 * index + i) for i in range(rng.integers(2, 4))]
     together = replace(scenes[0], things=[thing for scene in scenes for thing in scene.things])
     shares = {key: share for key, share in questions.POINTING.items() if key[1] not in ("size", "position")}
-    asked = questions.queries(together, rng, branches, mixture=shares)
+    asked = questions.queries(together, rng, branches, more, shares)
     parts, objects = [scene_record(scene, [], masks) for scene in scenes], {}
     for number, part in enumerate(parts):
         for thing in part.objects.values():
@@ -330,17 +330,16 @@ RATES = {"captions": 13.6, "image qa": 22.7, "video qa": 18.2, "image pointing":
 
 
 def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, more: dict[str, float] = {}) -> Record:
-    """Record `index` of a synthetic set, a pure function of the arguments; `more` as in `questions.queries`, for moments and
-    the sets of SCENES."""
+    """Record `index` of a synthetic set, a pure function of the arguments; `more` as in `questions.queries`."""
     rng, title = np.random.default_rng([seed, index, 6]), f"{name}-{index}"
     if name == "multi-image points":
-        return album(seed, index, rng, branches, masks)
+        return album(seed, index, rng, branches, masks, more)
     if name == "text":
         asked = {query.question: query for query in (questions.words(rng) for _ in range(branches))}
         return Record(title, [], None, {}, [annotated(query) for query in asked.values()])
     if name == "screens":
         scene = screens.screen(seed, index, float(rng.choice([1.0, 1.5, 2.0], p=[0.7, 0.2, 0.1])))
-        return scene_record(scene, screens.queries(scene, rng, branches), masks, title)
+        return scene_record(scene, screens.queries(scene, rng, branches, more), masks, title)
     if name == "moments":
         return glimpse(seed, index, rng, branches, masks, more)
     make, shares = SCENES[name]

@@ -262,12 +262,16 @@ def screen(seed: int, index: int, scale: float = 1.0) -> Scene:
 # 3. Instructions
 
 
-def queries(scene: Scene, rng: np.random.Generator, n: int) -> list[Query]:
-    """n instructions about one screen, nothing asked twice (fewer if there are no more)."""
+ABOUT = {"name": 0.35, "use": 0.2, "place": 0.15, "sort": 0.18, "none": 0.12}
+
+
+def queries(scene: Scene, rng: np.random.Generator, n: int, more: dict[str, float] = {}) -> list[Query]:
+    """n instructions about one screen, nothing asked twice (fewer if there are no more); `more` as in `questions.queries`."""
     there = [i for i in range(len(scene.things)) if np.isfinite(scene.points[0, i, 0])]
+    shares = np.array([share * more.get(about, 1) for about, share in ABOUT.items()])
     found: dict[str, Query] = {}
     for _ in range(20 * n):
-        about = str(rng.choice(["name", "use", "place", "sort", "none"], p=[0.35, 0.2, 0.15, 0.18, 0.12]))
+        about = str(rng.choice(list(ABOUT), p=shares / shares.sum()))
         query = _ask(scene, there, rng, about)
         if query is not None and len(found) < n:
             found.setdefault(f"{query.task} {query.label} {query.question}", query)
@@ -286,7 +290,10 @@ def _ask(scene: Scene, there: list[int], rng: np.random.Generator, about: str) -
         return Query("point", pick(BY_NAME).format(label=label), label, [], "", "none")
     if about == "sort":
         sort = pick(list(SORTS))
-        meant = [i for i in there if scene.things[i].sort == sort or sort == "ticked" and scene.things[i].ticked]
+        alike = [i for i, thing in enumerate(scene.things) if thing.sort == sort or sort == "ticked" and thing.ticked]
+        meant = [i for i in alike if i in there]
+        if any(scene.masks[0, i].any() for i in alike if i not in there):
+            return None  # half in view: neither there nor not there
         task, wordings = ("point", BY_SORT) if rng.random() < 0.7 else ("point_count", BY_COUNT)
         return Query(task, pick(wordings).format(label=SORTS[sort]), SORTS[sort], meant, "", "sort" if meant else "none")
     if not there:

@@ -87,7 +87,8 @@ def test_instructions_mean_what_they_say():
                 assert USES[thing.sort][thing.word] in query.question and query.label == thing.name
             if query.about == "sort":
                 sort = next(sort for sort, plural in SORTS.items() if plural == query.label)
-                assert query.targets == [i for i, thing in shown if (thing.ticked if sort == "ticked" else thing.sort == sort)]
+                assert query.targets == [i for i, thing in enumerate(scene.things) if scene.masks[0, i].any()
+                                         and (thing.ticked if sort == "ticked" else thing.sort == sort)]
             if query.about == "none":
                 assert query.targets == [] and query.label not in by_name
             if query.about == "place":
@@ -104,3 +105,10 @@ def test_nothing_is_asked_twice():
     for scene, _ in elements(20):
         asked = screens.queries(scene, np.random.default_rng(1), 10)
         assert len({(query.task, query.label, query.question) for query in asked}) == len(asked) >= 5
+
+
+def test_ways_of_asking_can_be_asked_more_often():
+    """`more` multiplies the shares: of nothing else than what is not there, if nothing else has a share."""
+    for scene, _ in elements(5):
+        asked = screens.queries(scene, np.random.default_rng(1), 6, {"name": 0, "use": 0, "place": 0, "sort": 0})
+        assert asked and {query.about for query in asked} == {"none"}
