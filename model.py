@@ -366,8 +366,9 @@ class Molmo(nn.Module):
             elif name.endswith("embedding"):
                 p.normal_(0, 0.2, generator=generator)
             else:
-                residual = name.endswith(("wo.weight", "feed_forward.w2.weight", "attn_out.weight", "ff_out.weight"))
-                gain = 0.1 if residual else 2.0 if name.endswith(("patch_embedding.weight", "projector.w2.weight")) else 1.0
+                # w2 of the connector too: visual tokens much larger than words would not hear what the blocks add to them
+                residual = name.endswith(("wo.weight", "w2.weight", "attn_out.weight", "ff_out.weight"))
+                gain = 0.1 if residual else 2.0 if name.endswith("patch_embedding.weight") else 1.0
                 p.normal_(0, gain * p.shape[1] ** -0.5, generator=generator)
         if self.connector.adapter is not None:
             self.connector.adapter.initialize("zero", seed)

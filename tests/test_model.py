@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import data
 import train
+import weights
 from attention import may_attend
 from connector import ConnectorConfig, TemporalConfig
 from generate import Answer, generate, generate_slowly, sampler, speakable
@@ -21,6 +23,7 @@ from records import Annotation, Object, Record
 from tokenizer import Tokenizer
 from vit import ViTConfig
 
+ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = Tokenizer([(34, 62)])  # bytes, and `">` as one token
 CONFIG = replace(
     PRESETS["tiny"],
@@ -182,6 +185,20 @@ def test_initial_weights_are_a_pure_function_of_the_seed():
     assert not torch.equal(one["blocks.0.mlp.ff_out.weight"], other["blocks.0.mlp.ff_out.weight"])
     norms = [name for name in one if name.endswith(("norm.weight", "ln_f.weight"))]
     assert len(norms) == 2 * 3 + 4 * CONFIG.llm.layers + 2 and all((one[name] == 1).all() for name in norms)
+
+
+@pytest.mark.parametrize("kind", ["new", "shipped"])
+def test_visual_tokens_can_hear_the_blocks(kind):
+    """Visual tokens are not so much larger than what the blocks add to a word that nothing could be added to them."""
+    model, tokenizer = weights.load(ROOT / "assets/tiny")
+    if kind == "new":
+        model.initialize(0)
+    tree = data.example(data.draw("clips", 1, 0, 4), tokenizer, model.config, np.random.default_rng(0))
+    batch = collate([tree])
+    h, sight = model(batch)
+    words = torch.ones(batch.tokens.shape, dtype=torch.bool).flatten().index_fill(0, sight.at, False)
+    added = (h - model.inputs(batch, sight)).flatten(0, 1)[words]
+    assert sight.embeddings.norm(dim=-1).mean() < 5 * added.norm(dim=-1).mean()
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
