@@ -262,6 +262,7 @@ def screen(seed: int, index: int, scale: float = 1.0) -> Scene:
 # 3. Instructions
 
 
+# How often an instruction names its target in which way.
 ABOUT = {"name": 0.35, "use": 0.2, "place": 0.15, "sort": 0.18, "none": 0.12}
 
 

@@ -103,7 +103,7 @@ RELEASED = {
     4: Stage(1_125, 256, 2_560, 160, 384, {"moments": 1.0}, "paper", each(5e-6, 5e-6, 1e-5, 5e-6), each(10, 10, 10, 10), image_crops=8),
 }
 # After stage 1 the connector goes slowly: nothing bounds its product of matrices, and visual tokens that are much larger than
-# what the blocks add do not hear the blocks.
+# what the blocks add do not hear the blocks. In `more`, "" is what has no way of its own: captions and answers in words.
 TINY = {
     1: Stage(960, 2, 1024, 20, 16, {"stills": 95, "text": 5}, "uniform", each(2e-4, 2e-3, 2e-3, 2e-3), each(20, 20, 20, 20),
              ("stills",), look=1240, sights=("stills",), more={"none": 0.4, "": 0.5, "size": 2, "position": 1.5},

@@ -187,18 +187,20 @@ def test_initial_weights_are_a_pure_function_of_the_seed():
     assert len(norms) == 2 * 3 + 4 * CONFIG.llm.layers + 2 and all((one[name] == 1).all() for name in norms)
 
 
-@pytest.mark.parametrize("kind", ["new", "shipped"])
-def test_visual_tokens_can_hear_the_blocks(kind):
-    """Visual tokens are not so much larger than what the blocks add to a word that nothing could be added to them."""
+@pytest.mark.parametrize("kind, most", [("new", 10), ("shipped", 5)])
+def test_visual_tokens_can_hear_the_blocks(kind, most):
+    """Visual tokens are not so much larger than what the blocks add to a word that nothing could be added to them: not in
+    the shipped model, nor in a new one behind a ViT that has learned to see, whose features are large."""
     model, tokenizer = weights.load(ROOT / "assets/tiny")
     if kind == "new":
-        model.initialize(0)
+        seeing = {name: p.clone() for name, p in model.vit.state_dict().items()}
+        model.initialize(0).vit.load_state_dict(seeing)
     tree = data.example(data.draw("clips", 1, 0, 4), tokenizer, model.config, np.random.default_rng(0))
     batch = collate([tree])
     h, sight = model(batch)
     words = torch.ones(batch.tokens.shape, dtype=torch.bool).flatten().index_fill(0, sight.at, False)
     added = (h - model.inputs(batch, sight)).flatten(0, 1)[words]
-    assert sight.embeddings.norm(dim=-1).mean() < 5 * added.norm(dim=-1).mean()
+    assert sight.embeddings.norm(dim=-1).mean() < most * added.norm(dim=-1).mean()
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
