@@ -51,7 +51,7 @@ HOME = Path(__file__).resolve().parent
 EVALUATION_SEED = 2_000_000  # training seeds lie below
 FAR = 1e6                    # pixels: the distance to an object that is not in that picture
 NEAR = 0.05                  # of the longer side: a hit where no mask is known
-LONGEST = {False: 320, True: 768}  # tokens of an answer: 60 points; of one with tracks through 32 frames
+LONGEST = {False: 480, True: 1024}  # tokens of an answer: 60 points; of one with tracks, eight things in 32 frames
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def frame_by_frame(model: Molmo, tokenizer: Tokenizer, record: Record, how: Betw
     for some in (asked[i:i + batch] for i in range(0, len(asked), batch)):
         if not how.oracle:
             ask(model, tokenizer, some)
-    meant = [said for said in record.annotations if TASKS[said.task].answer and said.count is None]
+    meant = [said for said in record.annotations if said.by_frame]
     results = []
     for number, said in enumerate(meant):
         here = asked[number::len(meant)]

@@ -47,7 +47,9 @@ from model import Molmo
 from packing import collate
 from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, Point
 from preprocess import (
+    FASTEST,
     MAX_CLIP_PIXELS,
+    SLOWEST,
     ViewConfig,
     Views,
     displayed_at,
@@ -87,6 +89,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fps", type=data.number(float, 0.001, 1000), help="frames sampled per second of a video")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: as in the checkpoint)")
     parser.add_argument("--int8", action="store_true", help="the language model's weights in eight bits")
+    parser.add_argument("--released-inference", action="store_true",
+                        help="a released MolmoPoint as its own inference code computes it, which is not as it was trained")
     parser.add_argument("--compile", action="store_true", help="compile the steps first, for a minute; on a GPU they become a CUDA graph")
     parser.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=data.number(int, 0, 2**32), default=0, help="of the sampling")
@@ -140,8 +144,9 @@ class Media:
 
     @property
     def rate(self) -> float:
-        """Frames a second, on average."""
-        return (len(self.frame_times) - 1) / self.frame_times[-1] if self.frame_times[-1] else 1.0
+        """Frames a second, on average, as far as they can be written."""
+        rate = (len(self.frame_times) - 1) / self.frame_times[-1] if self.frame_times[-1] else 1.0
+        return min(max(rate, SLOWEST), FASTEST)
 
 
 def look(paths: list[str], config: ViewConfig) -> tuple[Media, Views]:
@@ -419,7 +424,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args, lap, timing, speed = arguments(argv), stopwatch(), {}, Speed()
 
         # 2. The model
-        model, tokenizer = weights.load(args.checkpoint, args.device, args.dtype and getattr(torch, args.dtype))
+        model, tokenizer = weights.load(args.checkpoint, args.device, args.dtype and getattr(torch, args.dtype), args.released_inference)
         model = to_int8(model) if args.int8 else model
         propagate = Sam2(args.sam2, args.device) if args.sam2 else Growing()
         given = {"max_frames": args.max_frames, "fps": args.fps}

@@ -51,8 +51,7 @@ class Drawn:
 
     def record(self, index: int, config: ViewConfig) -> Record:
         record = draw(self.name, self.seed, index, self.branches, more=self.more).limited(config)
-        seen = {identity for identity, thing in record.objects.items() if record.seen(thing.points)}
-        record.annotations = [said for said in record.annotations if seen.issuperset(said.objects)]
+        record.annotations = record.answerable()
         return record
 
 

@@ -42,6 +42,7 @@ MAX_PIXELS = 64_000_000        # of an image or a frame
 CROPS_OF_SEVERAL = 8           # of the tiling of each of several images, at most
 MAX_CLIP_PIXELS = 1 << 30      # of all the sampled frames together, 3 GB
 MAX_DECODED_FRAMES = 200_000   # nearly two hours at 30 fps
+SLOWEST, FASTEST = 0.001, 1000  # frames a second of a clip that is written
 MAX_MISSING = 0.25             # seconds; a video that ends earlier than its header says by more than this is cut off
 MIN_LEAP = 30                  # frames; a seek costs as much as decoding a dozen, and what is leapt over goes unchecked
 TIME_EPS = 1e-6                # seconds; timestamps are rounded to the container's clock
@@ -545,8 +546,8 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: floa
     may be a generator. The file appears under its name only when complete. Raises MediaError.
     """
     path, frames = os.fspath(path), iter(frames)
-    if not 0.001 <= fps <= 1000:
-        raise MediaError(f"{path}: cannot be written at {fps} frames per second: give 0.001 to 1000")
+    if not SLOWEST <= fps <= FASTEST:
+        raise MediaError(f"{path}: cannot be written at {fps} frames per second: give {SLOWEST} to {FASTEST}")
     first = next(frames, None)
     if first is None:
         raise MediaError(f"{path}: no frames to write")

@@ -82,7 +82,7 @@ def _absent(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     be "": a kind that is not there at all."""
     thing, near = scene.things[rng.integers(len(scene.things))], rng.random()
     missing = [kind for kind in KINDS if not _match(scene, kind)]
-    if near < 0.55:
+    if near < 0.55 or not missing:
         others = [(thing.kind, color) for color in COLORS if not _match(scene, thing.kind, color)]
     elif near < 0.8:
         others = [(kind, thing.color) for kind in KINDS if not _match(scene, kind, thing.color)]

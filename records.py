@@ -15,7 +15,8 @@ One line of a JSONL file is one record, paths are relative to the file:
                      {"task": "choice", "question": "Which?", "choices": ["a", "b"], "answer": "b"},
                      {"task": "chat", "messages": [{"role": "user", "content": "Hi. What is this?"}, ...]}]}
 
-An object that has no point at some moment is out of view then. `TASKS` names all tasks and what they need.
+An object that has no point at some moment is out of view then. What points between the frames that are looked at (those of a long
+video lie far apart) is left out. `TASKS` names all tasks and what they need.
 """
 
 import json
@@ -34,6 +35,7 @@ from preprocess import ViewConfig, displayed_at, read_image, read_video, sample_
 
 T = TypeVar("T")
 AT_A_FRAME = 0.25  # seconds: what was said of a moment holds for a frame so near
+ROUNDING = 0.005   # seconds: moments are written with two decimals
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,6 +110,11 @@ class Annotation:
     start: float | None = None                              # track_from: the moment of the given point; None: the first
     about: str = ""                                         # a word by which evaluation groups its figures
 
+    @property
+    def by_frame(self) -> bool:
+        """What was asked about a video can be asked about each of its frames."""
+        return bool(TASKS[self.task].answer) and self.count is None and self.task != "track_from"
+
 
 @dataclass
 class Record:
@@ -129,14 +136,22 @@ class Record:
 
     def seen(self, values: dict[float, T]) -> dict[int, T]:
         """Values by moment -> by picture, in order. What lies between the frames is left out, and of several moments at
-        one frame the nearest counts."""
+        one frame the nearest counts. A moment with others close by holds for no longer than halfway to them: where a dense
+        track has none, its object is out of view."""
         if self.times is None:
             return {int(moment): values[moment] for moment in sorted(values)}
-        moments, times = np.array(list(values)), np.array(self.times)
-        after = np.searchsorted((times[1:] + times[:-1]) / 2, moments)
-        off = np.abs(times[after] - moments)
-        found = {int(after[i]): values[moments[i]] for i in np.argsort(-off, kind="stable") if off[i] <= AT_A_FRAME}
+        moments, times = np.array(sorted(values)), np.array(self.times)
+        gaps = np.diff(moments, prepend=-np.inf, append=np.inf)
+        holds = np.minimum(np.minimum(gaps[1:], gaps[:-1]) / 2 + ROUNDING, AT_A_FRAME)
+        nearest = np.searchsorted((times[1:] + times[:-1]) / 2, moments)
+        off = np.abs(times[nearest] - moments)
+        found = {int(nearest[i]): values[moments[i]] for i in np.argsort(-off, kind="stable") if off[i] <= holds[i]}
         return dict(sorted(found.items()))  # of equal keys the last stayed
+
+    def answerable(self) -> list[Annotation]:
+        """Those annotations all of whose objects are in view in some picture."""
+        seen = {identity for identity, thing in self.objects.items() if self.seen(thing.points or thing.masks)}
+        return [said for said in self.annotations if seen.issuperset(said.objects)]
 
     def moment(self, frame: int, history: int) -> "Record":
         """One frame of a video as an image that has frames before it. What was asked about the video is asked about this
@@ -149,7 +164,7 @@ class Record:
                 here[identity] = Object({0: points[frame]}, {0: masks[frame]} if frame in masks else {})
         said = [replace(one, objects=[i for i in one.objects if i in here], task="point" if one.task in TRACKS else one.task,
                         question="" if one.task in TRACKS else one.question.replace("this video", "this image"))
-                for one in self.annotations if TASKS[one.task].answer and one.count is None and one.task != "track_from"]
+                for one in self.annotations if one.by_frame]
         return Record(f"{self.name}, frame {frame}", [self.pictures[frame]], None, here, said,
                       before=self.pictures[max(frame - history, 0):frame])
 
@@ -252,9 +267,6 @@ class Line:
             if record.times and last > record.times[-1] + AT_A_FRAME:
                 raise ValueError(f"object {identity}: a {'point' if last in thing.points else 'mask'} at {last:g} s, the video ends at "
                                  f"{record.times[-1]:g} s")
-            if record.times and not record.seen(thing.points or thing.masks):
-                raise ValueError(f"object {identity}: none of the {len(record.times)} frames looked at is within "
-                                 f"{AT_A_FRAME} s of its points: give more of them, or a shorter video")
             for moment, (x, y) in thing.points.items():
                 height, width, _ = record.pictures[record.picture(moment)].shape
                 if not (0 <= x <= width and 0 <= y <= height):
@@ -263,6 +275,10 @@ class Line:
                 shape = record.pictures[record.picture(moment)].shape[:2]
                 if shape != runs.size:
                     raise ValueError(f"object {identity}: a mask of size {list(runs.size)} on a picture of {list(shape)}")
+        said, record.annotations = record.annotations, record.answerable()
+        if said and not record.annotations:
+            raise ValueError(f"none of the {len(record.pictures)} frames looked at is within {AT_A_FRAME} s of the points: give more "
+                             "of them, or a shorter video")
         return record
 
 

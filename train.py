@@ -99,8 +99,9 @@ RELEASED = {
              image_crops=8),
     3: Stage(2_000, 128, 36_864, 384, 384, data.RATES, "paper", each(5e-6, 5e-6, 1e-5, 5e-6), each(200, 200, 200, 200),
              image_crops=8),
-    # VideoMolmo: 4 epochs of 72,000 frames; every crop comes with those of the four frames before
-    4: Stage(1_125, 256, 2_560, 160, 384, {"moments": 1.0}, "paper", each(5e-6, 5e-6, 1e-5, 5e-6), each(10, 10, 10, 10), image_crops=8),
+    # VideoMolmo: 4 epochs of 72,000 frames, a frame a pack; every crop comes with those of the four frames before
+    4: Stage(1_125, 256, 2_560, 160, 384, {"moments": 1.0}, "paper", each(5e-6, 5e-6, 1e-5, 5e-6), each(10, 10, 10, 10), image_crops=8,
+             pool=1),
 }
 # After stage 1 the connector goes slowly: nothing bounds its product of matrices, and visual tokens that are much larger than
 # what the blocks add do not hear the blocks. In `more`, "" is what has no way of its own: captions and answers in words.
@@ -240,7 +241,7 @@ class Log:
         for text in path.read_text().splitlines() if step is not None and path.exists() else ():
             try:
                 self.lines += [line for line in [json.loads(text)] if line["step"] < step]
-            except ValueError:
+            except (ValueError, KeyError, TypeError):
                 pass  # a kill may cut the last
         self.start = time.time() - (self.lines[-1]["seconds"] if self.lines else 0)
         with whole(path) as part:
@@ -482,6 +483,11 @@ def prepare(args: argparse.Namespace, world: World):
         if has != wanted and (state or "tokens" in (has, wanted)):  # only these have a pointing head
             raise ValueError(f"--points-as {wanted}: the checkpoint writes points as {has}")
         model.config = replace(model.config, points_as=wanted)
+        if args.preset not in LIGHT:  # released folders are for inference: they name no dropout, or none that training had
+            dropout = PRESETS[args.preset].llm.dropout
+            model.config = replace(model.config, llm=replace(model.config.llm, dropout=dropout))
+            for block in model.blocks:
+                block.dropout.p = dropout
     else:
         tokenizer, config = Tokenizer.load(HOME / "assets/tokenizer.json"), PRESETS[args.preset]
         if tokenizer.base_size != config.llm.vocabulary:

@@ -65,7 +65,7 @@ def load_training(folder: Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(folder / "training.npz", allow_pickle=False) as file:
             return dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{folder / 'training.npz'}: not readable ({error}): nothing to resume") from None
 
 
@@ -112,13 +112,15 @@ def recover(folder: Path) -> None:
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
-         ) -> tuple[Molmo, Tokenizer]:
+         released_inference: bool = False) -> tuple[Molmo, Tokenizer]:
     """-> the model in evaluation mode, and its tokenizer, from a folder of either sort. Numbers are float32 if the
-    checkpoint is ours and as they are in the file if it was released, unless `dtype` says. CheckpointError if anything is
-    wrong."""
+    checkpoint is ours and as they are in the file if it was released, unless `dtype` says. `released_inference`: see
+    PointConfig. CheckpointError if anything is wrong."""
     folder = standing(Path(folder))
     if is_released(folder):
-        return load_released(folder, device, dtype)
+        return load_released(folder, device, dtype, released_inference)
+    if released_inference:
+        raise CheckpointError(f"{folder}: --released-inference is for folders of released layout")
     for name in ("config.json", "tokenizer.json", "model.npz"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: not a checkpoint folder, {name} is missing")
@@ -356,6 +358,8 @@ def load_released(folder: str | Path, device: str | torch.device = "cpu", dtype:
     stays near the size of the weights. `released_inference`: see PointConfig."""
     folder = Path(folder)
     config = released_config(folder)
+    if released_inference and config.points_as != "tokens":
+        raise CheckpointError(f"{folder}: --released-inference is for grounding tokens, this model writes points as {config.points_as}")
     config = replace(config, point=replace(config.point, released_inference=released_inference))
     tokenizer = ReleasedTokenizer.load(folder, config.llm.vocabulary)
     tokenizer.stop_ids = _stop_ids(folder / "generation_config.json", tokenizer)
@@ -576,6 +580,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument("checkpoint", help="a folder of either sort")
         parser.add_argument("out", help="the folder to write")
         args = parser.parse_args(argv)
+        if Path(args.out).is_dir() and any(Path(args.out).iterdir()):
+            raise ValueError(f"{args.out} is not empty: give another folder")
         save_released(args.out, *load(args.checkpoint))
 
 

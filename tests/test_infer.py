@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -406,6 +407,22 @@ def test_cut_off_video_is_used_with_a_warning(run, media, tmp_path, monkeypatch)
     assert status == 0 and json.loads(out)["finish_reason"] == "stop"
     assert err.startswith("infer.py: warning: ") and "cut.mp4: ends early" in err and err.count("\n") == 1
     assert 10 < len(list(frames_of(tmp_path / "out/cut.points.mp4"))) < 25
+
+
+def test_a_time_lapse_is_answered_and_drawn(run, media, tmp_path, monkeypatch):
+    """Two frames that lie half an hour apart: slower than a clip can be written, and no reason to throw the answer away."""
+    will_write(monkeypatch, Answer([], [], "stop"))
+    with av.open(str(media / "slow.mkv"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.codec_context.time_base = 80, 60, "yuv420p", Fraction(1, 1000)
+        for seconds in (0, 1800):
+            frame = av.VideoFrame.from_ndarray(np.full((60, 80, 3), GREY, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = 1000 * seconds, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    status, out, err = run(media / "slow.mkv", "Hello.", "--json", "-")
+    assert (status, err) == (0, "") and json.loads(out)["finish_reason"] == "stop"
+    assert len(list(frames_of(tmp_path / "out/slow.points.mp4"))) == 2
 
 
 # ---- frame by frame ----------------------------------------------------------------------------------------------------

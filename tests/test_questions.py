@@ -9,7 +9,7 @@ import pytest
 import questions
 import synthetic
 from questions import queries
-from synthetic import COLORS, Scene, Thing, clip
+from synthetic import COLORS, KINDS, Scene, Thing, clip
 from test_synthetic import scenes
 
 SINGULAR = {"cups": "cup", "balls": "ball", "boxes": "box", "stars": "star", "rings": "ring", "crosses": "cross",
@@ -202,3 +202,12 @@ def test_questions_without_a_picture_are_true():
             assert SINGULAR[query.answer.rstrip(".").lower()] == word
         else:
             assert query.answer == ("Yes." if query.question.split()[1] in COLORS else "No.")
+
+
+def test_where_every_kind_is_something_is_still_absent():
+    """A picture with things of all twelve kinds: what is asked about that is not there is one of these in another colour."""
+    scene = Scene(np.zeros((1, 9, 9, 3), np.uint8), np.zeros(1), [Thing(kind, list(COLORS)[i % 2], 9) for i, kind in enumerate(KINDS)],
+                  np.zeros((1, 12, 9, 9), bool), np.zeros((1, 12, 2), np.float32), "plain", False)
+    rng = np.random.default_rng(0)
+    for kind, color in (questions._absent(scene, rng) for _ in range(200)):
+        assert kind in KINDS and color and (kind, color) not in {(thing.kind, thing.color) for thing in scene.things}

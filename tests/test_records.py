@@ -205,6 +205,16 @@ def test_moments_belong_to_the_nearest_frame():
     assert Record("", [None] * 3, None, {}, []).seen({2: "c", 0: "a"}) == {0: "a", 2: "c"}
 
 
+def test_what_left_before_a_frame_is_not_seen_there():
+    """A track with ten points a second ends at 0.8 s: its object is out of view at 1.0 s, while a moment without neighbours
+    holds for a quarter of a second around it."""
+    record = Record("", [None] * 3, [0, 0.5, 1.0], {}, [])
+    dense = {n / 10: n for n in range(9)}
+    assert record.seen(dense) == {0: 0, 1: 5} and record.seen({0.8: 8}) == {2: 8}
+    assert record.seen(dict(reversed(dense.items()))) == {0: 0, 1: 5} and record.seen({}) == {}
+    assert record.seen({0.46: "a", 0.99: "b"}) == {1: "a", 2: "b"}  # twice a second, a little beside the frames
+
+
 def test_long_videos_are_thinned_out_with_their_truth(tmp_path):
     """More frames than the model looks at: the kept ones are spread over the video and include the last; what happens between
     them is not put on a neighbour."""
@@ -230,4 +240,8 @@ def test_videos_are_read_at_their_own_times(tmp_path):
     said["objects"][0]["points"] = [{"time": 0.7, "x": 1, "y": 1}]
     with pytest.raises(ValueError, match="none of the 2 frames looked at is within"):
         parse(json.dumps(said), "a", tmp_path).load(data.replace(VIEWS, max_frames=2))
+    said["objects"].append({"id": 2, "points": [{"time": 2, "x": 1, "y": 1}]})
+    said["annotations"] += [{"task": "point", "label": "cat", "objects": [2]}, {"task": "point", "label": "both", "objects": [1, 2]}]
+    few = parse(json.dumps(said), "a", tmp_path).load(data.replace(VIEWS, max_frames=2))
+    assert [one.label for one in few.annotations] == ["cat"]  # the others point between the frames
     assert json.loads(dump(record, video="v.mp4"))["objects"][0]["points"][1] == {"time": 0.5, "x": 5.5, "y": 5}

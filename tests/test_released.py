@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,17 @@ def test_all_tokens_that_end_an_answer_are_kept(folder, tmp_path):
     weights.main([str(folder), str(tmp_path / "again")])
     one, two = (weights.load(path)[1] for path in (folder, tmp_path / "again"))
     assert {3, 7, one.eos_id} == set(one.stop_ids) == set(two.stop_ids)
+
+
+def test_writing_in_the_released_layout_replaces_nothing(folder, tmp_path, capsys):
+    """A folder that is not empty, downloaded weights for one, is left alone, with one line; so is the source itself."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    shutil.copytree(folder, tmp_path / "other")
+    for source in (folder, tmp_path / "other"):
+        with pytest.raises(SystemExit) as end:
+            weights.main([str(source), str(folder)])
+        assert end.value.code == 2 and capsys.readouterr().err.endswith("is not empty: give another folder\n")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_points_as_text_need_the_rest_of_molmo2(tiny, tmp_path):
@@ -279,6 +291,24 @@ def test_infer_takes_a_released_folder(folder, dtype, tmp_path, monkeypatch):
     result = json.loads((tmp_path / "out/cups.points.json").read_text())
     assert result["prompt"] == "point to the cups" and result["timing"]["tokens"] <= 12
     assert result["finish_reason"] == ("length" if result["timing"]["tokens"] == 12 else "stop")
+
+
+def test_released_inference_is_a_flag_for_released_grounding_tokens(folder, tmp_path, monkeypatch, capsys):
+    """With a released MolmoPoint the model that answers is switched; any other checkpoint is one line."""
+    clip, loaded, real = Path(__file__).parent.parent / "assets/cups.mp4", [], weights.load
+    monkeypatch.setattr(weights, "load", lambda *given: loaded.append(real(*given)) or loaded[-1])
+    monkeypatch.chdir(tmp_path)
+    command = [str(clip), "point to the cups", "--max-new-tokens", "4", "--checkpoint"]
+    infer.main([*command, str(folder), "--released-inference"])
+    infer.main([*command, str(folder)])
+    assert [model.config.point.released_inference for model, _ in loaded] == [True, False]
+    tokenizer = loaded[0][1]
+    weights.save_released("text", Molmo(replace(SMALL, **AS_TEXT)).initialize(0), tokenizer)
+    for other, said in (("text", "writes points as text"), (str(clip.parent / "tiny"), "is for folders of released layout")):
+        with pytest.raises(SystemExit) as end:
+            infer.main([*command, other, "--released-inference"])
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and said in error and error.count("\n") == 1
 
 
 def test_the_released_inference_code_differs_in_four_places(tiny):

@@ -13,6 +13,7 @@ import torch
 
 import data
 import evaluate
+import parallel
 import questions
 import synthetic
 import train
@@ -399,7 +400,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(quick, tmp_path, monkeypa
             with pytest.raises(Killed):
                 train.main([*LINE, "2", "--out", str(folder)])
         with open(folder / "metrics.jsonl", "a") as file:
-            file.write('{"seconds": 1.0, "st')
+            file.write('{}\nnull\n{"seconds": 1.0, "st')
         train.main([*LINE, "2", "--out", str(folder), "--resume"])
         assert losses_of(folder) == losses_of(tmp_path / "whole")
 
@@ -508,14 +509,29 @@ def test_a_signal_to_the_whole_group_saves(tmp_path):
 
 
 def test_resume_without_a_run_starts_one_and_with_a_bare_checkpoint_says_so(quick, tmp_path, capsys):
-    """--resume in an empty place is a new run; in a folder whose checkpoint holds no training state it is one line."""
+    """--resume in an empty place is a new run; in a folder whose checkpoint holds no training state, or something else under its
+    name, it is one line."""
     train.main(["--stage", "1", "--out", str(tmp_path / "new"), "--resume", *quick])
-    (tmp_path / "new/checkpoint/training.npz").unlink()
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        train.main(["--stage", "1", "--out", str(tmp_path / "new"), "--resume", *quick])
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and "training.npz" in said and said.count("\n") == 1
+    state = tmp_path / "new/checkpoint/training.npz"
+    for spoil in (lambda: state.write_text("no archive"), lambda: np.save(state.open("wb"), np.zeros(3)), state.unlink):
+        spoil()
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            train.main(["--stage", "1", "--out", str(tmp_path / "new"), "--resume", *quick])
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and "training.npz" in said and said.count("\n") == 1
+
+
+def test_large_presets_train_with_the_papers_dropout(quick, tiny, tmp_path, monkeypatch):
+    """A folder as released may name no dropout: a tenth of what attention and MLP add is dropped all the same, and the checkpoint says so.
+    Here a tiny model goes by a large one's name."""
+    config = tiny[0].config
+    monkeypatch.setitem(train.PRESETS, "molmopoint-8b", train.replace(config, llm=train.replace(config.llm, dropout=0.1)))
+    monkeypatch.setitem(STAGES, ("molmopoint-8b", 1), STAGES["tiny", 1])
+    weights.save(tmp_path / "init", *tiny)
+    args = train.parse(["--stage", "1", "--preset", "molmopoint-8b", "--init", str(tmp_path / "init"), "--out", str(tmp_path / "run"), *quick])
+    model = train.prepare(args, parallel.World())[3]
+    assert model.config.llm.dropout == 0.1 and [block.dropout.p for block in model.blocks] == [0.1] * config.llm.layers
 
 
 def test_frozen_parts_stay_as_they_are(quick, tmp_path):
