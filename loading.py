@@ -129,8 +129,8 @@ class Mixture(Dataset):
             if len(self._orders) > 64:
                 self._orders.clear()
             rng = np.random.default_rng([self.seed, *key, len(key)])
-            sets = np.repeat(np.arange(len(self.all)), self.counts)
-            self._orders[key] = rng.permutation(sets if len(key) == 1 else self.all[key[0]].size)
+            self._orders[key] = rng.permutation(np.repeat(np.arange(len(self.all)), self.counts) if len(key) == 1
+                                                else self.all[key[0]].size)
         return self._orders[key]
 
     def place(self, number: int) -> tuple[int, int]:

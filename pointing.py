@@ -148,15 +148,10 @@ def rotation(positions: Tensor, frequency: Tensor, gain: float = 1.0, dtype: tor
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
-def turn(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def turn(x: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary position embedding, rotate-half: channel i of x (..., c) turns with channel i + c/2."""
-    cos, sin = rotation
+    cos, sin = by
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
-
-
-def rope(x: Tensor, positions: Tensor, frequency: Tensor, gain: float = 1.0) -> Tensor:
-    """x (..., T, c), positions broadcastable to (..., T): both of the above in one."""
-    return turn(x, rotation(positions, frequency, gain, x.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,12 +206,13 @@ class PointPredictor(nn.Module):
         self.subpatch_loc_k = nn.Linear(d, c.locations)
         self.build_vit_embedding = nn.Linear(feature_width, d)  # <|vit_index|> carries the chosen patch
 
-    def turn(self, x: Tensor, index: Tensor) -> Tensor:
-        return rope(x, index, frequencies(self.config.width, self.config.rope_theta, x.device))
+    def placed(self, x: Tensor, index: Tensor) -> Tensor:
+        """RoPE by the place (...,) among the indexable tokens."""
+        return turn(x, rotation(index, frequencies(self.config.width, self.config.rope_theta, x.device), dtype=x.dtype))
 
     def patch_keys(self, x: Tensor, index: Tensor) -> Tensor:
         """x (M, d) of the visual tokens, index (M,) among the indexable ones -> (M, w)."""
-        return self.turn(self.patch_k(x), index)
+        return self.placed(self.patch_k(x), index)
 
     def patch_scores(self, x: Tensor, index: Tensor, keys: Tensor) -> Tensor:
         """x (G, d), index (G,) of the previously chosen token (0 if none), keys (M, w) -> (G, M + 1), stop class last.
@@ -225,7 +221,7 @@ class PointPredictor(nn.Module):
         sqrt(number of keys), which makes the same choice, but was another temperature in training.)
         """
         keys = torch.cat([keys, self.no_more_points[None].to(keys.dtype)])
-        return self.turn(self.patch_q(x), index) @ keys.T / (len(keys) if self.config.released_inference
+        return self.placed(self.patch_q(x), index) @ keys.T / (len(keys) if self.config.released_inference
                                                              else self.config.width) ** 0.5
 
     def slot_scores(self, x: Tensor, windows: Tensor, valid: Tensor) -> Tensor:

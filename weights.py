@@ -38,8 +38,8 @@ class CheckpointError(ValueError):
     """One line: the file, what is wrong with it, the tensor."""
 
 
-def save(folder: str | Path, model: Molmo, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32,
-         training: dict[str, np.ndarray] | None = None, also: Callable[[Path], None] = lambda fresh: None) -> None:
+def save(folder: str | Path, model: Molmo, tokenizer: Tokenizer, training: dict[str, np.ndarray] | None = None,
+         also: Callable[[Path], None] = lambda fresh: None) -> None:
     """`training`: what else a run needs to go on, kept in training.npz; `also` may write more into the folder. Writes the
     folder under another name (`unfinished`) and renames it, so that a reader never meets half a checkpoint. A model that
     came with a released tokenizer is written in the released layout."""
@@ -50,7 +50,7 @@ def save(folder: str | Path, model: Molmo, tokenizer: Tokenizer, dtype: torch.dt
     also(fresh)
     (fresh / "config.json").write_text(model.config.to_json() + "\n")
     tokenizer.save(fresh / "tokenizer.json")
-    arrays = {name: p.detach().to(dtype).cpu().numpy() for name, p in model.state_dict().items()}
+    arrays = {name: p.detach().float().cpu().numpy() for name, p in model.state_dict().items()}
     np.savez(fresh / "model.npz", **arrays)
     if training is not None:
         np.savez(fresh / "training.npz", **training)

@@ -23,7 +23,8 @@ from pointing import (
     grounding_targets,
     read_text,
     frequencies,
-    rope,
+    rotation,
+    turn,
     write_tags,
     write_text,
 )
@@ -142,7 +143,7 @@ def test_rope_turns_pairs():
     """Channels i and i + c/2 are one complex number turned by position * theta^(-2i/c); position 0 changes nothing."""
     x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([0, 1, 7, 300])
-    turned = rope(x, positions, frequencies(x.shape[-1], 50_000.0))
+    turned = turn(x, rotation(positions, frequencies(x.shape[-1], 50_000.0), dtype=x.dtype))
     for row, position in enumerate(positions.tolist()):
         for i in range(3):
             z = complex(x[row, i], x[row, i + 3]) * np.exp(1j * position * 50_000.0 ** (-2 * i / 6))

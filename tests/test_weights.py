@@ -54,17 +54,6 @@ def test_round_trip(tmp_path, changes):
     assert not loaded.training and all(p.dtype == torch.float32 and p.device.type == "cpu" for p in loaded.parameters())
 
 
-def test_half_precision_on_disk(tmp_path):
-    """Saved in float16 the file is half as large, and loads as float32 with the rounded values."""
-    for name, dtype in (("full", torch.float32), ("half", torch.float16)):
-        save(tmp_path / name, made(), TOKENIZER, dtype)
-    loaded, _ = load(tmp_path / "half")
-    for name, p in made().state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], p.half().float())
-    sizes = [sum(array.nbytes for array in np.load(tmp_path / name / "model.npz").values()) for name in ("full", "half")]
-    assert sizes[0] == 2 * sizes[1]
-
-
 def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path):
     """A second save replaces the first; no temporary folder stays."""
     for seed in (1, 2):
