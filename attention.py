@@ -1,13 +1,13 @@
-"""Who may look at whom, and four ways to compute it.
+"""Who may look at whom, and four ways to compute it; RMSNorm and RoPE.
 
 One rule, `sees`, holds in training and in inference, for one question and for packs of message trees. What attention does
 with it depends on where it runs; every way has the same `attend(q, k, v)`:
 
-    Dense    one mask of all pairs for `scaled_dot_product_attention`: short rows
-    Few      the same for the few queries of tokens that are being written
-    Cut      the same, cut by example: on a CPU a pack then costs the sum of the squares of its examples' lengths
-    Sparse   FlexAttention: on a GPU blocks of 128 x 128 pairs are skipped where nobody sees anybody; no mask of all pairs is
-             ever held, so memory grows with the length and not with its square
+    Dense        one mask of all pairs for `scaled_dot_product_attention`: short rows
+    DenseDecode  the same for the few queries of tokens that are being written
+    PerExample   the same, cut by example: on a CPU a pack then costs the sum of the squares of its examples' lengths
+    Sparse       FlexAttention: on a GPU blocks of 128 x 128 pairs are skipped where nobody sees anybody; no mask of all
+                 pairs is ever held, so memory grows with the length and not with its square
 
 B sequences, T tokens (Tq of queries, Tk of keys).
 """
@@ -17,32 +17,31 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-
 
 MOST_DENSE = 4096  # tokens of a row on a GPU that still get a mask of all pairs
 # cuDNN's attention, which H100s take first, builds and keeps a plan for every new shape; here nearly every call has one.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-class Ids(NamedTuple):
+class MaskIds(NamedTuple):
     """All that the rule asks of a token; each (B, T)."""
 
     example: Tensor
     branch: Tensor
-    order: Tensor   # place in the sequence
+    index: Tensor   # place in the sequence
     visual: Tensor  # bool
 
 
-def sees(q: Ids, k: Ids) -> Tensor:
+def sees(q: MaskIds, k: MaskIds) -> Tensor:
     """The rule, for queries and keys of any shapes that broadcast: same example; the key is in the shared trunk or in the
-    query's own branch; and it is not later than the query, or both are visual. (SPEC section 2.)"""
+    query's own branch; and it is not later than the query, or both are visual. (Molmo2, arXiv 2601.10611.)"""
     same = (q.example == k.example) & ((k.branch == 0) | (k.branch == q.branch))
-    return same & ((k.order <= q.order) | (q.visual & k.visual))
+    return same & ((k.index <= q.index) | (q.visual & k.visual))
 
 
-def may_attend(q: Ids, k: Ids) -> Tensor:
+def may_attend(q: MaskIds, k: MaskIds) -> Tensor:
     """Every query with every key: (B, Tq) and (B, Tk) -> (B, Tq, Tk) bool. Trunk `v v v a` with two branches `b b` and
     `c c` (rows look at columns):
 
@@ -56,7 +55,7 @@ def may_attend(q: Ids, k: Ids) -> Tensor:
             c   # # # # . . # .
             c   # # # # . . # #
     """
-    return sees(Ids(*(x[:, :, None] for x in q)), Ids(*(x[:, None, :] for x in k)))
+    return sees(MaskIds(*(x[:, :, None] for x in q)), MaskIds(*(x[:, None, :] for x in k)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,42 +63,42 @@ def may_attend(q: Ids, k: Ids) -> Tensor:
 
 
 class Dense(NamedTuple):
-    seen: Tensor  # (B, Tq, Tk) bool
+    allowed: Tensor  # (B, Tq, Tk) bool
 
     @classmethod
-    def of(cls, q: Ids, k: Ids) -> "Dense":
+    def of(cls, q: MaskIds, k: MaskIds) -> "Dense":
         return cls(may_attend(q, k))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.is_cuda:  # the kernels that take a mask and do not hold all scores want a key head for each query head
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.seen[:, None], enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.allowed[:, None], enable_gqa=True)
 
 
-class Few(NamedTuple):
+class DenseDecode(NamedTuple):
     """Where there are few queries and many keys, reading the keys is all the work. So the queries of the heads that share
     keys stand behind one another, as if they were more queries of one head: each key is read once and none is copied."""
 
-    seen: Tensor | None  # (B, Tq, Tk) bool; None: everybody sees everybody
+    allowed: Tensor | None  # (B, Tq, Tk) bool; None: everybody sees everybody
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         folded = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, kv_heads, heads / kv_heads * Tq, head_width)
-        seen = None if self.seen is None else self.seen.repeat(1, q.shape[1] // k.shape[1], 1)[:, None]
-        return F.scaled_dot_product_attention(folded, k, v, attn_mask=seen).reshape(q.shape)
+        allowed = None if self.allowed is None else self.allowed.repeat(1, q.shape[1] // k.shape[1], 1)[:, None]
+        return F.scaled_dot_product_attention(folded, k, v, attn_mask=allowed).reshape(q.shape)
 
 
-class Cut(NamedTuple):
+class PerExample(NamedTuple):
     """What lies between two examples is neither stored nor computed. The tokens of an example are neighbours in its row."""
 
     pieces: list[tuple[int, slice, Dense]]  # row, from where to where, its mask; padding is a piece as well
 
     @classmethod
-    def of(cls, ids: Ids) -> "Cut":
+    def of(cls, ids: MaskIds) -> "PerExample":
         pieces = []
         for row, example in enumerate(ids.example):
             ends = example.unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
             for span in map(slice, [0, *ends], ends):
-                part = Ids(*(field[row:row + 1, span] for field in ids))
+                part = MaskIds(*(field[row:row + 1, span] for field in ids))
                 pieces.append((row, span, Dense.of(part, part)))
         return cls(pieces)
 
@@ -114,22 +113,22 @@ class Sparse(NamedTuple):
     blocks: BlockMask
 
     @classmethod
-    def of(cls, ids: Ids) -> "Sparse":
+    def of(cls, ids: MaskIds) -> "Sparse":
         (rows, length), device = ids.example.shape, ids.example.device
         make = compiled(create_block_mask) if device.type == "cuda" else create_block_mask
-        return cls(make(rule_of(ids), rows, None, length, length, device=device))
+        return cls(make(mask_mod(ids), rows, None, length, length, device=device))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         flex = compiled(flex_attention) if q.is_cuda else flex_attention
         return flex(q, k, v, block_mask=self.blocks, enable_gqa=True)
 
 
-def rule_of(ids: Ids):
+def mask_mod(ids: MaskIds):
     """`sees` as FlexAttention asks for it: by the numbers of a row, a head, a query and a key."""
-    return lambda row, head, q, k: sees(Ids(*(x[row, q] for x in ids)), Ids(*(x[row, k] for x in ids)))
+    return lambda row, head, q, k: sees(MaskIds(*(x[row, q] for x in ids)), MaskIds(*(x[row, k] for x in ids)))
 
 
-Mask = Dense | Few | Cut | Sparse
+Mask = Dense | DenseDecode | PerExample | Sparse
 
 
 @cache
@@ -144,8 +143,51 @@ def compilations() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def masked(ids: Ids) -> Mask:
+def make_mask(ids: MaskIds) -> Mask:
     """The way for these tokens' device and number; on a GPU short rows are not worth the compilation."""
     if ids.example.device.type == "cpu":
-        return Cut.of(ids)
+        return PerExample.of(ids)
     return Dense.of(ids, ids) if ids.example.shape[1] <= MOST_DENSE else Sparse.of(ids)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RMSNorm and RoPE: of the decoder's queries and keys, and of those of the pointing head
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x), computed in float32, times a weight in x's own dtype."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.eps) * self.weight
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """x / rms(x) over the last dimension, computed in float32."""
+    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
+
+
+CosSin = tuple[Tensor, Tensor]
+
+
+def rope_frequencies(width: int, theta: float, device=None) -> Tensor:
+    """Radians per position of the width / 2 channel pairs: theta^(-2i/width)."""
+    return theta ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
+
+
+def rope_cos_sin(positions: Tensor, frequencies: Tensor, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> CosSin:
+    """Cosines and signed sines for `apply_rope`, each (..., c): positions (...), frequencies (c/2,); angles in float32. `scale`
+    is YaRN's."""
+    angle = positions[..., None].float() * frequencies
+    cos, sin = (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def apply_rope(x: Tensor, cos_sin: CosSin) -> Tensor:
+    """Rotary position embedding, rotate-half: channel i of x (..., c) turns with channel i + c/2."""
+    cos, sin = cos_sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin

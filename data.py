@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw
 import questions
 import screens
 import synthetic
-from attention import Ids, may_attend
+from attention import MaskIds, may_attend
 from connector import TemporalConfig
 from generate import Answer, Spelling
 from model import VISUAL_TOKENS, MolmoConfig
@@ -245,10 +245,10 @@ def read_answer(answer: Answer, tokenizer: Tokenizer, views: Views) -> tuple[str
     """What the model wrote -> the text, with special tokens spelled out, and its points in pixels. The two forms of
     points never mix in one answer: grounding tokens, if there are any, are the points."""
     text = tokenizer.decode(answer.tokens)
-    if answer.rows:
+    if answer.triples:
         after = (i + 1 for i, token in enumerate(answer.tokens) if token == tokenizer.special[VIT_LOC])
         written = [tokenizer.decode(answer.tokens[i:i + 9]) for i in after]
-        return text, grounded_points(answer.rows, written, patch_map(views))
+        return text, grounded_points(answer.triples, written, patch_map(views))
     return text, read_text(text, places(views.times, len(views.sizes)), views.sizes)
 
 
@@ -475,7 +475,7 @@ def sheet(record: Record, tokenizer: Tokenizer, config: MolmoConfig) -> Image.Im
 
     row = lay_out([tree])
     visual = np.isin(row.tokens, [tokenizer.special[name] for name in VISUAL_TOKENS])
-    ids = Ids(*(torch.from_numpy(np.ascontiguousarray(a))[None] for a in
+    ids = MaskIds(*(torch.from_numpy(np.ascontiguousarray(a))[None] for a in
                 (row.example_ids, row.branch_ids, np.arange(len(visual)), visual)))
     seen = may_attend(ids, ids)[0].numpy()
     paint = np.array([(120, 120, 120), *(tuple(bytes.fromhex(c[1:])) for c in COLORS)], np.uint8)

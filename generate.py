@@ -16,9 +16,9 @@ them: `Speed` counts how near to that it comes.
 B trees, one a row, T tokens of the longest prompt, W branches in all, R of the largest tree, d LLM width.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache as once
 from itertools import chain
 from time import perf_counter
 from typing import NamedTuple
@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import Few, Ids, masked, may_attend
-from model import Batch, Cache, Molmo, Table
+from attention import DenseDecode, MaskIds, make_mask, may_attend
+from model import Batch, Cache, Embedding, Molmo
 from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, PointDecoder, Sight
 from tokenizer import RESERVED
 
@@ -36,9 +36,9 @@ STATIC_ROOM = 256  # the room of a compiled step's cache is a multiple of this: 
 
 
 class Answer(NamedTuple):
-    tokens: list[int]       # without the end-of-turn token
-    rows: list[list[int]]   # [visual token of the example, slot, location] of every <|token_index|>
-    finish_reason: str      # "stop": the model ended its turn; "length": max_new_tokens were written
+    tokens: list[int]         # without the end-of-turn token
+    triples: list[list[int]]  # [visual token of the example, slot, location] of every <|token_index|>
+    finish_reason: str        # "stop": the model ended its turn; "length": max_new_tokens were written
 
 
 class Spelling(NamedTuple):
@@ -53,7 +53,7 @@ class FreeDecoder:
     """The decoder of a model that writes its points as text: no rules."""
 
     def __init__(self):
-        self.rows: list[list[int]] = []
+        self.triples: list[list[int]] = []
 
     def another(self) -> "FreeDecoder":
         return FreeDecoder()
@@ -85,9 +85,11 @@ def start_decoder(model: Molmo, h: Tensor, sight: Sight, owner: int, close: Sequ
 
 
 def speakable(model: Molmo, device=None) -> Tensor:
-    """(V,) bool: all but the extra tokens that only a picture or a prompt may bring."""
-    spoken = torch.arange(model.config.llm.vocabulary + RESERVED * (model.point_predictor is not None), device=device) < model.config.llm.vocabulary
-    if model.point_predictor is not None:
+    """(V,) or (V + 128,) bool: all but the extra tokens that only a picture or a prompt may bring."""
+    vocabulary, grounding = model.config.llm.vocabulary, model.point_predictor is not None
+    spoken = torch.zeros(vocabulary + RESERVED * grounding, dtype=torch.bool, device=device)
+    spoken[:vocabulary] = True
+    if grounding:
         spoken[[model.ids[name] for name in (TOKEN_INDEX, VIT_INDEX, VIT_LOC)]] = True
     return spoken
 
@@ -101,13 +103,13 @@ def generate_slowly(model: Molmo, batch: Batch, spelling: Spelling, max_new_toke
         decoder = decoder or start_decoder(model, h, sight, int(model.owners(batch)[0, -1]), spelling.close)
         token, _ = decoder.step(model.logits(h[0, -1]).where(spoken, float("-inf")), h[0, -1], sample)
         if token in (spelling.eos, *spelling.stops):
-            return Answer(tokens, decoder.rows, "stop")
+            return Answer(tokens, decoder.triples, "stop")
         tokens.append(token)
-        batch = _with_token(batch, token, given + decoder.rows)
-    return Answer(tokens, decoder.rows if decoder else [], "length")
+        batch = _with_token(batch, token, given + decoder.triples)
+    return Answer(tokens, decoder.triples if decoder else [], "length")
 
 
-def _with_token(batch: Batch, token: int, rows: list[list[int]]) -> Batch:
+def _with_token(batch: Batch, token: int, triples: list[list[int]]) -> Batch:
     """The batch with one more token, in the branch of the last one, and with the choices made so far."""
     grow = lambda values, last: torch.cat([values, last], dim=1)
     return replace(
@@ -116,7 +118,7 @@ def _with_token(batch: Batch, token: int, rows: list[list[int]]) -> Batch:
         positions=grow(batch.positions, batch.positions[:, -1:] + 1),
         example_ids=grow(batch.example_ids, batch.example_ids[:, -1:]),
         branch_ids=grow(batch.branch_ids, batch.branch_ids[:, -1:]),
-        points=torch.tensor(rows, dtype=torch.long, device=batch.tokens.device).view(-1, 3),
+        points=torch.tensor(triples, dtype=torch.long, device=batch.tokens.device).view(-1, 3),
     )
 
 
@@ -142,11 +144,11 @@ class Linear8(nn.Module):
 class Head8(nn.Module):
     """The head with its base vocabulary in eight bits."""
 
-    def __init__(self, head: Table):
+    def __init__(self, head: Embedding):
         super().__init__()
         self.base, self.new_embedding = Linear8(head.embedding), head.new_embedding
 
-    def scores(self, x: Tensor, extra: bool) -> Tensor:
+    def logits(self, x: Tensor, extra: bool) -> Tensor:
         return torch.cat([self.base(x), x @ self.new_embedding.T], dim=-1) if extra else self.base(x)
 
 
@@ -191,7 +193,7 @@ def step_bytes(model: Molmo) -> int:
     return sum(tensor.nbytes for part in parts for tensor in chain(part.parameters(), part.buffers()))
 
 
-@once
+@functools.cache
 def bandwidth(device: torch.device) -> float:
     """Bytes a second that the device's memory moves: the fastest of some copies, every byte read and written."""
     source, clock, seconds = torch.zeros(2**28, dtype=torch.uint8, device=device), Speed(), []
@@ -202,17 +204,17 @@ def bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / min(seconds)
 
 
-class Tips(NamedTuple):
+class Frontier(NamedTuple):
     """The ends of branches that are being written, row by row and branch by branch; each (W,)."""
 
     row: Tensor       # of the batch
-    column: Tensor    # of the block (B, R) of new tokens
+    column: Tensor    # of the grid (B, R) of new tokens
     example: Tensor   # ids as in Batch
     branch: Tensor
     position: Tensor  # of the next token
 
     @classmethod
-    def of(cls, batch: Batch) -> tuple["Tips", Tensor]:
+    def of(cls, batch: Batch) -> tuple["Frontier", Tensor]:
         """Of all branches (of the trunk, where there are none), and the place (W,) of their last tokens."""
         if batch.example_ids.max() > 0:
             raise ValueError("only one prompt can wait for answers in a row")
@@ -224,7 +226,7 @@ class Tips(NamedTuple):
         ids = (values[row, place] for values in (batch.example_ids, batch.branch_ids, batch.positions + 1))
         return cls(row, beside(row), *ids), place
 
-    def block(self, values: Tensor, shape: tuple[int, int], fill: int = 0) -> Tensor:
+    def grid(self, values: Tensor, shape: tuple[int, int], fill: int = 0) -> Tensor:
         """values (W, ...) -> (B, R, ...), each in its place."""
         if len(values) == shape[0] * shape[1]:  # every place is taken
             return values.view(*shape, *values.shape[1:])
@@ -236,106 +238,108 @@ def beside(row: Tensor) -> Tensor:
     return (row[:, None] == row).tril(-1).sum(1)
 
 
-@once
+@functools.cache
 def compiled_blocks():
-    """For every shape of a block and of a cache once; on a GPU a CUDA graph. (Not yet run on a GPU.)"""
-    return torch.compile(Molmo.through_blocks, mode="reduce-overhead", dynamic=False)
+    """For every shape of a grid and of a cache once; on a GPU a CUDA graph. (Not yet run on a GPU.)"""
+    return torch.compile(Molmo.run_blocks, mode="reduce-overhead", dynamic=False)
 
 
-class Growth:
+class TreeDecoding:
     """The trees in a cache: their ids, for the mask, and the next step.
 
-    way: "views" reads what is written, without a mask if it hides nothing, and blocks get narrower as branches end;
-    "static" keeps all shapes: a block as wide as the first, the whole room of the cache, a mask; "compiled" is compiled, too.
+    mode: "views" reads what is written, without a mask if it hides nothing, and the grid of new tokens gets narrower as
+    branches end; "static" keeps all shapes: a grid as wide as the first, the whole room of the cache, a mask; "compiled" is
+    compiled, too.
     """
 
-    def __init__(self, model: Molmo, cache: Cache, ids: Ids, tips: Tips, way: str):
-        self.model, self.cache, self.tips, self.static = model, cache, tips, way != "views"
-        self.blocks = compiled_blocks() if way == "compiled" else Molmo.through_blocks
+    def __init__(self, model: Molmo, cache: Cache, ids: MaskIds, frontier: Frontier, mode: str):
+        self.model, self.cache, self.frontier, self.static = model, cache, frontier, mode != "views"
+        self.run_blocks = compiled_blocks() if mode == "compiled" else Molmo.run_blocks
         empty = lambda field, fill: F.pad(field, (0, cache.room - field.shape[1]), value=fill)
-        self.ids = Ids(empty(ids.example, -1), empty(ids.branch, 0), torch.arange(cache.room, device=tips.row.device).expand(
-            len(ids.order), -1), empty(ids.visual, False))
+        index = torch.arange(cache.room, device=frontier.row.device).expand(len(ids.index), -1)
+        self.ids = MaskIds(empty(ids.example, -1), empty(ids.branch, 0), index, empty(ids.visual, False))
         if self.static:
             cache.read_whole()
-        self.lay_out()
+        self.reshape()
 
-    def lay_out(self) -> None:
-        """The blocks from here on: a column for each branch of the largest tree; where a tree has fewer, padding."""
-        tips, used = self.tips, self.cache.used
-        self.shape = len(self.ids.example), int(tips.column.max()) + 1
-        for ids, block in ((self.ids.example, tips.block(tips.example, self.shape, -1)), (self.ids.branch, tips.block(tips.branch, self.shape))):
-            ids[:, used:] = block.repeat(1, -(-self.cache.room // self.shape[1]))[:, :self.cache.room - used]
-        self.position = tips.block(tips.position, self.shape)
+    def reshape(self) -> None:
+        """The grids of new tokens from here on: a column for each branch of the largest tree; where a tree has fewer, padding."""
+        frontier, used = self.frontier, self.cache.used
+        self.shape = len(self.ids.example), int(frontier.column.max()) + 1
+        for ids, new, fill in ((self.ids.example, frontier.example, -1), (self.ids.branch, frontier.branch, 0)):
+            grids = frontier.grid(new, self.shape, fill).repeat(1, -(-self.cache.room // self.shape[1]))
+            ids[:, used:] = grids[:, :self.cache.room - used]
+        self.position = frontier.grid(frontier.position, self.shape)
         first, before = self.among(used, used + self.shape[1]), self.among(0, used)
         self.unmasked = not self.static and self.shape[1] == 1 and bool(may_attend(first, before).all())  # nor will it be later
 
-    def among(self, start: int, end: int) -> Ids:
-        return Ids(*(field[:, start:end] for field in self.ids))
+    def among(self, start: int, end: int) -> MaskIds:
+        return MaskIds(*(field[:, start:end] for field in self.ids))
 
-    def keep(self, going: list[int]) -> None:
+    def keep(self, alive: list[int]) -> None:
         """The other branches have ended."""
-        self.tips = self.tips._replace(position=self.position[self.tips.row, self.tips.column])
-        self.tips = Tips(*(field[going] for field in self.tips))
+        self.frontier = self.frontier._replace(position=self.position[self.frontier.row, self.frontier.column])
+        self.frontier = Frontier(*(field[alive] for field in self.frontier))
         if not self.static:
-            self.tips = self.tips._replace(column=beside(self.tips.row))
-            self.lay_out()
+            self.frontier = self.frontier._replace(column=beside(self.frontier.row))
+            self.reshape()
 
     def step(self, x: Tensor) -> Tensor:
         """Inputs (W, d) of a new token for each branch -> hidden states (W, d)."""
-        used, tips = self.cache.used, self.tips
+        used, frontier = self.cache.used, self.frontier
         self.cache.reserve(self.shape[1])
-        mask = Few(None if self.unmasked else may_attend(self.among(used, self.cache.used), self.among(0, self.cache.end)))
-        h = self.blocks(self.model, tips.block(x, self.shape), self.position, mask, self.cache)
+        mask = DenseDecode(None if self.unmasked else may_attend(self.among(used, self.cache.used), self.among(0, self.cache.end)))
+        h = self.run_blocks(self.model, frontier.grid(x, self.shape), self.position, mask, self.cache)
         self.position = self.position + 1
-        return h.flatten(0, 1) if h.shape[:2].numel() == len(x) else h[tips.row, tips.column]
+        return h.flatten(0, 1) if h.shape[:2].numel() == len(x) else h[frontier.row, frontier.column]
 
 
 @torch.inference_mode()
 def generate(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int,
-             samplers: Callable[[], Callable[[Tensor], int]] = sampler, speed: Speed | None = None, way: str = "views") -> list[Answer]:
+             samplers: Callable[[], Callable[[Tensor], int]] = sampler, speed: Speed | None = None, mode: str = "views") -> list[Answer]:
     """Answers every branch of B prompts (padded on the right, one tree a row), row by row and branch by branch, as
-    `generate_slowly` answers each alone: `samplers` makes a sampler for every branch. `way` of the steps: see `Growth`."""
+    `generate_slowly` answers each alone: `samplers` makes a sampler for every branch. `mode` of the steps: see `TreeDecoding`."""
     # 1. Prefill: every tree once; its keys and values stay.
     device, speed = batch.tokens.device, speed or Speed()
     speed.lap(device)
-    tips, place = Tips.of(batch)
-    room = batch.tokens.shape[1] + max_new_tokens * (int(tips.column.max()) + 1)
+    frontier, place = Frontier.of(batch)
+    room = batch.tokens.shape[1] + max_new_tokens * (int(frontier.column.max()) + 1)
     ids, sight = model.mask_ids(batch), model.see(batch)
-    x = model.inputs(batch, sight)
-    cache = Cache(model.config.llm, len(x), room if way == "views" else -(-room // STATIC_ROOM) * STATIC_ROOM, like=x)
-    h = model.decode(x, batch.positions, masked(ids), cache)
-    owners = model.owners(batch)[tips.row, place].tolist()
+    x = model.input_embeddings(batch, sight)
+    cache = Cache(model.config.llm, len(x), room if mode == "views" else -(-room // STATIC_ROOM) * STATIC_ROOM, like=x)
+    h = model.hidden_states(x, batch.positions, make_mask(ids), cache)
+    owners = model.owners(batch)[frontier.row, place].tolist()
     first = {owner: start_decoder(model, h, sight, owner, spelling.close) for owner in set(owners)}
     decoders = [first[owner].another() for owner in owners]  # branches of a tree share the keys of its visual tokens
     choose = [samplers() for _ in owners]
-    h, growth = h[tips.row, place], Growth(model, cache, ids, tips, way)
+    h, trees = h[frontier.row, place], TreeDecoding(model, cache, ids, frontier, mode)
     del x, sight
     speed.prompt += int((batch.example_ids >= 0).sum())
     speed.prefill += speed.lap(device)
 
     # 2. Grow: in every step a token for each branch that has not ended.
-    answers, reasons, waiting = [[] for _ in decoders], ["length"] * len(decoders), range(len(decoders))
+    answers, reasons, active = [[] for _ in decoders], ["length"] * len(decoders), range(len(decoders))
     spoken, weights = speakable(model, device), step_bytes(model)
     for step in range(max_new_tokens):
-        logits, going = model.logits(h).where(spoken, float("-inf")), []
-        for at, w in enumerate(waiting):
+        logits, alive = model.logits(h).where(spoken, float("-inf")), []
+        for at, w in enumerate(active):
             token, carried = decoders[w].step(logits[at], h[at], choose[w])
             if token in (spelling.eos, *spelling.stops):
                 reasons[w] = "stop"
             else:
                 answers[w].append(token)
-                going.append((at, w, token, carried))
-        if not going or step + 1 == max_new_tokens:
+                alive.append((at, w, token, carried))
+        if not alive or step + 1 == max_new_tokens:
             break
-        if len(going) < len(waiting):
-            growth.keep([at for at, *_ in going])
-        waiting = [w for _, w, *_ in going]
-        x = model.embed(torch.tensor([token for _, _, token, _ in going], device=device))
-        for row, (*_, carried) in zip(x, going):
+        if len(alive) < len(active):
+            trees.keep([at for at, *_ in alive])
+        active = [w for _, w, *_ in alive]
+        x = model.embed(torch.tensor([token for _, _, token, _ in alive], device=device))
+        for row, (*_, carried) in zip(x, alive):
             if carried is not None:
                 row += carried
-        h = growth.step(x)
-        speed.written += len(going)
+        h = trees.step(x)
+        speed.written += len(alive)
         speed.read += weights + cache.bytes_read
     speed.decode += speed.lap(device)
-    return [Answer(tokens, d.rows, reason) for tokens, d, reason in zip(answers, decoders, reasons)]
+    return [Answer(tokens, d.triples, reason) for tokens, d, reason in zip(answers, decoders, reasons)]

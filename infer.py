@@ -204,7 +204,7 @@ def sentences(model: Molmo, tokenizer: Tokenizer, views: Views, args: argparse.N
     found = []
     for answer in ask(model, tokenizer, views, args, speed):
         text, points = data.read_answer(answer, tokenizer, views)
-        found.append(Said(answer, readable(text, points, views) if answer.rows else text, points))
+        found.append(Said(answer, readable(text, points, views) if answer.triples else text, points))
     return found
 
 

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import Ids, Mask, masked
+from attention import CosSin, Mask, MaskIds, RMSNorm, apply_rope, make_mask, rms_norm, rope_cos_sin, rope_frequencies
 from connector import Connector, ConnectorConfig, TemporalConfig, gather_windows, mean_past
-from pointing import TOKEN_INDEX, VIT_INDEX, PointConfig, PointPredictor, RMSNorm, Sight, frequencies, normalized, rotation, turn
+from pointing import TOKEN_INDEX, VIT_INDEX, PointConfig, PointPredictor, Sight
 from preprocess import ViewConfig
 from tokenizer import EXTRA_TOKENS, RESERVED
 from vit import ViT, ViTConfig
@@ -51,7 +51,7 @@ class Yarn:
     layers: tuple[int, ...] = ()   # which ones
 
     def frequencies(self, width: int, theta: float, device=None) -> Tensor:
-        plain = frequencies(width, theta, device)
+        plain = rope_frequencies(width, theta, device)
         pair = lambda turns: width * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
         low, high = max(math.floor(pair(self.beta_fast)), 0), min(math.ceil(pair(self.beta_slow)), width - 1)
         stretched = ((torch.arange(width // 2, device=device) - low) / max(high - low, 0.001)).clamp(0, 1)
@@ -236,9 +236,6 @@ class Cache:
         return keys[:, :, :self.end], values[:, :, :self.end]
 
 
-Rotation = tuple[Tensor, Tensor]
-
-
 class SelfAttention(nn.Module):
     def __init__(self, c: LLMConfig, layer: int):
         super().__init__()
@@ -249,21 +246,21 @@ class SelfAttention(nn.Module):
         self.q_norm, self.k_norm = (RMSNorm(c.head_width * (1 if c.norm_heads else heads), c.norm_eps)
                                     for heads in (c.heads, c.kv_heads))
 
-    def forward(self, x: Tensor, rotation: Rotation, mask: Mask, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, cos_sin: CosSin, mask: Mask, cache: Cache | None) -> Tensor:
         c = self.c
         qk, v = self.att_proj(x).unflatten(-1, (-1, c.head_width)).split([c.heads + c.kv_heads, c.kv_heads], dim=2)
-        qk = turn(self.normed(qk), rotation).transpose(1, 2)  # queries and keys alike; (B, heads, T, head_width) from here on
+        qk = apply_rope(self.qk_norm(qk), cos_sin).transpose(1, 2)  # queries and keys alike; (B, heads, T, head_width) from here on
         (q, k), v = qk.split([c.heads, c.kv_heads], dim=1), v.transpose(1, 2)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the norms make them float32
         if cache is not None:
             k, v = cache.add(self.layer, k, v)
         return self.attn_out(mask.attend(q, k, v).transpose(1, 2).flatten(2))
 
-    def normed(self, qk: Tensor) -> Tensor:
+    def qk_norm(self, qk: Tensor) -> Tensor:
         """(B, T, heads + kv_heads, head_width): each head by itself, or all queries and all keys."""
         c = self.c
         if c.norm_heads:
-            return normalized(qk, self.q_norm.eps) * torch.cat([self.q_norm.weight.expand(c.heads, -1), self.k_norm.weight.expand(c.kv_heads, -1)])
+            return rms_norm(qk, self.q_norm.eps) * torch.cat([self.q_norm.weight.expand(c.heads, -1), self.k_norm.weight.expand(c.kv_heads, -1)])
         q, k = qk.split([c.heads, c.kv_heads], dim=2)
         return torch.cat([self.q_norm(q.flatten(2)), self.k_norm(k.flatten(2))], dim=-1).view(qk.shape)
 
@@ -289,11 +286,11 @@ class Block(nn.Module):
         self.self_attn, self.mlp = SelfAttention(c, layer), MLP(c)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, rotation: Rotation, mask: Mask, cache: Cache | None, drop: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos_sin: CosSin, mask: Mask, cache: Cache | None, drop: Tensor | None) -> Tensor:
         if self.norm_after:
-            x = x + self.dropped(self.attn_norm(self.self_attn(x, rotation, mask, cache)), drop)
+            x = x + self.dropped(self.attn_norm(self.self_attn(x, cos_sin, mask, cache)), drop)
             return x + self.dropped(self.ff_norm(self.mlp(x)), drop)
-        x = x + self.dropped(self.self_attn(self.attn_norm(x), rotation, mask, cache), drop)
+        x = x + self.dropped(self.self_attn(self.attn_norm(x), cos_sin, mask, cache), drop)
         return x + self.dropped(self.mlp(self.ff_norm(x)), drop)
 
     def dropped(self, x: Tensor, at: Tensor | None) -> Tensor:
@@ -303,7 +300,7 @@ class Block(nn.Module):
         return self.dropout(x) if at is None else torch.where(at[..., None], self.dropout(x), x)
 
 
-class Table(nn.Module):
+class Embedding(nn.Module):
     """Rows of words: the base vocabulary and, trained from nothing, the extra tokens."""
 
     def __init__(self, c: LLMConfig, extra: bool = True):
@@ -311,13 +308,13 @@ class Table(nn.Module):
         self.embedding = nn.Parameter(torch.empty(c.vocabulary, c.width))
         self.new_embedding = nn.Parameter(torch.empty(RESERVED, c.width)) if extra else None
 
-    def look_up(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
         """Rows of tokens (...): (..., d), without ever joining the two tables."""
         base = len(self.embedding)
         rows = F.embedding(tokens.clamp(max=base - 1), self.embedding)
         return torch.where((tokens < base)[..., None], rows, F.embedding((tokens - base).clamp(min=0), self.new_embedding))
 
-    def scores(self, x: Tensor, extra: bool) -> Tensor:
+    def logits(self, x: Tensor, extra: bool) -> Tensor:
         """x (..., d) -> (..., V), or (..., V + 128) with the extra tokens."""
         scores = x @ self.embedding.T
         return torch.cat([scores, x @ self.new_embedding.T], dim=-1) if extra else scores
@@ -345,10 +342,10 @@ class Molmo(nn.Module):
         self.ids = c.token_ids()
         self.vit = ViT(c.vit)
         self.connector = Connector(c.connector, c.temporal, c.vit.feature_width, c.llm.width)
-        self.wte = Table(c.llm)
+        self.wte = Embedding(c.llm)
         self.blocks = nn.ModuleList(Block(c.llm, layer) for layer in range(c.llm.layers))
         self.ln_f = RMSNorm(c.llm.width, c.llm.norm_eps)
-        self.lm_head = None if c.llm.tied else Table(c.llm, extra=c.points_as == "tokens")  # Molmo2 never says extra tokens
+        self.lm_head = None if c.llm.tied else Embedding(c.llm, extra=c.points_as == "tokens")  # Molmo2 never says extra tokens
         self.point_predictor = PointPredictor(c.point, c.llm.width, c.vit.feature_width) if c.points_as == "tokens" else None
 
     @torch.no_grad()
@@ -395,7 +392,7 @@ class Molmo(nn.Module):
             raise ValueError(f"{count} visual placeholder tokens, but {len(batch.pooling)} pool windows")
         features = self.encode(batch)
         windows, valid = gather_windows(features.flatten(0, 1), batch.pooling)
-        embeddings = self.context.spread(self.connector, windows, valid, *self.remember(features, batch))
+        embeddings = self.context.spread(self.connector, windows, valid, *self.past_windows(features, batch))
         at, indexable = placeholder.flatten().nonzero()[:, 0], batch.tokens[placeholder] == self.ids["<im_patch>"]
         return Sight.of(windows, valid, embeddings, at, self.owners(batch)[placeholder], indexable)
 
@@ -413,7 +410,7 @@ class Molmo(nn.Module):
                 features[~read] = self.context.spread(self.vit, batch.crops[~read])
         return features
 
-    def remember(self, features: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    def past_windows(self, features: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         """What the temporal module needs besides the windows themselves: the same windows in the past, and whether there
         is any; () without such a module."""
         if self.config.temporal.mode == "none":
@@ -428,11 +425,11 @@ class Molmo(nn.Module):
         """Word embeddings (B, T, d); <im_low> shares <im_patch>'s. (The released inference code: <im_low> has its own,
         and what <|vit_index|> carries stands in place of its word embedding.)"""
         if self.config.point.released_inference:
-            return self.wte.look_up(tokens) * (tokens != self.ids[VIT_INDEX])[..., None]
+            return self.wte.embed(tokens) * (tokens != self.ids[VIT_INDEX])[..., None]
         tokens = torch.where(tokens == self.ids["<im_low>"], self.ids["<im_patch>"], tokens)
-        return self.wte.look_up(tokens)
+        return self.wte.embed(tokens)
 
-    def inputs(self, batch: Batch, sight: Sight) -> Tensor:
+    def input_embeddings(self, batch: Batch, sight: Sight) -> Tensor:
         """Word embeddings, plus what visual and grounding tokens carry: (B, T, d)."""
         x = self.embed(batch.tokens).flatten(0, 1).index_add(0, sight.at, sight.embeddings.to(self.wte.embedding.dtype))
         if self.point_predictor is not None:
@@ -445,46 +442,46 @@ class Molmo(nn.Module):
             x = x.index_add(0, at_patch, patch.to(x.dtype))
         return x.view(*batch.tokens.shape, -1)
 
-    def decode(self, x: Tensor, positions: Tensor, mask: Mask, cache: Cache | None = None, drop: Tensor | None = None) -> Tensor:
+    def hidden_states(self, x: Tensor, positions: Tensor, mask: Mask, cache: Cache | None = None, drop: Tensor | None = None) -> Tensor:
         """x (B, T, d) -> hidden states after the last block, before the final norm; `drop` (B, T) says where dropout acts."""
         if cache is not None:
             cache.reserve(x.shape[1])
-        return self.through_blocks(x, positions, mask, cache, drop)
+        return self.run_blocks(x, positions, mask, cache, drop)
 
-    def through_blocks(self, x: Tensor, positions: Tensor, mask: Mask, cache: Cache | None, drop: Tensor | None = None) -> Tensor:
-        """`decode` with its places in the cache reserved: all of it runs on the device."""
-        rotations = {yarn: self.rotation(positions, yarn, x.dtype) for yarn in {block.self_attn.yarn for block in self.blocks}}
+    def run_blocks(self, x: Tensor, positions: Tensor, mask: Mask, cache: Cache | None, drop: Tensor | None = None) -> Tensor:
+        """`hidden_states` with its places in the cache reserved: all of it runs on the device."""
+        ropes = {yarn: self.rope(positions, yarn, x.dtype) for yarn in {block.self_attn.yarn for block in self.blocks}}
         for block in self.blocks:
-            x = block(x, rotations[block.self_attn.yarn], mask, cache, drop)
+            x = block(x, ropes[block.self_attn.yarn], mask, cache, drop)
         return x
 
-    def rotation(self, positions: Tensor, yarn: Yarn | None, dtype: torch.dtype) -> Rotation:
+    def rope(self, positions: Tensor, yarn: Yarn | None, dtype: torch.dtype) -> CosSin:
         """For every head: each (B, T, 1, head_width)."""
         width, theta = self.config.llm.head_width, self.config.llm.rope_theta
         if yarn is None:
-            return rotation(positions[..., None], frequencies(width, theta, positions.device), dtype=dtype)
-        return rotation(positions[..., None], yarn.frequencies(width, theta, positions.device), yarn.attention_factor, dtype)
+            return rope_cos_sin(positions[..., None], rope_frequencies(width, theta, positions.device), dtype=dtype)
+        return rope_cos_sin(positions[..., None], yarn.frequencies(width, theta, positions.device), yarn.attention_factor, dtype)
 
     def logits(self, h: Tensor) -> Tensor:
         """h (..., d) -> (..., V) scores of the base vocabulary, and of the extra tokens if points are grounding tokens."""
         head = self.wte if self.lm_head is None else self.lm_head
-        return head.scores(self.ln_f(h), extra=self.point_predictor is not None)
+        return head.logits(self.ln_f(h), extra=self.point_predictor is not None)
 
     def owners(self, batch: Batch) -> Tensor:
         """(B, T): one number per example of the batch."""
         rows, length = batch.tokens.shape
         return batch.example_ids + 1 + torch.arange(rows, device=batch.tokens.device)[:, None] * (length + 1)
 
-    def mask_ids(self, batch: Batch) -> Ids:
+    def mask_ids(self, batch: Batch) -> MaskIds:
         order = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
-        return Ids(batch.example_ids, batch.branch_ids, order, self.visual(batch.tokens))
+        return MaskIds(batch.example_ids, batch.branch_ids, order, self.visual(batch.tokens))
 
     def forward(self, batch: Batch, drop: Tensor | None = None) -> tuple[Tensor, Sight]:
         """-> hidden states (B, T, d) and what was seen."""
         sight = self.see(batch)
-        x, share = self.inputs(batch, sight), self.context
-        mask = share.mask(masked(self.mask_ids(batch)))
-        h = self.decode(share.part(x), share.part(batch.positions), mask, drop=share.part(drop))
+        x, share = self.input_embeddings(batch, sight), self.context
+        mask = share.mask(make_mask(self.mask_ids(batch)))
+        h = self.hidden_states(share.part(x), share.part(batch.positions), mask, drop=share.part(drop))
         return share.whole(h), sight
 
     def losses(self, batch: Batch, drop_responses_only: bool = False) -> dict[str, Tensor]:

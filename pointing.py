@@ -31,6 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention import RMSNorm, apply_rope, rope_cos_sin, rope_frequencies
+
 TOKEN_INDEX, VIT_INDEX, VIT_LOC = "<|token_index|>", "<|vit_index|>", "<|vit_loc|>"
 CLOSE_LIST = '">'  # must follow when "no more points" was chosen
 
@@ -115,46 +117,6 @@ def grounded_points(rows: Sequence[Sequence[int]], written: Sequence[str], patch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Two tools shared with the decoder of model.py
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32."""
-
-    def __init__(self, width: int, eps: float = 1e-6):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return normalized(x, self.eps) * self.weight
-
-
-def normalized(x: Tensor, eps: float) -> Tensor:
-    """x / rms(x) over the last dimension, computed in float32."""
-    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
-
-
-def frequencies(width: int, theta: float, device=None) -> Tensor:
-    """Radians per position of the width / 2 channel pairs of `rope`: theta^(-2i/width)."""
-    return theta ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
-
-
-def rotation(positions: Tensor, frequency: Tensor, gain: float = 1.0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines for `turn`, each (..., c): positions (...), frequency (c/2,); angles in float32. `gain` is
-    YaRN's."""
-    angle = positions[..., None].float() * frequency
-    cos, sin = (angle.cos() * gain).to(dtype), (angle.sin() * gain).to(dtype)
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-
-
-def turn(x: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding, rotate-half: channel i of x (..., c) turns with channel i + c/2."""
-    cos, sin = by
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The heads
 
 
@@ -206,13 +168,13 @@ class PointPredictor(nn.Module):
         self.subpatch_loc_k = nn.Linear(d, c.locations)
         self.build_vit_embedding = nn.Linear(feature_width, d)  # <|vit_index|> carries the chosen patch
 
-    def placed(self, x: Tensor, index: Tensor) -> Tensor:
+    def rotated(self, x: Tensor, index: Tensor) -> Tensor:
         """RoPE by the place (...,) among the indexable tokens."""
-        return turn(x, rotation(index, frequencies(self.config.width, self.config.rope_theta, x.device), dtype=x.dtype))
+        return apply_rope(x, rope_cos_sin(index, rope_frequencies(self.config.width, self.config.rope_theta, x.device), dtype=x.dtype))
 
     def patch_keys(self, x: Tensor, index: Tensor) -> Tensor:
         """x (M, d) of the visual tokens, index (M,) among the indexable ones -> (M, w)."""
-        return self.placed(self.patch_k(x), index)
+        return self.rotated(self.patch_k(x), index)
 
     def patch_scores(self, x: Tensor, index: Tensor, keys: Tensor) -> Tensor:
         """x (G, d), index (G,) of the previously chosen token (0 if none), keys (M, w) -> (G, M + 1), stop class last.
@@ -221,7 +183,7 @@ class PointPredictor(nn.Module):
         sqrt(number of keys), which makes the same choice, but was another temperature in training.)
         """
         keys = torch.cat([keys, self.no_more_points[None].to(keys.dtype)])
-        return self.placed(self.patch_q(x), index) @ keys.T / (len(keys) if self.config.released_inference
+        return self.rotated(self.patch_q(x), index) @ keys.T / (len(keys) if self.config.released_inference
                                                              else self.config.width) ** 0.5
 
     def slot_scores(self, x: Tensor, windows: Tensor, valid: Tensor) -> Tensor:
@@ -294,7 +256,7 @@ class PointDecoder:
         self.keys = predictor.patch_keys(predictor.x_norm(h), sight.index)
         banned = (VIT_INDEX, VIT_LOC) if sight.indexable.any() else (VIT_INDEX, VIT_LOC, TOKEN_INDEX)
         self.banned = torch.tensor([ids[name] for name in banned], device=h.device)  # where text is free
-        self.rows: list[list[int]] = []
+        self.triples: list[list[int]] = []
         self.expects: str | None = None  # a grounding token that must come next
         self.forced: list[int] = []      # the rest of `">`
         self.begin_list()
@@ -302,52 +264,52 @@ class PointDecoder:
     def another(self) -> "PointDecoder":
         """For another answer about the same example: the keys are shared."""
         fresh = copy(self)
-        fresh.rows, fresh.expects, fresh.forced = [], None, []
+        fresh.triples, fresh.expects, fresh.forced = [], None, []
         fresh.begin_list()
         return fresh
 
     def begin_list(self):
-        self.token, self.slot = -1, -1   # the last choice of the list at hand
+        self.visual_token, self.slot = -1, -1  # the last choice of the list at hand
 
     def step(self, logits: Tensor, h: Tensor, sample: Callable[[Tensor], int]) -> tuple[int, Tensor | None]:
         """logits (V,), h (d,) at the last position -> the next token and what is added to its word embedding."""
         if self.forced:
             return self.forced.pop(0), None
         if self.expects == VIT_INDEX:
-            self.rows[-1][1] = self.slot = self.choose_slot(self.predictor.x_norm(h)[None])
+            self.triples[-1][1] = self.slot = self.choose_slot(self.predictor.x_norm(h)[None])
             self.expects = VIT_LOC
-            return self.ids[VIT_INDEX], self.predictor.build_vit_embedding(self.sight.windows[self.token, self.slot])
+            return self.ids[VIT_INDEX], self.predictor.build_vit_embedding(self.sight.windows[self.visual_token, self.slot])
         if self.expects == VIT_LOC:
-            self.rows[-1][2] = int(self.predictor.location_scores(h).argmax())
+            self.triples[-1][2] = int(self.predictor.location_scores(h).argmax())
             self.expects = None
             return self.ids[VIT_LOC], None
         token = sample(logits.index_fill(0, self.banned, float("-inf")))
         if token == self.close[0]:
             self.begin_list()            # the list was closed without asking for a stop
-        return token, self.choose_token(self.predictor.x_norm(h)[None]) if token == self.ids[TOKEN_INDEX] else None
+        return token, self.choose_visual_token(self.predictor.x_norm(h)[None]) if token == self.ids[TOKEN_INDEX] else None
 
-    def choose_token(self, x: Tensor) -> Tensor | None:
+    def choose_visual_token(self, x: Tensor) -> Tensor | None:
         """Choose a visual token (its embedding is fed back) or "no more points" (nothing is, and `">` is forced)."""
-        index = self.sight.index[self.token].clone() if self.token >= 0 else torch.zeros_like(self.sight.index[0])
+        index = self.sight.index[self.visual_token].clone() if self.visual_token >= 0 else torch.zeros_like(self.sight.index[0])
         scores = self.predictor.patch_scores(x, index[None], self.keys)[0]
-        allowed = F.pad(self.sight.indexable, (0, 1), value=self.token >= 0)  # the stop class is last
-        allowed[:max(self.token, 0)] = False
-        if self.token >= 0 and not self.sight.valid[self.token, self.slot + 1:].any():
-            allowed[self.token] = False  # no slot left in it
+        allowed = F.pad(self.sight.indexable, (0, 1), value=self.visual_token >= 0)  # the stop class is last
+        allowed[:max(self.visual_token, 0)] = False
+        if self.visual_token >= 0 and not self.sight.valid[self.visual_token, self.slot + 1:].any():
+            allowed[self.visual_token] = False  # no slot left in it
         choice = int(scores.masked_fill(~allowed, float("-inf")).argmax())
         if choice == len(self.keys):
-            self.rows.append([-1, -1, -1])
+            self.triples.append([-1, -1, -1])
             self.forced = list(self.close)
             self.begin_list()
             return None
-        if choice != self.token:
-            self.token, self.slot = choice, -1
-        self.rows.append([choice, -1, -1])
+        if choice != self.visual_token:
+            self.visual_token, self.slot = choice, -1
+        self.triples.append([choice, -1, -1])
         self.expects = VIT_INDEX
         return self.sight.embeddings[choice]
 
     def choose_slot(self, x: Tensor) -> int:
-        scores = self.predictor.slot_scores(x, self.sight.windows[self.token, None], self.sight.valid[self.token, None])[0]
+        scores = self.predictor.slot_scores(x, self.sight.windows[self.visual_token, None], self.sight.valid[self.visual_token, None])[0]
         return self.slot + 1 + int(scores[self.slot + 1:].argmax())
 
 

@@ -80,9 +80,9 @@ def asked(questions: list[str], frames: int) -> Batch:
     return collate([data.prompts(TOKENIZER, clip(frames), questions)])
 
 
-def ours(model: Molmo, batch: Batch, tokens: int, way: str = "views") -> dict[str, float]:
+def ours(model: Molmo, batch: Batch, tokens: int, mode: str = "views") -> dict[str, float]:
     speed = Speed()
-    generate(model, batch, data.spelling(TOKENIZER), tokens, lambda: never_ends, speed, way)
+    generate(model, batch, data.spelling(TOKENIZER), tokens, lambda: never_ends, speed, mode)
     return {"prefill": speed.prompt / speed.prefill, "decode": speed.written / speed.decode, "read": speed.read / speed.decode}
 
 

@@ -19,16 +19,15 @@ import attention  # noqa: E402
 import costs  # noqa: E402
 import loading  # noqa: E402
 import model as model_file  # noqa: E402
-from attention import Cut, Dense, Ids, Sparse  # noqa: E402
+from attention import Dense, MaskIds, PerExample, Sparse, rope_cos_sin, rope_frequencies  # noqa: E402
 from model import PRESETS, Block, Molmo  # noqa: E402
 from packing import collate  # noqa: E402
-from pointing import frequencies, rotation  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 REPEATS = 3
 HOME = Path(__file__).resolve().parent.parent
 DATA_SHEETS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 FLOPs a second
-WAYS = {"dense": lambda ids: Dense.of(ids, ids), "cut": Cut.of, "sparse": Sparse.of}
+WAYS = {"dense": lambda ids: Dense.of(ids, ids), "per example": PerExample.of, "sparse": Sparse.of}
 
 
 def seconds(work, device: str) -> float:
@@ -85,11 +84,11 @@ def packed_step(device: str, room: int, top: float):
         model.zero_grad()
 
     unit = "s" if device == "cuda" else "CPU s"
-    found, ways = {}, ("dense", "sparse" if device == "cuda" else "cut")
+    found, ways = {}, ("dense", "sparse" if device == "cuda" else "per example")
     for way in ways:
-        with mock.patch.object(model_file, "masked", WAYS[way]):
+        with mock.patch.object(model_file, "make_mask", WAYS[way]):
             found[way] = seconds(step, device)
-            print(f"  {way:8}{found[way]:8.3f} {unit}   {tokens / found[way]:8.0f} tokens/s   MFU {flops / found[way] / top:6.1%}  {memory(step, device)}")
+            print(f"  {way:12}{found[way]:8.3f} {unit}   {tokens / found[way]:8.0f} tokens/s   MFU {flops / found[way] / top:6.1%}  {memory(step, device)}")
     print(f"  {found[ways[0]] / found[ways[1]]:.2f} times")
 
 
@@ -99,15 +98,15 @@ def attention_by_length(device: str, lengths):
     print(f"attention by length, {heads} heads, {kv_heads} key heads of {width}, four examples in a pack")
     for length in lengths:
         order = torch.arange(length, device=device)[None]
-        ids = Ids(order * 4 // length, torch.zeros_like(order), order, order % 10 > 2)
+        ids = MaskIds(order * 4 // length, torch.zeros_like(order), order, order % 10 > 2)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         q, k, v = (torch.randn(1, n, length, width, device=device, dtype=dtype, requires_grad=True) for n in (heads, kv_heads, kv_heads))
-        for way in ("dense", "sparse") if device == "cuda" else ("dense", "cut"):
+        for way in ("dense", "sparse") if device == "cuda" else ("dense", "per example"):
             if way == "dense" and length > 16_384:
                 continue
             mask = WAYS[way](ids)
             work = lambda: mask.attend(q, k, v).sum().backward()
-            print(f"  {length:6} tokens  {way:8}{1000 * seconds(work, device):10.1f} ms  {memory(work, device)}")
+            print(f"  {length:6} tokens  {way:12}{1000 * seconds(work, device):10.1f} ms  {memory(work, device)}")
 
 
 def blocks_of_8b(length: int, top: float, device: str, layers: int = 8, **sizes):
@@ -118,9 +117,9 @@ def blocks_of_8b(length: int, top: float, device: str, layers: int = 8, **sizes)
     for p in (p for block in blocks for p in block.parameters()):
         torch.nn.init.normal_(p, 0, 0.02)
     order = torch.arange(length, device=device)[None]
-    ids = Ids(order * 4 // length, torch.zeros_like(order), order, order % 10 > 2)
-    turned = rotation(order[..., None], frequencies(config.head_width, config.rope_theta, device), dtype=dtype)
-    mask = Sparse.of(ids) if device == "cuda" else Cut.of(ids)
+    ids = MaskIds(order * 4 // length, torch.zeros_like(order), order, order % 10 > 2)
+    turned = rope_cos_sin(order[..., None], rope_frequencies(config.head_width, config.rope_theta, device), dtype=dtype)
+    mask = Sparse.of(ids) if device == "cuda" else PerExample.of(ids)
     x = torch.randn(1, length, config.width, device=device, dtype=dtype, requires_grad=True)
 
     def step():

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attention  # noqa: E402
 import data  # noqa: E402
 import weights  # noqa: E402
-from attention import Ids  # noqa: E402
+from attention import MaskIds  # noqa: E402
 from model import Batch, Molmo  # noqa: E402
 from packing import collate  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
@@ -161,9 +161,9 @@ def first_difference(found: list[tuple[str, float]], tolerance: float = 1e-4) ->
     return next((name for name, difference in found if not difference <= tolerance), None)
 
 
-def causal_only(q: Ids, k: Ids) -> torch.Tensor:
+def causal_only(q: MaskIds, k: MaskIds) -> torch.Tensor:
     """The mask rule without its bidirectional half: a mistake to be found."""
-    return (q.example[:, :, None] == k.example[:, None]) & (k.order[:, None] <= q.order[:, :, None])
+    return (q.example[:, :, None] == k.example[:, None]) & (k.index[:, None] <= q.index[:, :, None])
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import attention
-from attention import Cut, Dense, Ids, Sparse, may_attend
+from attention import Dense, MaskIds, PerExample, Sparse, may_attend
 
 
 # a: text, v: visual. Example 0: two images of 4 and 5 tokens in the trunk, branches 1 and 2; example 1: one image; padding.
@@ -47,7 +47,7 @@ def test_mask_is_as_drawn():
     example = [0] * 17 + [1] * 5 + [-1] * 2
     branch = [0] * 12 + [1] * 3 + [2] * 2 + [0] * 4 + [1] + [0] * 2
     visual = [row[0] == "v" for row in rows]
-    ids = Ids(*(torch.tensor([field]) for field in (example, branch, list(range(24)), visual)))
+    ids = MaskIds(*(torch.tensor([field]) for field in (example, branch, list(range(24)), visual)))
     for seen in (may_attend(ids, ids)[0], unfolded(Sparse.of(ids).blocks, 24)[0]):
         assert [["#" if pair else "." for pair in row] for row in seen.tolist()] == [row[1:] for row in rows]
 
@@ -57,7 +57,7 @@ def test_mask_equals_a_slow_loop():
     rng = np.random.default_rng(0)
     draw = lambda t: (rng.integers(-1, 2, (3, t)), rng.integers(0, 3, (3, t)), rng.integers(0, 20, (3, t)), rng.random((3, t)) < 0.5)
     q, k = draw(7), draw(15)
-    mask = may_attend(Ids(*map(torch.from_numpy, q)), Ids(*map(torch.from_numpy, k)))
+    mask = may_attend(MaskIds(*map(torch.from_numpy, q)), MaskIds(*map(torch.from_numpy, k)))
     for b in range(3):
         for i in range(7):
             for j in range(15):
@@ -67,7 +67,7 @@ def test_mask_equals_a_slow_loop():
 
 
 
-def packed(rng: np.random.Generator, rows: int, length: int) -> Ids:
+def packed(rng: np.random.Generator, rows: int, length: int) -> MaskIds:
     """Ids of rows of message trees, as packs have them: trunks with pictures, branches, padding at the end."""
     example, branch, visual = np.full((rows, length), -1), np.zeros((rows, length), int), np.zeros((rows, length), bool)
     for row in range(rows):
@@ -80,7 +80,7 @@ def packed(rng: np.random.Generator, rows: int, length: int) -> Ids:
             visual[row, at + rng.integers(0, trunk):at + trunk] = True
             at, number = t, number + 1
     order = np.tile(np.arange(length), (rows, 1))
-    return Ids(*(torch.from_numpy(field) for field in (example, branch, order, visual)))
+    return MaskIds(*(torch.from_numpy(field) for field in (example, branch, order, visual)))
 
 
 def unfolded(mask: BlockMask, length: int) -> torch.Tensor:
@@ -104,8 +104,8 @@ def test_cut_attention_equals_dense_attention():
     torch.manual_seed(0)
     example = torch.tensor([[0] * 9 + [1] * 7, [0] * 12 + [-1] * 4, [0] * 16])
     branch, order = torch.randint(0, 3, (3, 16)), torch.arange(16).expand(3, 16)
-    ids = Ids(example, branch, order, torch.rand(3, 16) < 0.4)
-    cut, dense = Cut.of(ids), Dense.of(ids, ids)
+    ids = MaskIds(example, branch, order, torch.rand(3, 16) < 0.4)
+    cut, dense = PerExample.of(ids), Dense.of(ids, ids)
     assert [(row, span.start, span.stop) for row, span, _ in cut.pieces] == [(0, 0, 9), (0, 9, 16), (1, 0, 12), (1, 12, 16), (2, 0, 16)]
     q, k, v = (torch.randn(3, heads, 16, 8, requires_grad=True) for heads in (4, 2, 2))
     one, two = cut.attend(q, k, v), dense.attend(q, k, v)
@@ -144,7 +144,7 @@ def test_block_sparse_gradients_equal_dense_ones():
     """On a GPU, where it runs compiled."""
     rng = np.random.default_rng(2)
     for length in (128, 300, 1000):
-        ids = Ids(*(field.cuda() for field in packed(rng, 2, length)))
+        ids = MaskIds(*(field.cuda() for field in packed(rng, 2, length)))
         q, k, v = (torch.randn(2, heads, length, 64, device="cuda", requires_grad=True) for heads in (4, 2, 2))
         one, two = Sparse.of(ids).attend(q, k, v), Dense.of(ids, ids).attend(q, k, v)
         torch.testing.assert_close(one, two, atol=1e-2, rtol=1e-2)
@@ -160,7 +160,7 @@ def test_one_compilation_serves_all_lengths(monkeypatch):
     rng = np.random.default_rng(3)
     for length in (300, 200, 450, 520, 301):
         ids = packed(rng, 2, length)
-        rule = attention.rule_of(ids)
+        rule = attention.mask_mod(ids)
         blocks = make(rule, 2, None, length, length, device="cpu")
         assert torch.equal(unfolded(blocks, length), may_attend(ids, ids))
     assert counter.frame_count <= 2, counter.frame_count
@@ -168,9 +168,9 @@ def test_one_compilation_serves_all_lengths(monkeypatch):
 
 def test_the_way_goes_by_device_and_length():
     """On a CPU the mask is cut by example; elsewhere rows of up to 4096 tokens are dense and no longer row ever is."""
-    short, long = (Ids(*(torch.zeros(1, length, dtype=torch.long, device="meta") for _ in range(4))) for length in (4096, 4097))
-    assert isinstance(attention.masked(packed(np.random.default_rng(4), 1, 50)), Cut)
-    assert isinstance(attention.masked(short), Dense)
+    short, long = (MaskIds(*(torch.zeros(1, length, dtype=torch.long, device="meta") for _ in range(4))) for length in (4096, 4097))
+    assert isinstance(attention.make_mask(packed(np.random.default_rng(4), 1, 50)), PerExample)
+    assert isinstance(attention.make_mask(short), Dense)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sparse, "of", classmethod(lambda cls, ids: cls(None)))
-        assert isinstance(attention.masked(long), Sparse)
+        assert isinstance(attention.make_mask(long), Sparse)

@@ -13,11 +13,11 @@ def test_training_is_measured(monkeypatch, capsys):
     """A packed step under both masks and attention by length, on the smallest sizes."""
     monkeypatch.setitem(bench_train.PRESETS, "small", PRESETS["tiny"])
     monkeypatch.setattr(bench_train, "REPEATS", 1)
-    before = bench_train.model_file.masked
+    before = bench_train.model_file.make_mask
     bench.main(["train", "--quick"])
     said = capsys.readouterr().out
-    assert "16 examples in a pack" in said and said.count("cut") >= 2 and " times" in said
-    assert bench_train.model_file.masked is before
+    assert "16 examples in a pack" in said and said.count("per example") >= 2 and " times" in said
+    assert bench_train.model_file.make_mask is before
     bench_train.blocks_of_8b(64, 1e9, "cpu", 2, width=32, heads=4, kv_heads=2, head_width=8, mlp_hidden=48)
     assert "2 blocks of 32, 64 tokens: MFU" in capsys.readouterr().out
 

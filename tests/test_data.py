@@ -82,7 +82,7 @@ def test_points_come_back_where_they_were(form):
                 assert len(found) == (len(targets) if form == "tokens" else len(truth))
                 assert [p.id for p in found] == list(range(1, len(found) + 1))
                 stop = bool(found) and form == "tokens"
-                assert written.tokens.count(TOKENIZER.special[TOKEN_INDEX]) == len(written.rows) == (len(found) + 1 if stop else 0)
+                assert written.tokens.count(TOKENIZER.special[TOKEN_INDEX]) == len(written.triples) == (len(found) + 1 if stop else 0)
                 for p in truth if len(found) == len(truth) else []:
                     token, slot, _ = map_.target(*p[1:])
                     width, height = (views.patches[views.pooling[token, slot], 3:] / 6 if form == "tokens"
@@ -156,7 +156,7 @@ def test_answers_by_hand(task, extra, text):
 def test_none_is_said_in_words(task):
     """Where nothing is meant, every task that points answers `There are none.` and no grounding token."""
     text, points, written = answered(film(), Annotation(task, "cups", []), PRESETS["tiny"])
-    assert text == "There are none." and not points and not written.rows
+    assert text == "There are none." and not points and not written.triples
 
 
 def test_styles_that_are_not_for_chat_say_their_name():

@@ -11,8 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import data
 import generate as generation
-from attention import Dense, Few, Ids, masked, may_attend
-from generate import Linear8, Speed, Tips, generate, generate_slowly, sampler, step_bytes, to_int8
+from attention import Dense, DenseDecode, MaskIds, make_mask, may_attend
+from generate import Linear8, Speed, Frontier, generate, generate_slowly, sampler, step_bytes, to_int8
 from model import Cache, Molmo
 from packing import collate
 from pointing import PointPredictor
@@ -36,20 +36,20 @@ def one_by_one(model, seed: int, questions=QUESTIONS, **seen):  # noqa: F811
     return [KNOWN[seed, q] for q in questions]
 
 
-@pytest.mark.parametrize("way", ["views", "static"])
+@pytest.mark.parametrize("mode", ["views", "static"])
 @pytest.mark.parametrize("seen", SEEN)
-def test_answers_of_a_tree_are_those_to_each_question_alone(model, seen, way):  # noqa: F811
+def test_answers_of_a_tree_are_those_to_each_question_alone(model, seen, mode):  # noqa: F811
     """Four questions about one thing, answered together, get the answers of the oracle, which is asked one by one."""
-    together = generate(model, collate([tree(SEED[seen], **SEEN[seen])]), SPELLING, 30, babble(model), way=way)
+    together = generate(model, collate([tree(SEED[seen], **SEEN[seen])]), SPELLING, 30, babble(model), mode=mode)
     assert together == one_by_one(model, SEED[seen], **SEEN[seen])
     assert len({len(answer.tokens) for answer in together}) > 1, "this test needs answers of different lengths"
 
 
-@pytest.mark.parametrize("way", ["views", "static"])
-def test_trees_of_different_sizes_in_one_batch(model, way):  # noqa: F811
+@pytest.mark.parametrize("mode", ["views", "static"])
+def test_trees_of_different_sizes_in_one_batch(model, mode):  # noqa: F811
     """Trees with four, one and two branches, with and without pictures, padded to one length: row by row, branch by branch."""
     asked = [(71, QUESTIONS, SEEN["image"]), (72, QUESTIONS[1:2], SEEN["text"]), (73, QUESTIONS[2:], SEEN["video"])]
-    together = generate(model, collate([tree(seed, q, **seen) for seed, q, seen in asked]), SPELLING, 30, babble(model), way=way)
+    together = generate(model, collate([tree(seed, q, **seen) for seed, q, seen in asked]), SPELLING, 30, babble(model), mode=mode)
     assert together == [answer for seed, q, seen in asked for answer in one_by_one(model, seed, q, **seen)]
     assert {answer.finish_reason for answer in together} == {"stop", "length"}
 
@@ -69,17 +69,17 @@ def test_trees_of_other_models(style):
         "llm": replace(CONFIG.llm, norm_after=True, norm_heads=False, kv_heads=CONFIG.llm.heads)}
     model = scrambled(4, replace(CONFIG, **changes))  # noqa: F811
     alone = [generate_slowly(model, collate([prompt(74, q, **SEEN["image"])]), SPELLING, 20) for q in QUESTIONS]
-    for way in ("views", "static"):
-        assert generate(model, collate([tree(74, **SEEN["image"])]), SPELLING, 20, way=way) == alone
+    for mode in ("views", "static"):
+        assert generate(model, collate([tree(74, **SEEN["image"])]), SPELLING, 20, mode=mode) == alone
 
 
 def test_a_compiled_step_writes_the_same(model, monkeypatch):  # noqa: F811
     """Captured as one graph (and run without a compiler's back end), the step gives the same answers, and that one graph
     serves all tokens."""
     counter = CompileCounterWithBackend("eager")
-    monkeypatch.setattr(generation, "compiled_blocks", lambda: torch.compile(Molmo.through_blocks, backend=counter, dynamic=False, fullgraph=True))
+    monkeypatch.setattr(generation, "compiled_blocks", lambda: torch.compile(Molmo.run_blocks, backend=counter, dynamic=False, fullgraph=True))
     batch = collate([tree(74, **SEEN["image"])])
-    assert generate(model, batch, SPELLING, 12, way="compiled") == generate(model, batch, SPELLING, 12)
+    assert generate(model, batch, SPELLING, 12, mode="compiled") == generate(model, batch, SPELLING, 12)
     assert counter.frame_count == 1
 
 
@@ -111,8 +111,8 @@ def test_pictures_and_their_keys_are_paid_for_once(model, monkeypatch):  # noqa:
 
 def test_a_branch_that_ends_makes_the_steps_narrower(model):  # noqa: F811
     """After the end of three of four answers a step has one token."""
-    tips, _ = Tips.of(collate([tree(79)]))
-    assert tips.column.tolist() == [0, 1, 2, 3] and tips.row.tolist() == [0] * 4 and tips.branch.tolist() == [1, 2, 3, 4]
+    frontier, _ = Frontier.of(collate([tree(79)]))
+    assert frontier.column.tolist() == [0, 1, 2, 3] and frontier.row.tolist() == [0] * 4 and frontier.branch.tolist() == [1, 2, 3, 4]
     words, speed = TOKENIZER.encode("a"), Speed()
     scripts = iter([words * 7] + [words + [SPELLING.eos]] * 3)
     answers = generate(model, collate([tree(79)]), SPELLING, 7, lambda: script(next(scripts))(), speed)
@@ -145,7 +145,7 @@ def test_the_model_refuses_what_does_not_fit(model):  # noqa: F811
     batch = collate([prompt(80)])
     x, length = model.embed(batch.tokens), batch.tokens.shape[1]
     with pytest.raises(ValueError, match=f"do not fit into a cache of {length - 1}"):
-        model.decode(x, batch.positions, masked(model.mask_ids(batch)), Cache(model.config.llm, 1, length - 1, x))
+        model.hidden_states(x, batch.positions, make_mask(model.mask_ids(batch)), Cache(model.config.llm, 1, length - 1, x))
 
 
 @pytest.mark.parametrize("queries", [1, 3])
@@ -154,12 +154,12 @@ def test_few_queries_share_their_keys(queries, monkeypatch):
     generator = torch.Generator().manual_seed(queries)
     q, k, v = (torch.randn(2, heads, length, 8, generator=generator) for heads, length in ((6, queries), (2, 9), (2, 9)))
     order = torch.arange(9).expand(2, 9)
-    ids = Ids(torch.zeros_like(order), torch.randint(0, 3, (2, 9), generator=generator), order, order < 3)
-    new = Ids(*(field[:, -queries:] for field in ids))
-    torch.testing.assert_close(Few(may_attend(new, ids)).attend(q, k, v), Dense.of(new, ids).attend(q, k, v))
+    ids = MaskIds(torch.zeros_like(order), torch.randint(0, 3, (2, 9), generator=generator), order, order < 3)
+    new = MaskIds(*(field[:, -queries:] for field in ids))
+    torch.testing.assert_close(DenseDecode(may_attend(new, ids)).attend(q, k, v), Dense.of(new, ids).attend(q, k, v))
     plain = F.scaled_dot_product_attention  # on a GPU some kernels lay their result out token by token
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *given, **more: plain(*given, **more).transpose(1, 2).contiguous().transpose(1, 2))
-    torch.testing.assert_close(Few(None).attend(q, k, v), Dense(torch.ones(2, queries, 9, dtype=torch.bool)).attend(q, k, v))
+    torch.testing.assert_close(DenseDecode(None).attend(q, k, v), Dense(torch.ones(2, queries, 9, dtype=torch.bool)).attend(q, k, v))
 
 
 # ---- eight bits -------------------------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def test_decoder_equals_slow_loops(tied):
     batch = collate([tree(2, branches=2, images=1, sides=(30, 60))])
     with torch.no_grad():
         sight = model.see(batch)
-        x, (h, _) = model.inputs(batch, sight), model(batch)
+        x, (h, _) = model.input_embeddings(batch, sight), model(batch)
         logits = model.logits(h)
     ids = model.mask_ids(batch)
     mask = may_attend(ids, ids)[0].numpy()
@@ -149,7 +149,7 @@ def test_inputs_equal_a_loop(model):
     ids = model.ids
     with torch.no_grad():
         sight, fast = model.see(batch), None
-        fast = model.inputs(batch, sight)
+        fast = model.input_embeddings(batch, sight)
         patches = model.vit(batch.crops).flatten(0, 1)
     words = torch.cat([model.wte.embedding, model.wte.new_embedding]).detach()
     build = model.point_predictor.build_vit_embedding
@@ -199,7 +199,7 @@ def test_visual_tokens_can_hear_the_blocks(kind, most):
     batch = collate([tree])
     h, sight = model(batch)
     words = torch.ones(batch.tokens.shape, dtype=torch.bool).flatten().index_fill(0, sight.at, False)
-    added = (h - model.inputs(batch, sight)).flatten(0, 1)[words]
+    added = (h - model.input_embeddings(batch, sight)).flatten(0, 1)[words]
     assert sight.embeddings.norm(dim=-1).mean() < most * added.norm(dim=-1).mean()
 
 
@@ -383,8 +383,8 @@ def test_cached_equals_slow(model, seen):
         batch = collate([prompt(20 + seed, **SEEN[seen])])
         fast, = generate(model, batch, SPELLING, 40, babble(model))
         assert fast == generate_slowly(model, batch, SPELLING, 40, babble(model))
-        points += sum(row[2] >= 0 for row in fast.rows)
-        stops += sum(row[0] < 0 for row in fast.rows)
+        points += sum(row[2] >= 0 for row in fast.triples)
+        stops += sum(row[0] < 0 for row in fast.triples)
     assert (points >= 6 and stops >= 2) if SEEN[seen] else points == stops == 0
 
 
@@ -400,7 +400,7 @@ def test_cached_equals_slow_on_a_script(model, seen):
             fast, = generate(model, batch, SPELLING, room, script(tokens))
             assert fast == generate_slowly(model, batch, SPELLING, room, script(tokens))
             assert fast.finish_reason == ("stop" if room == 120 else "length")
-    assert len(fast.rows) == 18
+    assert len(fast.triples) == 18
 
 
 def test_rows_of_a_batch_are_as_if_alone(model):
@@ -410,7 +410,7 @@ def test_rows_of_a_batch_are_as_if_alone(model):
     together = generate(model, collate(prompts), SPELLING, 40, babble(model))
     assert together == [generate(model, collate([p]), SPELLING, 40, babble(model))[0] for p in prompts]
     assert {answer.finish_reason for answer in together} == {"stop", "length"}, "this test needs answers that end early"
-    assert sum(row[2] >= 0 for answer in together for row in answer.rows) >= 4
+    assert sum(row[2] >= 0 for answer in together for row in answer.triples) >= 4
 
 
 def test_answers_go_on_after_an_answer_with_points(model):
@@ -443,7 +443,7 @@ def test_text_models_generate_alike():
     model = scrambled(2, replace(CONFIG, points_as="text"))
     batch = collate([prompt(46, **SEEN["image"])])
     fast, = generate(model, batch, SPELLING, 30)
-    assert fast == generate_slowly(model, batch, SPELLING, 30) and len(fast.tokens) == 30 and fast.rows == []
+    assert fast == generate_slowly(model, batch, SPELLING, 30) and len(fast.tokens) == 30 and fast.triples == []
 
 
 def test_sampling_is_reproducible(model):

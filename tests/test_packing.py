@@ -9,7 +9,7 @@ import torch
 
 import data
 from connector import ConnectorConfig
-from attention import Ids, may_attend
+from attention import MaskIds, may_attend
 from model import PRESETS, LLMConfig, Molmo
 import packing
 from packing import WEIGHTS, Branch, Example, Packer, collate, fullest, lay_out, packs
@@ -91,7 +91,7 @@ def test_the_mask_is_the_one_drawn():
     assert [("vabcwd")[t] for t in row.tokens] == names
     as_row = lambda values: torch.from_numpy(np.asarray(values))[None]
     visual = torch.tensor([[name in "vw" for name in names]])
-    ids = Ids(as_row(row.example_ids), as_row(row.branch_ids), torch.arange(9)[None], visual)
+    ids = MaskIds(as_row(row.example_ids), as_row(row.branch_ids), torch.arange(9)[None], visual)
     assert may_attend(ids, ids)[0].tolist() == drawn
 
 

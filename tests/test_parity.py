@@ -211,7 +211,7 @@ def test_the_decoder_is_qwen3s_and_olmo3s(style):
     """Text alone: hidden states after the final norm agree with the language model's own implementation."""
     from transformers import Olmo3Config, Olmo3Model, Qwen3Config, Qwen3Model
 
-    from attention import Dense, Ids
+    from attention import Dense, MaskIds
     from model import LLMConfig, Yarn
 
     sizes = dict(vocab_size=640, hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96,
@@ -248,8 +248,8 @@ def test_the_decoder_is_qwen3s_and_olmo3s(style):
             block.ff_norm.weight.copy_(part(norms[1]))
         tokens = torch.randint(0, 640, (2, 100), generator=torch.Generator().manual_seed(2))
         x, positions = state["embed_tokens.weight"][tokens], torch.arange(100).expand(2, -1)
-        ids = Ids(torch.zeros(2, 100, dtype=int), torch.zeros(2, 100, dtype=int), positions, torch.zeros(2, 100, dtype=bool))
-        mine = ours.ln_f(ours.decode(x, positions, Dense.of(ids, ids)))
+        ids = MaskIds(torch.zeros(2, 100, dtype=int), torch.zeros(2, 100, dtype=int), positions, torch.zeros(2, 100, dtype=bool))
+        mine = ours.ln_f(ours.hidden_states(x, positions, Dense.of(ids, ids)))
         expected = theirs(tokens).last_hidden_state
     assert torch.allclose(mine, expected, atol=1e-4 * float(expected.abs().max()))
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from attention import RMSNorm, apply_rope, rope_cos_sin, rope_frequencies
 from pointing import (
     TOKEN_INDEX,
     VIT_INDEX,
@@ -16,15 +17,11 @@ from pointing import (
     PointConfig,
     PointDecoder,
     PointPredictor,
-    RMSNorm,
     Sight,
     grounded_pieces,
     grounded_points,
     grounding_targets,
     read_text,
-    frequencies,
-    rotation,
-    turn,
     write_tags,
     write_text,
 )
@@ -143,7 +140,7 @@ def test_rope_turns_pairs():
     """Channels i and i + c/2 are one complex number turned by position * theta^(-2i/c); position 0 changes nothing."""
     x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([0, 1, 7, 300])
-    turned = turn(x, rotation(positions, frequencies(x.shape[-1], 50_000.0), dtype=x.dtype))
+    turned = apply_rope(x, rope_cos_sin(positions, rope_frequencies(x.shape[-1], 50_000.0), dtype=x.dtype))
     for row, position in enumerate(positions.tolist()):
         for i in range(3):
             z = complex(x[row, i], x[row, i + 3]) * np.exp(1j * position * 50_000.0 ** (-2 * i / 6))
@@ -327,7 +324,7 @@ def play(writer: PointDecoder, steps: int, seed: int, eager: float = 3.0, stop: 
 
 def check(writer: PointDecoder, said: list[tuple[int, torch.Tensor | None]]) -> tuple[int, int]:
     """All rules, on what was written; returns how many lists ended in a stop and the longest list."""
-    sight, tokens, rows = writer.sight, [token for token, _ in said], iter(writer.rows)
+    sight, tokens, rows = writer.sight, [token for token, _ in said], iter(writer.triples)
     current, stops, longest, closing = [], 0, 0, []
     for place, (token, carried) in enumerate(said):
         before = tokens[place - 1] if place else None
@@ -385,8 +382,8 @@ def test_exhausted_slots_force_the_stop():
     stops, _ = check(writer, said)
     pairs = [(t, s) for t in range(3) for s in range(2) if writer.sight.indexable[t] and writer.sight.valid[t, s]]
     assert stops >= 200 / (3 * len(pairs) + 3) - 1
-    lists = "".join("." if row[0] < 0 else "#" for row in writer.rows).split(".")[:-1]
-    assert len(lists) == stops and len(writer.rows) > 2 * stops
+    lists = "".join("." if row[0] < 0 else "#" for row in writer.triples).split(".")[:-1]
+    assert len(lists) == stops and len(writer.triples) > 2 * stops
 
 
 @pytest.mark.parametrize("seen", ["nothing", "only the whole picture"])
@@ -394,7 +391,7 @@ def test_without_pointable_tokens_no_point_begins(seen):
     """A text-only prompt, or one whose visual tokens are all <im_low>, never writes a grounding token."""
     writer = decoder(1, M=0) if seen == "nothing" else decoder(1, pointable=False)
     said = play(writer, 100, 1, eager=50.0)
-    assert not {token for token, _ in said} & set(IDS.values()) and writer.rows == []
+    assert not {token for token, _ in said} & set(IDS.values()) and writer.triples == []
 
 
 def test_a_closed_list_starts_afresh():
@@ -412,7 +409,7 @@ def test_a_closed_list_starts_afresh():
     for _ in range(30):
         written = [say(wanted) for wanted in (IDS[TOKEN_INDEX], 0, 0, CLOSE[0])]  # the middle two are not asked for
         assert written == [*IDS.values(), CLOSE[0]]
-        assert (writer.token, writer.slot) == (-1, -1)
+        assert (writer.visual_token, writer.slot) == (-1, -1)
     assert set(queries) == {0} and len(queries) == 30
 
 
@@ -448,8 +445,8 @@ def scattered(rng: np.random.Generator, sizes: list[tuple[int, int]], tracks: bo
 def test_text_round_trip(tracks):
     """What was written is read back within half a thousandth of each side, ids and objects included."""
     rng = np.random.default_rng(0)
-    for turn in range(300):
-        places, sizes = ((PLACES, SIZES), (TIMES, FRAMES))[turn % 2]
+    for trial in range(300):
+        places, sizes = ((PLACES, SIZES), (TIMES, FRAMES))[trial % 2]
         points = scattered(rng, sizes, tracks)
         found = read_text("Sure: " + write_text(points, places, sizes, "the cups", tracks) + ".", places, sizes)
         assert len(found) == len(points)

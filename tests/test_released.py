@@ -336,4 +336,4 @@ def test_the_released_inference_code_differs_in_four_places(tiny):
     with torch.no_grad():
         theirs.lm_head.new_embedding[11] += 5 * theirs.ln_f(theirs(batch)[0][0, -1])  # it wants to point
     slow = generate_slowly(theirs, batch, spelling, 24)
-    assert slow.rows and generate(theirs, batch, spelling, 24) == [slow]
+    assert slow.triples and generate(theirs, batch, spelling, 24) == [slow]
