@@ -56,19 +56,19 @@ class TemporalConfig:
             raise ValueError(f"temporal: a history of {self.history} frames, {self.heads} heads in a width of {self.width}")
 
 
-def mean_past(features: Tensor, black: Tensor, frames: Tensor, c: TemporalConfig) -> tuple[Tensor, Tensor]:
-    """features (N, S, v), black (S, v) those of a black frame, frames (N,) how many crops right before each one show the
+def mean_past(features: Tensor, black: Tensor, n_past: Tensor, c: TemporalConfig) -> tuple[Tensor, Tensor]:
+    """features (N, S, v), black (S, v) those of a black frame, n_past (N,) how many crops right before each one show the
     same place earlier (-1: an image) -> the mean over the frames before each, (N, S, v), and (N,) bool whether it counts.
     No gradient goes to the frames before."""
     features, total, number = features.detach(), torch.zeros_like(features), torch.arange(len(features), device=features.device)
-    seen = torch.zeros_like(frames)
+    seen = torch.zeros_like(n_past)
     for back in range(1, c.history + 1):
-        there = frames >= back
+        there = n_past >= back
         earlier = features[torch.where(there, number - back, 0)]
         total = total + torch.where(there[:, None, None], earlier, black if c.missing == "black" else torch.zeros_like(black))
         seen = seen + there
     if c.missing == "black":
-        return total / c.history, torch.ones_like(frames, dtype=torch.bool)
+        return total / c.history, torch.ones_like(n_past, dtype=torch.bool)
     return total / seen.clamp(min=1)[:, None, None].to(total.dtype), seen > 0
 
 

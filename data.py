@@ -52,7 +52,7 @@ from pointing import (
 )
 from preprocess import ViewConfig, Views, image_views, no_views, video_views, write_video
 from questions import Query
-from records import DEFAULT_FPS, TASKS, TRACKS, Annotation, Lines, Object, Record, Runs, dump, whole
+from records import DEFAULT_FPS, TASKS, TRACKS, Annotation, Lines, Object, Record, Runs, dump, atomic_write
 from synthetic import Scene
 from tokenizer import Tokenizer
 
@@ -69,14 +69,14 @@ def options(choices: Sequence[str]) -> str:
     return "\n".join(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices))
 
 
-def question(annotation: Annotation, record: Record, rng: np.random.Generator) -> str:
+def question_text(annotation: Annotation, record: Record, rng: np.random.Generator) -> str:
     """The user's words: the annotation's own, or one of its task's wordings, after the style if that is not for chat."""
     task, words = TASKS[annotation.task], annotation.question
     if not words or "{question}" in task.wordings[0]:
         fps = f"{annotation.fps:g}"
         timed = [w for w in task.wordings if "{fps}" in w] if annotation.fps != DEFAULT_FPS else []
         wordings = timed or task.wordings
-        given = write_text(pointed(record, annotation)[:1], places(record.times, len(record.pictures)), sizes(record),
+        given = write_text(points_of(record, annotation)[:1], places(record.times, len(record.pictures)), sizes(record),
                            annotation.label) if annotation.task == "track_from" else ""
         words = wordings[rng.integers(len(wordings))].format(
             label=annotation.label, medium=record.medium, fps=fps, question=annotation.question,
@@ -84,7 +84,7 @@ def question(annotation: Annotation, record: Record, rng: np.random.Generator) -
     return f"{task.style}: {words}" if task.style else words
 
 
-def pointed(record: Record, annotation: Annotation) -> list[Point]:
+def points_of(record: Record, annotation: Annotation) -> list[Point]:
     """What an annotation marks. In images all points of its objects, in a video one point each, where it is shown;
     in tracks a point per object and frame (at `fps`), or of these the first and last, or those from a given one on."""
     points, frames = [], range(len(record.pictures))
@@ -119,13 +119,13 @@ def in_words(annotation: Annotation) -> str:
     return chr(ord("A") + annotation.choices.index(annotation.answer)) if annotation.task == "choice" else annotation.answer
 
 
-def answer(annotation: Annotation, record: Record, views: Views, config: MolmoConfig) -> tuple[str | list[str], np.ndarray]:
+def answer_pieces(annotation: Annotation, record: Record, views: Views, config: MolmoConfig) -> tuple[str | list[str], np.ndarray]:
     """-> the answer as a text, or as pieces for `Tokenizer.encode_layout` if it points; and the rows (G, 3) of its
     grounding tokens. Where there is nothing: `There are none.`"""
     none = np.zeros((0, 3), int)
     if not TASKS[annotation.task].answer:
         return in_words(annotation), none
-    points, tracks = pointed(record, annotation), annotation.task in TRACKS
+    points, tracks = points_of(record, annotation), annotation.task in TRACKS
     if annotation.task == "count":
         n = len(points) if annotation.count is None else annotation.count
         return str(n) if n else NONE, none
@@ -172,7 +172,7 @@ def sizes(record: Record) -> list[tuple[int, int]]:
 
 
 def patch_map(views: Views) -> PatchMap:
-    return PatchMap(views.patches, views.pooling, views.indexable)
+    return PatchMap(views.patch_boxes, views.pooling, views.indexable)
 
 
 def views_of(record: Record, config: ViewConfig, history: int = HISTORY) -> Views:
@@ -205,13 +205,13 @@ def example(record: Record, tokenizer: Tokenizer, config: MolmoConfig, rng: np.r
     """The message tree of a record: a branch per annotation, worded by `rng`."""
     views, branches = views_of(record, config.views, config.temporal.memory), []
     for annotation in record.annotations:
-        answered, rows = answer(annotation, record, views, config)
-        turns = annotation.messages or [(question(annotation, record, rng), answered)]
+        answered, rows = answer_pieces(annotation, record, views, config)
+        turns = annotation.messages or [(question_text(annotation, record, rng), answered)]
         branches.append(branch(tokenizer, turns, rows, category(annotation, record)))
-    return Example(trunk(tokenizer, views, record.subtitles), views.crops, views.pooling, branches, record.name, views.frames)
+    return Example(trunk(tokenizer, views, record.subtitles), views.crops, views.pooling, branches, record.name, views.n_past)
 
 
-def fitting(tree: Example, max_tokens: int) -> Example:
+def trim_to_fit(tree: Example, max_tokens: int) -> Example:
     """The tree with as many of its branches as fit. ValueError if none does."""
     room, kept = max_tokens - len(tree.trunk), []
     for one in tree.branches:
@@ -233,7 +233,7 @@ def prompts(tokenizer: Tokenizer, views: Views, questions: Sequence[str], subtit
     for question, turns in zip(questions, before or [()] * len(questions), strict=True):
         asked = branch(tokenizer, [*turns, (question, "")], np.zeros((0, 3), int))
         waiting.append(replace(asked, learned=np.zeros_like(asked.learned)))
-    return Example(trunk(tokenizer, views, subtitles), views.crops, views.pooling, waiting, frames=views.frames)
+    return Example(trunk(tokenizer, views, subtitles), views.crops, views.pooling, waiting, n_past=views.n_past)
 
 
 def prompt(tokenizer: Tokenizer, views: Views, question: str, subtitles: str = "") -> Example:
@@ -432,8 +432,8 @@ def check(path: str, tokenizer: Tokenizer, config: MolmoConfig, max_tokens: int,
         try:
             record = lines.record(i, config.views)
             tree = example(record, tokenizer, config, np.random.default_rng(0))
-            cut += len(tree.branches) - len(fitting(tree, max_tokens).branches)
-            merged += sum(len(pointed(record, said)) - int((one.points[:, 0] >= 0).sum())
+            cut += len(tree.branches) - len(trim_to_fit(tree, max_tokens).branches)
+            merged += sum(len(points_of(record, said)) - int((one.points[:, 0] >= 0).sum())
                           for said, one in zip(record.annotations, tree.branches) if len(one.points))
             if len(tree.crops) > max_crops:
                 raise ValueError(f"{path}:{lines.at[i][0]}: {len(tree.crops)} crops, there is room for {max_crops}")
@@ -465,7 +465,7 @@ def sheet(record: Record, tokenizer: Tokenizer, config: MolmoConfig) -> Image.Im
         image = Image.fromarray(picture)
         pen = ImageDraw.Draw(image)
         for color, said in zip(COLORS, record.annotations):
-            for point in pointed(record, said) if TASKS[said.task].answer else []:
+            for point in points_of(record, said) if TASKS[said.task].answer else []:
                 if point.picture == number:
                     pen.circle((point.x, point.y), 4 + 2 * COLORS.index(color), outline=color, width=2)
         shown.append(image)
@@ -529,21 +529,21 @@ def write_set(name: str, folder: Path, n: int, seed: int, branches: int) -> Path
             grown = [(0, side % 2) for side in record.pictures[0].shape[:2]]  # as write_video grows odd sides
             for thing in record.objects.values():
                 thing.masks = {moment: Runs.of(np.pad(runs.mask(), grown)) for moment, runs in thing.masks.items()}
-            with whole(folder / video) as part:
+            with atomic_write(folder / video) as part:
                 write_video(part, iter(record.pictures), 1 / (record.times[1] - record.times[0]))
         else:
             for number, picture in enumerate(record.pictures):
                 images.append(f"{stem}-{index}-{number + 1}.png")
-                with whole(folder / images[-1]) as part:
+                with atomic_write(folder / images[-1]) as part:
                     Image.fromarray(picture).save(part)
         if record.before is not None:
             before = [f"{stem}-{index}-before{len(record.before) - number}.png" for number in range(len(record.before))]
             for path, picture in zip(before, record.before):
-                with whole(folder / path) as part:
+                with atomic_write(folder / path) as part:
                     Image.fromarray(picture).save(part)
         lines.append(dump(record, images, video, before))
     path = folder / f"{stem}.jsonl"
-    with whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -557,7 +557,7 @@ def corpus(n: int, seed: int) -> Iterator[str]:
                if name not in ("moments", "arrivals"))  # the words of clips again
     def texts(record: Record) -> Iterator[str]:
         for said in record.annotations:
-            alone = (question(said, record, rng), "" if TASKS[said.task].answer else in_words(said))
+            alone = (question_text(said, record, rng), "" if TASKS[said.task].answer else in_words(said))
             for asked, answered in said.messages or [alone]:
                 yield from ("user", asked, "assistant", answered)
             if said.label and said.task != "count":
@@ -615,7 +615,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for i in range(min(args.n, lines.size)):
             record = lines.record(i, config.views)
             path = args.out / f"{Path(args.file).stem}-{i + 1}.show.png"
-            with whole(path) as part:
+            with atomic_write(path) as part:
                 sheet(record, tokenizer, config).save(part)
             print(f"wrote {path}")
         return 0

@@ -44,7 +44,7 @@ from model import Molmo
 from packing import collate
 from pointing import Point
 from preprocess import ViewConfig, Views
-from records import TASKS, TRACKS, Annotation, Lines, Record, whole
+from records import TASKS, TRACKS, Annotation, Lines, Record, atomic_write
 from tokenizer import Tokenizer
 
 HOME = Path(__file__).resolve().parent
@@ -208,7 +208,7 @@ def questions(records: Iterator[Record], model: Molmo, seed: int) -> Iterator[As
         views = data.views_of(record, model.config.views, model.config.temporal.memory)
         for said in record.annotations:
             if not said.messages:
-                yield Asked(record, said, views, data.question(said, record, rng))
+                yield Asked(record, said, views, data.question_text(said, record, rng))
             for turn, (asked, _) in enumerate(said.messages):
                 yield Asked(record, said, views, asked, turn=turn)
 
@@ -290,7 +290,7 @@ def frame_by_frame(model: Molmo, tokenizer: Tokenizer, record: Record, how: Betw
         here = asked[number::len(meant)]
         for a in here:
             if how.oracle:
-                a.points = data.pointed(a.record, a.annotation)
+                a.points = data.points_of(a.record, a.annotation)
             a.figures |= scores(a)
             if how.oracle:
                 a.figures.pop("number differs", None)  # nothing was said
@@ -340,7 +340,7 @@ def scores(a: Asked) -> dict[str, float]:
     if not TASKS[task].answer:
         wanted = a.annotation.messages[a.turn][1] if a.annotation.messages else data.in_words(a.annotation)
         return {"words f1": words_f1(a.text, wanted)} | ({} if task == "transcript" else {"text exact": a.text == wanted})
-    true = data.pointed(a.record, a.annotation)
+    true = data.points_of(a.record, a.annotation)
     number = a.annotation.count if a.annotation.count is not None else len({p.id for p in true})
     if not number:
         return {"none recognised": not a.points and not re.search("[1-9]", a.text)}
@@ -483,7 +483,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 line = f"{title}: " + ", ".join(f"{key} {value:.3f}" for key, value in table.items())
                 print(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="    "))
             if args.json:  # after every set: what comes later may go wrong
-                with whole(args.json) as part:
+                with atomic_write(args.json) as part:
                     part.write_text(json.dumps({"settings": settings, "figures": result}, indent=1) + "\n")
 
 

@@ -7,7 +7,7 @@
     python infer.py clip.mp4 "Point to the red cup." --per-frame    # each sampled frame is asked about on its own
     python infer.py clip.mp4 "segment the red cup" --masks          # and what is pointed at is followed through all frames
 
-    files --look--> views --ask--> answer --read_answer--> text, points --annotate--> out/clip.points.mp4 (or .png)
+    files --read_media--> views --ask--> answer --read_answer--> text, points --annotate--> out/clip.points.mp4 (or .png)
                                                               '---------------------> out/clip.points.json
                                              with --masks: points --through_time--> out/clip.masks.mp4, out/clip.masks/*.png
 
@@ -149,7 +149,7 @@ class Media:
         return min(max(rate, SLOWEST), FASTEST)
 
 
-def look(paths: list[str], config: ViewConfig) -> tuple[Media, Views]:
+def read_media(paths: list[str], config: ViewConfig) -> tuple[Media, Views]:
     """Read one or several images, or one video. Raises MediaError."""
     if is_video(paths[0]):
         views = video_views(*read_video(paths[0], config.fps, config.max_frames), config)
@@ -436,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             asked = FrameByFrame(model, tokenizer, config, args, speed)
             media = asked.media
         else:
-            media, views = look(args.media, config)
+            media, views = read_media(args.media, config)
         timing["preprocess"] = lap()
 
         # 4. What it answers

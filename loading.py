@@ -1,6 +1,6 @@
 """Sets of records, their mixture, and the loader that goes on where it was.
 
-    sets --Mixture--> numbered examples --worker processes--> a pool of them --Packer--> packs --collate--> batches --ahead--> device
+    sets --Mixture--> numbered examples --worker processes--> a pool of them --Packer--> packs --collate--> batches --prefetch--> device
 
 What comes next is a function of a seed and a few numbers (the next example's, and those that wait in the pool), so a run that goes on
 from them repeats the batches that the uninterrupted run would have had. Drawing and reading is done by worker processes, packing
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 import questions
 import screens
 import synthetic
-from data import CATEGORIES, HISTORY, draw, example, fitting, scene_record, views_of
+from data import CATEGORIES, HISTORY, draw, example, trim_to_fit, scene_record, views_of
 from model import Batch, MolmoConfig
 from packing import Example, Packer, collate
 from preprocess import ViewConfig
@@ -40,7 +40,7 @@ NOMINAL = 100_000  # what an endless set counts for beside a finite one of its c
 
 
 @dataclass
-class Drawn:
+class SyntheticSet:
     """A synthetic set."""
 
     name: str
@@ -81,11 +81,11 @@ class Moments:
         return record.moment(int(np.random.default_rng([self.seed, index, 13]).choice(frames)), HISTORY)
 
 
-def synthetic_sets(names: Iterable[str], seed: int, branches: int, more: dict[str, float] = {}) -> dict[str, list[Drawn]]:
+def synthetic_sets(names: Iterable[str], seed: int, branches: int, more: dict[str, float] = {}) -> dict[str, list[SyntheticSet]]:
     """Category (or the name of one set) -> sets. ValueError if `more` names a way of asking that there is not."""
     if unknown := set(more) - questions.WAYS:
         raise ValueError(f"no question is asked in the way {', '.join(sorted(unknown))}: {', '.join(sorted(filter(None, questions.WAYS)))}")
-    return {name: [Drawn(one, seed, branches, more) for one in CATEGORIES.get(name, (name,))] for name in names}
+    return {name: [SyntheticSet(one, seed, branches, more) for one in CATEGORIES.get(name, (name,))] for name in names}
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Mixture(Dataset):
     own. What cannot be read, or does not fit `max_tokens`, comes as a text that says why.
     """
 
-    sets: dict[str, list[Drawn | Lines | Moments]]   # by category
+    sets: dict[str, list[SyntheticSet | Lines | Moments]]   # by category
     rates: dict[str, float]
     seed: int
     tokenizer: Tokenizer
@@ -119,7 +119,7 @@ class Mixture(Dataset):
         self.counts, self._orders = counts.tolist(), {}
 
     @staticmethod
-    def _parts(sets: Sequence[Drawn | Lines | Moments]) -> np.ndarray:
+    def _parts(sets: Sequence[SyntheticSet | Lines | Moments]) -> np.ndarray:
         roots = np.sqrt([one.size or NOMINAL for one in sets])
         return roots / roots.sum()
 
@@ -153,7 +153,7 @@ class Mixture(Dataset):
             record = self.all[chosen].record(index, self.config.views)
             rng = np.random.default_rng([self.seed, number])
             record.annotations = [record.annotations[i] for i in rng.permutation(len(record.annotations))]
-            return number, fitting(example(record, self.tokenizer, self.config, rng), self.max_tokens)
+            return number, trim_to_fit(example(record, self.tokenizer, self.config, rng), self.max_tokens)
         except ValueError as error:
             return number, str(error)
 
@@ -188,8 +188,8 @@ class Loader:
         state = self.state or {"next": [self.rank], "pool": []}
         numbers = Numbers(state["pool"], state["next"][0], self.world)
         items = iter(DataLoader(self.examples, batch_size=None, sampler=numbers, num_workers=self.workers,
-                                worker_init_fn=leave_signals, generator=torch.Generator()))  # the model's own stays as it is
-        for batch, self.names, self.state in ahead(self.batches(items, state["pool"], state["next"][0])):
+                                worker_init_fn=ignore_signals, generator=torch.Generator()))  # the model's own stays as it is
+        for batch, self.names, self.state in prefetch(self.batches(items, state["pool"], state["next"][0])):
             yield batch
 
     def batches(self, items: Iterator[tuple[int, Example | str]], first: list[int], start: int) -> Iterator[tuple[Batch, list[str], dict]]:
@@ -221,7 +221,7 @@ class Loader:
                 packs = []
 
 
-def ahead(items: Iterator, most: int = 2) -> Iterator:
+def prefetch(items: Iterator, most: int = 2) -> Iterator:
     """The same items, up to so many made by a thread while the last one is in use; what goes wrong there is raised here, when
     its turn comes."""
     made, over = queue.Queue(most), threading.Event()
@@ -258,7 +258,7 @@ def ahead(items: Iterator, most: int = 2) -> Iterator:
         thread.join(timeout=10)
 
 
-def shared_out(states: Sequence[dict[str, list[int]]], rank: int, world: int) -> dict[str, list[int]]:
+def reshard_state(states: Sequence[dict[str, list[int]]], rank: int, world: int) -> dict[str, list[int]]:
     """The state of loader `rank` of `world`, from those of all loaders of a run that may have had another number of them: what
     none of them has taken comes once."""
     if len(states) == world:
@@ -280,7 +280,7 @@ class Numbers:
         return chain(self.first, count(self.start, self.step))
 
 
-def leave_signals(worker: int):
+def ignore_signals(worker: int):
     """Worker processes leave Ctrl-C and SIGTERM, which may go to the whole group, to the program, which ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -299,25 +299,25 @@ UNKNOWN = -100  # what cross entropy leaves out
 class PatchSet(Dataset):
     """Crops with a label for every patch, to teach a ViT to see before it has anyone to tell. Item i -> crops
     (N, S, 3P²) and labels (N, S, 5) in PATCH_CLASSES: kind and colour of the thing at the middle of the patch, the kind of the
-    thing whose point lies in it, the element of a screen at its middle (0 = none), and the background. Item by item `sights`
+    thing whose point lies in it, the element of a screen at its middle (0 = none), and the background. Item by item `scenes`
     in turn: "stills", "screens", or a frame of "clips" or "tracks"."""
 
     seed: int
     config: MolmoConfig
-    sights: Sequence[str]
+    scenes: Sequence[str]
 
     def __len__(self) -> int:
         return 1 << 40
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        name = self.sights[index % len(self.sights)]
+        name = self.scenes[index % len(self.scenes)]
         if name in FILMED:
             world = FILMED[name](self.seed, index)
             scene = world.film(np.random.default_rng([self.seed, index, 1]).uniform(0, world.seconds, 1))
         else:
             scene = (screens.screen if name == "screens" else synthetic.still)(self.seed, index)
         views = views_of(scene_record(scene, []), self.config.views)
-        labels = patch_labels(scene, views.patches).reshape(*views.crops.shape[:2], -1)
+        labels = patch_labels(scene, views.patch_boxes).reshape(*views.crops.shape[:2], -1)
         skipped = 0 if scene.is_video else 1  # the global crop of an image: the others show the same, larger
         return torch.from_numpy(views.crops[skipped:]), torch.from_numpy(labels[skipped:])
 
@@ -330,11 +330,11 @@ def collate_patches(items: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple
     return torch.cat(crops), torch.cat(labels)
 
 
-def patch_labels(scene: Scene, patches: np.ndarray) -> np.ndarray:
-    """The labels of `PatchSet` for patches (N*S, 5) of a scene with one picture: (N*S, 5)."""
-    _, left, top, width, height = patches.T
+def patch_labels(scene: Scene, boxes: np.ndarray) -> np.ndarray:
+    """The labels of `PatchSet` for the patch boxes (N*S, 5) of a scene with one picture: (N*S, 5)."""
+    _, left, top, width, height = boxes.T
     rows, columns = (top + height / 2).astype(int), (left + width / 2).astype(int)
-    labels = np.zeros((len(patches), 5), int)
+    labels = np.zeros((len(boxes), 5), int)
     labels[:, 4] = synthetic.BACKGROUNDS.index(scene.background) if scene.background in synthetic.BACKGROUNDS else UNKNOWN
     for thing, mask, (x, y) in zip(scene.things, scene.masks[0], scene.points[0]):
         here = mask[rows, columns]

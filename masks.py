@@ -38,7 +38,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from preprocess import ViewConfig
-from records import Lines, dump, whole
+from records import Lines, dump, atomic_write
 
 Points = Mapping[int, tuple[float, float]]  # id -> x, y in pixels
 Masks = dict[int, np.ndarray]               # id -> (H, W) bool
@@ -493,7 +493,7 @@ def annotate_file(path: str, out: Path, segmenter: Callable[[np.ndarray, float, 
     lines, fits = Lines(path), []
     for index in range(lines.size):
         lines.line(index, pointless=True)  # a bad line is found before the first point
-    with whole(out) as part, open(part, "w", encoding="utf-8") as file:
+    with atomic_write(out) as part, open(part, "w", encoding="utf-8") as file:
         for index in tqdm(range(lines.size), desc="annotate", leave=False, disable=None):
             line = lines.line(index, ViewConfig(fps=FRAMES_PER_SECOND, max_frames=100_000), pointless=True)
             record, rng = line.record, np.random.default_rng([seed, index])

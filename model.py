@@ -180,7 +180,7 @@ class Batch:
     crops: Tensor         # (N, S, 3P²) uint8
     pooling: Tensor       # (M, K) into the N*S patches, -1 = empty slot, in the order of the visual tokens
     points: Tensor        # (G, 3) visual token of the batch, slot, location of each <|token_index|>; stops have token -1
-    frames: Tensor        # (N,) how many crops right before each show the same place earlier; -1 = an image
+    n_past: Tensor        # (N,) how many crops right before each show the same place earlier; -1 = an image
 
     def to(self, device) -> "Batch":
         return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
@@ -417,7 +417,7 @@ class Molmo(nn.Module):
             return ()
         with torch.no_grad():
             black = self.vit(batch.crops.new_zeros(1, *batch.crops.shape[1:]))[0]
-        past, known = mean_past(features, black, batch.frames, self.config.temporal)
+        past, known = mean_past(features, black, batch.n_past, self.config.temporal)
         crop = batch.pooling.amax(1) // features.shape[1]
         return gather_windows(past.flatten(0, 1), batch.pooling)[0], known[crop]
 

@@ -66,7 +66,7 @@ class Example:
     pooling: np.ndarray  # (M, K) into the N*S patches, -1 = empty
     branches: list[Branch]
     name: str = ""
-    frames: np.ndarray | None = None  # (N,) as in `Views`: how many crops before each show its past; None: images only
+    n_past: np.ndarray | None = None  # (N,) as in `Views`: how many crops before each show its past; None: images only
 
     @property
     def length(self) -> int:
@@ -144,7 +144,7 @@ def collate(packs: Sequence[Example | Sequence[Example]], weights: str = "unifor
         crops=torch.from_numpy(np.concatenate([e.crops for e in examples])),
         pooling=torch.from_numpy(np.concatenate(pooling)),
         points=torch.from_numpy(np.concatenate(points)),
-        frames=torch.from_numpy(np.concatenate([np.full(len(e.crops), -1) if e.frames is None else e.frames for e in examples])),
+        n_past=torch.from_numpy(np.concatenate([np.full(len(e.crops), -1) if e.n_past is None else e.n_past for e in examples])),
     )
 
 

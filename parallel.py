@@ -300,7 +300,7 @@ def full(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def whole(model: Molmo, world: World) -> Molmo | None:
+def gather_model(model: Molmo, world: World) -> Molmo | None:
     """The model in the memory of process 0, tensor by tensor; all take part. Alone: the model itself."""
     if world.mesh is None:
         return model

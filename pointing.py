@@ -53,14 +53,14 @@ class Point(NamedTuple):
 class PatchMap:
     """Where the patch in every slot of every visual token lies, for going from pixels to targets and back.
 
-    patches (N*S, 5): picture, x, y, width, height of each patch's box in pixels; pooling (M, K) into them, -1 = empty;
+    boxes (N*S, 5): picture, x, y, width, height of each patch's box in pixels; pooling (M, K) into them, -1 = empty;
     indexable (M,) bool: the visual tokens that may be pointed at.
     """
 
-    def __init__(self, patches: np.ndarray, pooling: np.ndarray, indexable: np.ndarray):
-        self.patches, self.pooling = patches, pooling
+    def __init__(self, boxes: np.ndarray, pooling: np.ndarray, indexable: np.ndarray):
+        self.patches, self.pooling = boxes, pooling
         self.tokens, self.slots = np.nonzero((pooling >= 0) & indexable[:, None])
-        self.boxes = patches[pooling[self.tokens, self.slots]]
+        self.boxes = boxes[pooling[self.tokens, self.slots]]
 
     def target(self, picture: int, x: float, y: float) -> tuple[int, int, int]:
         """Pixel -> (visual token, slot, location 3 * column + row); the nearest patch if the point lies outside."""

@@ -11,7 +11,7 @@ A video is seen as one whole crop per sampled frame.
       +-------------+         +-----+--+-----+--+-----+      had its surroundings in the ViT's view
 
 Each crop is a grid of patches; a window of patches (2x2 for images, 3x3 for frames) becomes one visual token.
-`Views.pooling` says which patches a token pools, `Views.patches` where each patch lies in the displayed picture:
+`Views.pooling` says which patches a token pools, `Views.patch_boxes` where each patch lies in the displayed picture:
 these two tables lead from a token the model points at back to pixels. (Molmo2, on its image and video inputs.)
 
 A sampled frame carries its real time, counted from the first frame, and never index / fps: clips with a variable
@@ -85,13 +85,13 @@ class ViewConfig:
 class Views:
     """What the model gets to see of one medium. N crops, S patches per crop, M visual tokens, K patches per token."""
     crops: np.ndarray             # (N, S, 3*P*P) uint8, patches flattened (row, column, channel)
-    patches: np.ndarray           # (N*S, 5) float64: picture number, then x, y, width, height in displayed pixels
+    patch_boxes: np.ndarray       # (N*S, 5) float64: picture number, then x, y, width, height in displayed pixels
     pooling: np.ndarray           # (M, K) int64 into the N*S patches, -1 = empty slot, in the order of the tokens
     indexable: np.ndarray         # (M,) bool: tokens that can be pointed at
     layout: list[str]             # special-token spellings one by one, and pieces of plain text
     sizes: list[tuple[int, int]]  # (width, height) per picture, px
     times: list[float] | None     # seconds per frame; None for images
-    frames: np.ndarray            # (N,) how many crops right before this one show the same place earlier; images -1
+    n_past: np.ndarray            # (N,) how many crops right before this one show the same place earlier; images -1
 
 
 # ---- 1. pictures -> views --------------------------------------------------------------------------------------------
@@ -131,9 +131,9 @@ def video_views(frames: list[np.ndarray], times: Sequence[float], config: ViewCo
 
 def no_views(config: ViewConfig) -> Views:
     """Views of nothing, for text alone."""
-    return Views(crops=np.zeros((0, config.grid ** 2, 3 * config.patch_size ** 2), np.uint8), patches=np.zeros((0, 5)),
+    return Views(crops=np.zeros((0, config.grid ** 2, 3 * config.patch_size ** 2), np.uint8), patch_boxes=np.zeros((0, 5)),
                  pooling=np.zeros((0, config.image_pool ** 2), np.int64), indexable=np.zeros(0, bool), layout=[], sizes=[],
-                 times=None, frames=np.zeros(0, int))
+                 times=None, n_past=np.zeros(0, int))
 
 
 class _Collector:
@@ -150,7 +150,7 @@ class _Collector:
         if before is not None and (len(pictures) > 1 or any(picture.shape != pictures[0].shape for picture in before)):
             raise MediaError("frames before an image must be of its size, and the image alone")
         self.pictures, self.pool, self.config, self.before = pictures, pool, config, before
-        self.crops, self.patches, self.pooling, self.layout, self.frames = [], [], [], [], []
+        self.crops, self.patch_boxes, self.pooling, self.layout, self.n_past = [], [], [], [], []
         self.patch_count = 0
 
     def add(self, number: int, tiling: tuple[int, int]) -> tuple[int, int]:
@@ -163,19 +163,19 @@ class _Collector:
         ids = (ids // grid * len(shown) + len(shown) - 1) * grid + ids % grid
         windows = pool_windows(self.patch_count + ids, self.pool)
         self.crops.append(np.stack([crops for crops, _ in cuts], axis=1).reshape(-1, *cuts[0][0].shape[1:]))
-        self.patches.append(np.column_stack([np.full(len(boxes), number), boxes]))
+        self.patch_boxes.append(np.column_stack([np.full(len(boxes), number), boxes]))
         self.pooling.append(windows.reshape(-1, self.pool ** 2))
-        self.frames.append(np.tile(np.arange(len(shown)) if self.before is not None else -1, tiling[0] * tiling[1]))
+        self.n_past.append(np.tile(np.arange(len(shown)) if self.before is not None else -1, tiling[0] * tiling[1]))
         self.patch_count += len(boxes)
         return windows.shape[:2]
 
     def finish(self, times: list[float] | None) -> Views:
         """All that was added, as one Views; which tokens can be pointed at follows from how they are written."""
         indexable = [piece == "<im_patch>" for piece in self.layout if piece in ("<im_patch>", "<im_low>")]
-        return Views(crops=np.concatenate(self.crops), patches=np.concatenate(self.patches),
+        return Views(crops=np.concatenate(self.crops), patch_boxes=np.concatenate(self.patch_boxes),
                      pooling=np.concatenate(self.pooling), indexable=np.array(indexable), layout=self.layout,
                      sizes=[(picture.shape[1], picture.shape[0]) for picture in self.pictures], times=times,
-                     frames=np.concatenate(self.frames) if times is None else np.arange(len(self.pictures)))
+                     n_past=np.concatenate(self.n_past) if times is None else np.arange(len(self.pictures)))
 
 
 # ---- 2. one picture -> crops and the map of their patches ------------------------------------------------------------

@@ -345,10 +345,10 @@ def runs_of(place: dict) -> Runs:
     """Run lengths as JSON has them, compressed or not. ValueError if they do not fit the size."""
     size, counts = [take({"size": side}, "size", int) for side in take(place, "size", list)], place.get("counts")
     listed = decompress(counts) if isinstance(counts, str) else take(place, "counts", list)
-    whole = [take({"counts": count}, "counts", int) for count in listed]
-    if len(size) != 2 or min(whole, default=0) < 0 or sum(whole) != size[0] * size[1]:
-        raise ValueError(f"a mask's 'counts' add up to {sum(whole)}, its 'size' is {size}")
-    return Runs(tuple(size), tuple(whole))
+    numbers = [take({"counts": count}, "counts", int) for count in listed]
+    if len(size) != 2 or min(numbers, default=0) < 0 or sum(numbers) != size[0] * size[1]:
+        raise ValueError(f"a mask's 'counts' add up to {sum(numbers)}, its 'size' is {size}")
+    return Runs(tuple(size), tuple(numbers))
 
 
 def _annotation(said: dict, objects: dict[int, Object], named: frozenset[int], moment: Callable[[dict], float],
@@ -428,7 +428,7 @@ def dump(record: Record, images: Sequence[str] = (), video: str | None = None, b
 
 
 @contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Around the writing of a file: yields another name to write to; the file has its own once it is complete, or not at all."""
     path = Path(path)
     part = path.with_name(f".{os.getpid()}.{path.name}")

@@ -566,7 +566,7 @@ def _show(args: argparse.Namespace) -> None:
     for strip in strips:
         sheet.paste(strip, (0, top))
         top += strip.height
-    with records.whole(args.out) as part:
+    with records.atomic_write(args.out) as part:
         sheet.save(part)
 
 
@@ -598,19 +598,19 @@ def _track(made: World, truth: Scene, thing: int) -> list[dict]:
 
 def _cups(args: argparse.Namespace) -> None:
     from preprocess import write_video  # here only: drawing needs no video library
-    from records import whole
+    from records import atomic_write
 
     made, fps, folder = cups_world(), 24, Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     frames = (made.film(np.array([time])).frames[0] for time in frame_times(fps, made.seconds))
-    with whole(folder / "cups.mp4") as part:
+    with atomic_write(folder / "cups.mp4") as part:
         write_video(part, frames, fps)
 
     truth = made.film(frame_times(2.0, made.seconds))
     height, width = truth.frames.shape[1:3]
     things = [{"id": i, "kind": thing.kind, "color": thing.color, "track": _track(made, truth, i)}
               for i, thing in enumerate(made.things)]
-    with whole(folder / "cups.json") as part:
+    with atomic_write(folder / "cups.json") as part:
         part.write_text(json.dumps({"size": [width, height], "fps": fps, "seconds": made.seconds, "things": things}))
 
 

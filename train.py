@@ -49,7 +49,7 @@ from evaluate import evaluate, fresh
 from model import POINTS_AS, PRESETS, Molmo, MolmoConfig
 from packing import Packer
 from parallel import World
-from records import Lines, whole
+from records import Lines, atomic_write
 from tokenizer import Tokenizer
 
 HOME = Path(__file__).resolve().parent
@@ -58,7 +58,7 @@ LIGHT = ("tiny", "small")  # presets that need no care for memory: whole in ever
 LOSSES = ("token", "patch", "slot", "location")
 SMALL_EVALUATION = 40  # records of each set
 Z_LOSS = 1e-4          # weight of the squared log-normaliser of the head, which keeps it from drifting
-LOOK_BATCH, LOOK_LR, LOOK_WARMUP = 10, 3e-3, 20  # of the ViT alone: scenes a step, peak rate, steps
+VIT_BATCH, VIT_LR, VIT_WARMUP = 10, 3e-3, 20  # of the ViT alone: scenes a step, peak rate, steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,8 +77,8 @@ class Stage:
     lr: dict[str, float]         # per part; new token embeddings go with the connector
     warmup: dict[str, int]       # steps, per part
     watch: tuple[str, ...] = ()  # sets of the small evaluations
-    look: int = 0                # steps that teach the ViT alone to see, before the whole model trains
-    sights: tuple[str, ...] = ("stills", "screens", "clips", "screens", "tracks")  # what it sees there, in turn (loading.PatchSet)
+    vit_steps: int = 0           # steps that teach the ViT alone to see, before the whole model trains
+    vit_scenes: tuple[str, ...] = ("stills", "screens", "clips", "screens", "tracks")  # what it sees there, in turn (loading.PatchSet)
     pool: int = 48               # examples that wait to be packed
     branches: int = 10           # questions about a synthetic record
     more: dict[str, float] = field(default_factory=dict)  # ways of asking that are more or less frequent than in the synthetic mixtures
@@ -87,37 +87,37 @@ class Stage:
     drop_responses_only: bool = False  # dropout acts on what the model learns to say
 
 
-def each(*values):
+def per_part(*values):
     return dict(zip(PARTS, values))
 
 
 # SPEC section 6: learning rates of ViT, connector, LLM, pointing head.
 RELEASED = {
     1: Stage(32_000, 128, 2_560, 32, 1, {"image captions": 60, "image pointing": 30, "text": 10}, "paper",
-             each(6e-6, 2e-4, 2e-5, 1e-4), each(2000, 200, 2000, 200), image_crops=8, drop_responses_only=True),
-    2: Stage(30_000, 128, 16_384, 128, 128, data.RATES, "paper", each(5e-6, 5e-6, 1e-5, 5e-6), each(200, 200, 200, 200),
+             per_part(6e-6, 2e-4, 2e-5, 1e-4), per_part(2000, 200, 2000, 200), image_crops=8, drop_responses_only=True),
+    2: Stage(30_000, 128, 16_384, 128, 128, data.RATES, "paper", per_part(5e-6, 5e-6, 1e-5, 5e-6), per_part(200, 200, 200, 200),
              image_crops=8),
-    3: Stage(2_000, 128, 36_864, 384, 384, data.RATES, "paper", each(5e-6, 5e-6, 1e-5, 5e-6), each(200, 200, 200, 200),
+    3: Stage(2_000, 128, 36_864, 384, 384, data.RATES, "paper", per_part(5e-6, 5e-6, 1e-5, 5e-6), per_part(200, 200, 200, 200),
              image_crops=8),
     # VideoMolmo: 4 epochs of 72,000 frames, a frame a pack; every crop comes with those of the four frames before
-    4: Stage(1_125, 256, 2_560, 160, 384, {"moments": 1.0}, "paper", each(5e-6, 5e-6, 1e-5, 5e-6), each(10, 10, 10, 10), image_crops=8,
+    4: Stage(1_125, 256, 2_560, 160, 384, {"moments": 1.0}, "paper", per_part(5e-6, 5e-6, 1e-5, 5e-6), per_part(10, 10, 10, 10), image_crops=8,
              pool=1),
 }
 # After stage 1 the connector goes slowly: nothing bounds its product of matrices, and visual tokens that are much larger than
 # what the blocks add do not hear the blocks. In `more`, "" is what has no way of its own: captions and answers in words.
 TINY = {
-    1: Stage(960, 2, 1024, 20, 16, {"stills": 95, "text": 5}, "uniform", each(2e-4, 2e-3, 2e-3, 2e-3), each(20, 20, 20, 20),
-             ("stills",), look=1240, sights=("stills",), more={"none": 0.4, "": 0.5, "size": 2, "position": 1.5},
+    1: Stage(960, 2, 1024, 20, 16, {"stills": 95, "text": 5}, "uniform", per_part(2e-4, 2e-3, 2e-3, 2e-3), per_part(20, 20, 20, 20),
+             ("stills",), vit_steps=1240, vit_scenes=("stills",), more={"none": 0.4, "": 0.5, "size": 2, "position": 1.5},
              freeze=("vit",)),
     2: Stage(62_000, 2, 1024, 20, 16, {"image points": 24, "multi-image points": 7, "screens": 13, "video points": 15, "arrivals": 10, "tracks": 14,
                                        "captions": 10, "image qa": 6, "video qa": 5, "text": 3}, "uniform",
-             each(4e-4, 1e-4, 1.5e-3, 1.5e-3), each(20, 20, 20, 20), ("stills", "clips", "screens", "tracks"), look=24_400,
+             per_part(4e-4, 1e-4, 1.5e-3, 1.5e-3), per_part(20, 20, 20, 20), ("stills", "clips", "screens", "tracks"), vit_steps=24_400,
              more={"none": 1.3, "position": 2.5, "size": 2}),
     3: Stage(9500, 2, 2048, 40, 32, {"image points": 21, "multi-image points": 7, "screens": 12, "video points": 15, "arrivals": 6, "tracks": 14,
                                     "captions": 17, "image qa": 4, "video qa": 3, "text": 1, "long points": 3, "long tracks": 4},
-             "uniform", each(1e-4, 1e-4, 4e-4, 4e-4), each(20, 20, 20, 20), ("video points", "long points", "long tracks"),
+             "uniform", per_part(1e-4, 1e-4, 4e-4, 4e-4), per_part(20, 20, 20, 20), ("video points", "long points", "long tracks"),
              more={"none": 1.6, "position": 2.5, "size": 2}),
-    4: Stage(300, 1, 1024, 100, 32, {"moments": 1.0}, "uniform", each(2e-4, 8e-4, 8e-4, 8e-4), each(20, 20, 20, 20),
+    4: Stage(300, 1, 1024, 100, 32, {"moments": 1.0}, "uniform", per_part(2e-4, 8e-4, 8e-4, 8e-4), per_part(20, 20, 20, 20),
              ("moments",), branches=5),
 }
 # Crops of 27x27 patches: an image of the synthetic worlds is two of them and 400 tokens. (Not yet trained: that needs a GPU.)
@@ -137,7 +137,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), required=True)
     parser.add_argument("--preset", default="tiny", choices=sorted({name for name, _ in STAGES}))
     parser.add_argument("--points-as", choices=POINTS_AS, help="how a new model writes points (default: tokens)")
-    parser.add_argument("--init", help="checkpoint of the stage before")
+    parser.add_argument("--init", help="checkpoint to start from: of the stage before, assets/tiny, or a folder of released weights")
     parser.add_argument("--data", nargs="+", metavar="FILE.jsonl",
                         help="of your own, in place of the stage's synthetic sets; several in shares by the square roots of their lengths")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the run folder, if there is one")
@@ -180,7 +180,7 @@ def parts_of(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 def is_table(name: str) -> bool:
     """Word embeddings, positions and the head: rows that are looked up, not matrices that mix channels."""
-    return name.startswith(("wte", "lm_head", "names")) or name == "vit.positional_embedding"
+    return name.startswith(("wte", "lm_head", "probe")) or name == "vit.positional_embedding"
 
 
 def optimizers(module: nn.Module, kind: str) -> list[torch.optim.Optimizer]:
@@ -218,7 +218,7 @@ def update(optimisers: list[torch.optim.Optimizer], rates: dict[str, float]):
 
 
 def schedule(peak: float, warmup: int, step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to a tenth."""
+    """Linear warm-up, times a cosine from the peak to a tenth of it."""
     return peak * min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
@@ -244,7 +244,7 @@ class Log:
             except (ValueError, KeyError, TypeError):
                 pass  # a kill may cut the last
         self.start = time.time() - (self.lines[-1]["seconds"] if self.lines else 0)
-        with whole(path) as part:
+        with atomic_write(path) as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         self.file = open(path, "a")
 
@@ -270,7 +270,7 @@ class Log:
             title = "log10 " if scale is not float else ""
             curves = {title + n: thinned([(line["step"], scale(line[n])) for line in self.lines if n in line]) for n in names}
             plot(sheet, x, width, height, curves)
-        with whole(self.folder / "curves.png") as part:
+        with atomic_write(self.folder / "curves.png") as part:
             sheet.save(part)
 
 
@@ -314,10 +314,10 @@ def small_evaluation(model: Molmo, tokenizer: Tokenizer, sets: Sequence[str]) ->
 @contextmanager
 def stoppable():
     """Inside, SIGTERM and Ctrl-C do not end the program but are collected in the list."""
-    asked: list[int] = []
-    before = {number: signal.signal(number, lambda got, frame: asked.append(got)) for number in (signal.SIGTERM, signal.SIGINT)}
+    stop_signals: list[int] = []
+    before = {number: signal.signal(number, lambda got, frame: stop_signals.append(got)) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked
+        yield stop_signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -333,7 +333,7 @@ class Run:
     settings: dict  # by which --resume knows the run
     args: argparse.Namespace
     log: Log
-    asked: list[int]  # signals to stop
+    stop_signals: list[int]
     world: World
 
     @property
@@ -350,13 +350,13 @@ class Run:
                  "rng": np.stack(self.world.collect(torch.get_rng_state().numpy()))} | more
         if next(module.parameters()).is_cuda:  # there dropout draws
             state["rng of the GPU"] = np.stack(self.world.collect(torch.cuda.get_rng_state(self.args.device).numpy()))
-        whole, sharded = self.model, any(isinstance(p, DTensor) for p in names)
+        full_model, sharded = self.model, any(isinstance(p, DTensor) for p in names)
         if sharded:
-            whole = parallel.whole(self.model, self.world)
+            full_model = parallel.gather_model(self.model, self.world)
         else:
             state |= {name: value.cpu().numpy() for name, value in moments.items()}
             moments = {}
-        parallel.save(self.folder, moments, self.world, partial(weights.save, self.folder, whole, self.tokenizer, training=state))
+        parallel.save(self.folder, moments, self.world, partial(weights.save, self.folder, full_model, self.tokenizer, training=state))
 
 
 def restore(module: nn.Module, optimisers: list[torch.optim.Optimizer], state: dict[str, np.ndarray], run: Run) -> int:
@@ -381,45 +381,46 @@ def restore(module: nn.Module, optimisers: list[torch.optim.Optimizer], state: d
 # 5. The ViT learns to see
 
 
-def look(run: Run, state: dict[str, np.ndarray] | None):
+def pretrain_vit(run: Run, state: dict[str, np.ndarray] | None):
     """Where the papers load SigLIP 2, `tiny` and `small` train their ViT alone at the beginning of a stage: a linear layer on the
     features, thrown away afterwards, names for each patch the kind and colour of the thing at its middle, of which kind of
     thing it holds the point, the element of a screen, and the background. Steps count up to 0, where the model takes over."""
     model, stage, args, world = run.model, run.stage, run.args, run.world
-    names = nn.Linear(model.config.vit.feature_width, sum(loading.PATCH_CLASSES), device=args.device)
-    nn.init.zeros_(names.weight), nn.init.zeros_(names.bias)
-    seeing = nn.ModuleDict({"vit": model.vit, "names": names})
-    parts, optimisers, first = parts_of(seeing), optimizers(seeing, model.config.optimizer), -stage.look
+    probe = nn.Linear(model.config.vit.feature_width, sum(loading.PATCH_CLASSES), device=args.device)
+    nn.init.zeros_(probe.weight), nn.init.zeros_(probe.bias)
+    seeing = nn.ModuleDict({"vit": model.vit, "probe": probe})
+    parts, optimisers, first = parts_of(seeing), optimizers(seeing, model.config.optimizer), -stage.vit_steps
     if state:
-        names.load_state_dict({key: torch.from_numpy(state[f"names {key}"]) for key in ("weight", "bias")})
+        probe.load_state_dict({key: torch.from_numpy(state[f"probe {key}"]) for key in ("weight", "bias")})
         first = restore(seeing, optimisers, state, run)
-    each = -(-LOOK_BATCH // world.size)  # scenes a step of every process: rounded up
-    numbers = range((first + stage.look) * each * world.size, stage.look * each * world.size)[world.rank::world.size]
-    scenes = DataLoader(loading.PatchSet(run.settings["seed"], model.config, stage.sights), each, sampler=numbers,
-                        collate_fn=loading.collate_patches, num_workers=args.workers, worker_init_fn=loading.leave_signals,
+    share = -(-VIT_BATCH // world.size)  # scenes a step of every process: rounded up
+    numbers = range((first + stage.vit_steps) * share * world.size, stage.vit_steps * share * world.size)[world.rank::world.size]
+    scenes = DataLoader(loading.PatchSet(run.settings["seed"], model.config, stage.vit_scenes), share, sampler=numbers,
+                        collate_fn=loading.collate_patches, num_workers=args.workers, worker_init_fn=loading.ignore_signals,
                         generator=torch.Generator())
-    bar = tqdm(scenes, initial=first + stage.look, total=stage.look, desc="the ViT alone", dynamic_ncols=True, disable=run.log.silent)
+    bar = tqdm(scenes, initial=first + stage.vit_steps, total=stage.vit_steps, desc="the ViT alone", dynamic_ncols=True,
+               disable=run.log.silent)
     for step, (crops, labels) in enumerate(bar, start=first):
-        scores = names(model.vit(crops.to(args.device))).flatten(0, 1)
+        scores = probe(model.vit(crops.to(args.device))).flatten(0, 1).split(loading.PATCH_CLASSES, dim=-1)
         truth = labels.to(args.device).flatten(0, 1)
-        named = scores.split(loading.PATCH_CLASSES, dim=-1)
-        loss = sum(F.cross_entropy(s, t, reduction="sum") for s, t in zip(named, truth.T))
-        right = torch.stack([s.argmax(-1) for s in named], dim=-1) == truth
-        asked = {"named": (truth[:, 0] > 0, 0), "read": (truth[:, 3] > 0, 3), "background": (truth[:, 4] >= 0, 4)}
-        totals = world.totals({"naming": loss.item(), "patches": len(truth)}
-                              | {name: right[there, column].sum().item() for name, (there, column) in asked.items()}
-                              | {f"all {name}": there.sum().item() for name, (there, _) in asked.items()})
+        loss = sum(F.cross_entropy(s, t, reduction="sum") for s, t in zip(scores, truth.T))
+        right = torch.stack([s.argmax(-1) for s in scores], dim=-1) == truth
+        measured = {"named": (0, truth[:, 0] > 0), "read": (3, truth[:, 3] > 0), "background": (4, truth[:, 4] >= 0)}
+        sums = {"naming": loss.item(), "patches": len(truth)}
+        for name, (column, where) in measured.items():  # a column of the labels, and the patches where it counts
+            sums[name], sums[f"all {name}"] = right[where, column].sum().item(), where.sum().item()
+        totals = world.totals(sums)
         (loss / totals["patches"] * world.size).backward()
         parallel.average(seeing, world)
         clip(parts, totals["naming"], step)
-        update(optimisers, dict.fromkeys(PARTS, schedule(LOOK_LR, LOOK_WARMUP, step + stage.look, stage.look)))
+        update(optimisers, dict.fromkeys(PARTS, schedule(VIT_LR, VIT_WARMUP, step + stage.vit_steps, stage.vit_steps)))
         line = {"naming": totals["naming"] / totals["patches"]} | {name: totals[name] / totals[f"all {name}"]
-                                                                  for name in asked if totals[f"all {name}"]}
+                                                                  for name in measured if totals[f"all {name}"]}
         run.log.write(step=step, **line)
         bar.set_postfix(line)
-        stop = world.any(bool(run.asked))
+        stop = world.any(bool(run.stop_signals))
         if stop or (step + 1) % args.save_every == 0:
-            run.save(seeing, optimisers, step + 1, **{f"names {key}": value.cpu().numpy() for key, value in names.state_dict().items()})
+            run.save(seeing, optimisers, step + 1, **{f"probe {key}": value.cpu().numpy() for key, value in probe.state_dict().items()})
         if stop:
             run.log.say(f"stopped {-step - 1} steps before the model takes over: --resume goes on from there")
             return
@@ -452,7 +453,7 @@ def prepare(args: argparse.Namespace, world: World):
     """-> stage, settings, state (if there is one to go on from), model, tokenizer, loader. ValueError if that cannot be."""
     stage = STAGES[args.preset, args.stage]
     steps = args.steps or stage.steps
-    stage = replace(stage, steps=steps, look=min(stage.look, args.steps or stage.look))
+    stage = replace(stage, steps=steps, vit_steps=min(stage.vit_steps, args.steps or stage.vit_steps))
     accumulate = parts_of_a_step(args, stage, world.data_size)
     if stage.packs % (accumulate * world.data_size):
         raise ValueError(f"the {stage.packs} packs of a step cannot be cut into {accumulate} parts (--accumulate) "
@@ -522,14 +523,15 @@ def start(args: argparse.Namespace, world: World):
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     torch.manual_seed(settings["seed"] + 1_000_003 * world.rank)  # of dropout
     log = Log(run_folder(args), int(state["step"]) if state else None, silent=world.rank > 0)  # not before bad input is out: it begins a new file
-    with stoppable() as asked:
-        run = Run(model, tokenizer, stage, settings, args, log, asked, world)
-        begins = stage.look > 0 and not args.data and "vit" not in args.freeze
-        if "names weight" in state if state else begins:  # a run that was stopped while the ViT was alone goes on there
+    with stoppable() as stop_signals:
+        run = Run(model, tokenizer, stage, settings, args, log, stop_signals, world)
+        resumes = state is not None and "probe weight" in state  # was stopped while the ViT was alone
+        begins = state is None and stage.vit_steps > 0 and not args.data and "vit" not in args.freeze
+        if resumes or begins:
             parallel.replicate(model, world, args.device)
-            look(run, state)
+            pretrain_vit(run, state)
             state = None
-        if not world.any(bool(asked)):
+        if not world.any(bool(stop_signals)):
             if args.preset in LIGHT:
                 parallel.replicate(model, world, args.device)
             else:
@@ -568,7 +570,7 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
             p.requires_grad_(part not in frozen)
     optimisers, first = optimizers(model, model.config.optimizer), 0
     if state:
-        loader.state = loading.shared_out(json.loads(str(state["loaders"])), world.data_rank, world.data_size)
+        loader.state = loading.reshard_state(json.loads(str(state["loaders"])), world.data_rank, world.data_size)
         first = restore(model, optimisers, state, run)
     batches = iter(loader)
     bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=f"stage {args.stage}", dynamic_ncols=True,
@@ -589,8 +591,7 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
             totals["weights"] += model.context.own(batch.loss_weights).sum().item()
             totals["tokens"] += int((batch.example_ids >= 0).sum())
 
-        # losses and gradients are divided by the summed weights of the whole batch, as a mean over processes, since gradients
-        # are averaged
+        # divided by the summed weights of all processes; `average` makes gradients a mean over processes: hence world.size
         own = totals["loss"]
         totals = world.totals(totals)
         divisor = max(totals["weights"], 1)
@@ -612,15 +613,15 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
         bar.set_postfix({"loss": totals["loss"], **shown, "tokens/s": int(tokens / (time.time() - started))})
 
         # save, evaluate, stop
-        last, due, stop = step + 1 == stage.steps, lambda every: (step + 1) % every == 0, world.any(bool(run.asked))
+        last, due, stop = step + 1 == stage.steps, lambda every: (step + 1) % every == 0, world.any(bool(run.stop_signals))
         if last or due(args.save_every) or due(args.eval_every) or stop:  # before evaluating
             run.save(model, optimisers, step + 1, loader.state)
         if stop:
             run.log.say(f"stopped after step {step + 1}: --resume goes on from there")
             return
         if (last or due(args.eval_every)) and stage.watch and not args.data:
-            if (whole := parallel.whole(model, world)) is not None:
-                figures = small_evaluation(whole.to(args.device), run.tokenizer, stage.watch)
+            if (full_model := parallel.gather_model(model, world)) is not None:
+                figures = small_evaluation(full_model.to(args.device), run.tokenizer, stage.watch)
                 run.log.write(step=step, **figures)
                 run.log.draw()
                 run.log.say(f"step {step + 1}: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()

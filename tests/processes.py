@@ -129,8 +129,8 @@ def check_resize(source: str, target: str):
             print(json.dumps(said))
 
 
-def check_train(model: str, look: str, dies: str, *words: str):
-    """train.py on a small mixture, its model "whole" in every process or in "shards", `look` steps of which teach the ViT alone;
+def check_train(model: str, vit_steps: str, dies: str, *words: str):
+    """train.py on a small mixture, its model "whole" in every process or in "shards", `vit_steps` steps of which teach the ViT alone;
     process 1 ends without a word after so many steps (0: never)."""
     steps = 0
     train.LIGHT = ("tiny",) if model == "whole" else ()
@@ -144,7 +144,7 @@ def check_train(model: str, look: str, dies: str, *words: str):
 
     update, train.update = train.update, counted
     train.STAGES["tiny", 3] = replace(train.TINY[3], packs=2, tokens=512, rates={"image points": 8, "text": 2}, pool=2, branches=2, watch=(),
-                                      look=int(look))
+                                      vit_steps=int(vit_steps))
     train.main(["--stage", "3", "--workers", "0", *words])
 
 

@@ -21,14 +21,14 @@ import screens
 import synthetic
 import train
 from connector import ConnectorConfig
-from data import branch, draw, example, pointed, question
+from data import branch, draw, example, points_of, question_text
 from generate import Answer
 from loading import Loader, Mixture
 from model import PRESETS, LLMConfig, MolmoConfig
 from packing import Packer, collate, lay_out
 from pointing import TOKEN_INDEX, Point
 from preprocess import ViewConfig
-from records import TASKS, Annotation, Lines, Object, Record, whole
+from records import TASKS, Annotation, Lines, Object, Record, atomic_write
 from tokenizer import Tokenizer
 from vit import ViTConfig
 
@@ -40,7 +40,7 @@ RNG = lambda: np.random.default_rng(0)
 def answered(record: Record, said: Annotation, config: MolmoConfig) -> tuple[str, list[Point], Answer]:
     """The true answer as the model would write it, read back."""
     views = data.views_of(record, config.views)
-    pieces, rows = data.answer(said, record, views, config)
+    pieces, rows = data.answer_pieces(said, record, views, config)
     pieces = said.messages[0][1] if said.messages else pieces
     tokens = TOKENIZER.encode(pieces) if isinstance(pieces, str) else TOKENIZER.encode_layout(pieces)
     written = Answer(tokens, rows.tolist(), "stop")
@@ -76,7 +76,7 @@ def test_points_come_back_where_they_were(form):
             views = data.views_of(record, VIEWS)
             map_ = data.patch_map(views)
             for said in record.annotations:
-                truth = pointed(record, said) if TASKS[said.task].answer else []
+                truth = points_of(record, said) if TASKS[said.task].answer else []
                 text, found, written = answered(record, said, config)
                 targets = {map_.target(*p[1:])[:2] for p in truth}
                 assert len(found) == (len(targets) if form == "tokens" else len(truth))
@@ -85,7 +85,7 @@ def test_points_come_back_where_they_were(form):
                 assert written.tokens.count(TOKENIZER.special[TOKEN_INDEX]) == len(written.triples) == (len(found) + 1 if stop else 0)
                 for p in truth if len(found) == len(truth) else []:
                     token, slot, _ = map_.target(*p[1:])
-                    width, height = (views.patches[views.pooling[token, slot], 3:] / 6 if form == "tokens"
+                    width, height = (views.patch_boxes[views.pooling[token, slot], 3:] / 6 if form == "tokens"
                                      else np.array(views.sizes[p.picture]) / 2000)
                     assert any(q.picture == p.picture and abs(q.x - p.x) <= width + 1e-6 and abs(q.y - p.y) <= height + 1e-6
                                for q in found)
@@ -166,27 +166,27 @@ def test_styles_that_are_not_for_chat_say_their_name():
         if task == "chat":
             continue  # has its own words
         said = Annotation(task, "cups", [1], question="Which?" if "question" in row.needs else "", answer="a", choices=["a", "b"])
-        words = {question(said, record, np.random.default_rng(i)) for i in range(60)}
+        words = {question_text(said, record, np.random.default_rng(i)) for i in range(60)}
         assert len(words) == len(row.wordings)
         for text in words:
             assert text.startswith(f"{row.style}: ") if row.style else ":" not in text.split()[0]
             assert "{" not in text and ("cups" in text) == ("label" in row.needs)
         seen[bool(row.style)] += 1
     assert seen[True] >= 4 and seen[False] >= 6
-    choice = question(Annotation("choice", question="Which?", answer="b", choices=["a", "b"]), record, RNG())
+    choice = question_text(Annotation("choice", question="Which?", answer="b", choices=["a", "b"]), record, RNG())
     assert choice.startswith("multiple_choice: Which?") and "A. a\nB. b" in choice
-    given = question(Annotation("track_from", "cup", [1], start=1.0, fps=1.0), record, RNG())
+    given = question_text(Annotation("track_from", "cup", [1], start=1.0, fps=1.0), record, RNG())
     assert '<points coords="1.0 1 200 100">cup</points> at 1 fps' in given
-    at_one = {question(Annotation(task, "cup", [1], fps=1.0), record, np.random.default_rng(i)) for task in ("track", "track_ends") for i in range(9)}
+    at_one = {question_text(Annotation(task, "cup", [1], fps=1.0), record, np.random.default_rng(i)) for task in ("track", "track_ends") for i in range(9)}
     assert sum("1 fps" in text for text in at_one) == 2 and len(at_one) == 4, "where a rate can be named it is"
 
 
 def test_an_own_question_replaces_the_wordings():
     """A question that came with the annotation is asked as it is, and no random number is drawn for it."""
     rng = RNG()
-    assert question(Annotation("point", "cups", [1], question="Cups?"), film(), rng) == "Cups?"
+    assert question_text(Annotation("point", "cups", [1], question="Cups?"), film(), rng) == "Cups?"
     assert rng.random() == RNG().random()
-    assert question(Annotation("count", "cups", [1], question="Cups?"), film(), rng) == "only_count: Cups?"
+    assert question_text(Annotation("count", "cups", [1], question="Cups?"), film(), rng) == "only_count: Cups?"
 
 
 # ---- trees -------------------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def test_a_prompt_is_the_example_up_to_the_answer():
     record = draw("video qa", 0, next(i for i in range(50) if draw("video qa", 0, i, 3).subtitles), 3)
     tree, views = example(record, TOKENIZER, PRESETS["tiny"], RNG()), data.views_of(record, VIEWS)
     said = record.annotations[0]
-    asked = said.messages[0][0] if said.messages else question(said, record, RNG())
+    asked = said.messages[0][0] if said.messages else question_text(said, record, RNG())
     one, two = lay_out([tree]), lay_out([data.prompt(TOKENIZER, views, asked, record.subtitles)])
     assert np.array_equal(one.tokens[:len(two.tokens)], two.tokens) and not two.loss_weights.any()
     assert TOKENIZER.decode(tree.trunk).endswith(record.subtitles) and record.subtitles.startswith("\n")
@@ -291,7 +291,7 @@ def test_tracking_questions_are_answered_by_what_is_in_view():
     for index in range(30):
         record = draw("tracks", 2, index, 8)
         for said in record.annotations:
-            points = pointed(record, said)
+            points = points_of(record, said)
             seen[said.task, said.fps] += 1
             for p in points:
                 assert record.times[p.picture] in record.objects[p.id].points
@@ -310,7 +310,7 @@ def test_several_images_are_asked_about_together():
         record = draw("multi-image points", 0, index, 6)
         assert 2 <= len(record.pictures) <= 3 and record.times is None
         for said in record.annotations:
-            shared += len({p.picture for p in pointed(record, said)}) > 1
+            shared += len({p.picture for p in points_of(record, said)}) > 1
             assert "this image" not in said.question
     assert shared > 5
 
@@ -346,9 +346,9 @@ def test_points_lie_in_labelled_patches():
     background."""
     scene = synthetic.still(7, 0)
     views = data.views_of(data.scene_record(scene, []), CONFIG.views)
-    labels = loading.patch_labels(scene, views.patches)
+    labels = loading.patch_labels(scene, views.patch_boxes)
     assert {synthetic.BACKGROUNDS[label] for label in labels[:, 4]} == {scene.background} and not labels[:, 3].any()
-    for (_, left, top, width, height), (kind, _, pointed, *_) in zip(views.patches, labels):
+    for (_, left, top, width, height), (kind, _, pointed, *_) in zip(views.patch_boxes, labels):
         inside = [1 + synthetic.KINDS.index(thing.kind) for thing, (x, y) in zip(scene.things, scene.points[0])
                   if left <= x < left + width and top <= y < top + height]
         assert pointed == (inside[-1] if inside else 0)
@@ -361,9 +361,9 @@ def test_patches_of_screens_are_labelled_with_their_elements():
     """What a screen shows at the middle of a patch, by its name; no background is asked for there, and only there."""
     scene = screens.screen(7, 0)
     views = data.views_of(data.scene_record(scene, []), CONFIG.views)
-    labels = loading.patch_labels(scene, views.patches)
+    labels = loading.patch_labels(scene, views.patch_boxes)
     assert not labels[:, :3].any() and (labels[:, 4] == loading.UNKNOWN).all() and len(loading.ELEMENTS) == loading.PATCH_CLASSES[3] - 1
-    for (_, left, top, width, height), label in zip(views.patches, labels[:, 3]):
+    for (_, left, top, width, height), label in zip(views.patch_boxes, labels[:, 3]):
         owner = scene.masks[0, :, int(top + height / 2), int(left + width / 2)].nonzero()[0]
         element = scene.things[owner[0]] if len(owner) else None
         assert label == (1 + loading.ELEMENTS.index((element.sort, element.word)) if element else 0)
@@ -631,10 +631,10 @@ def test_tags_are_for_one_picture():
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     """What ends in the middle leaves the old file and no other; another name is where the new one grows."""
     path = tmp_path / "a.png"
-    with whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text("old")
         assert part.suffix == ".png" and not path.exists()
-    with pytest.raises(KeyboardInterrupt), whole(path) as part:
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as part:
         part.write_text("ne")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

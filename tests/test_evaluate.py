@@ -125,7 +125,7 @@ def test_hota_by_hand(predicted, value):
     record.pictures = [np.zeros((10, 100, 3), np.uint8)] * 4
     for thing in record.objects.values():
         thing.masks = {t: Runs.of(np.pad(runs.mask(), ((0, 0), (0, 80)))) for t, runs in thing.masks.items()}
-    true = data.pointed(record, Annotation("track", "things", [0, 1]))
+    true = data.points_of(record, Annotation("track", "things", [0, 1]))
     assert hota(predicted, record, true) == pytest.approx(value)
 
 
@@ -163,7 +163,7 @@ def trackeval(predicted: list[Point], record: Record, true: list[Point]) -> floa
 def test_hota_equals_the_reference():
     """On random tracks with swaps, gaps, doubles and false points, the number of TrackEval's formulas."""
     rng, record = np.random.default_rng(0), clip(5, 3)
-    true = data.pointed(record, Annotation("track", "x", [0, 1, 2]))
+    true = data.points_of(record, Annotation("track", "x", [0, 1, 2]))
     for _ in range(150):
         predicted = list({(i, f): Point(i, f, float(rng.integers(0, 30)), 5.0) for f in range(5) for i in range(rng.integers(0, 5))}.values())
         assert hota(predicted, record, true) == pytest.approx(trackeval(predicted, record, true) if predicted else 0, abs=1e-9)
@@ -171,7 +171,7 @@ def test_hota_equals_the_reference():
 
 def test_hota_keeps_ids_together():
     """Where two predictions are equally good in a frame, the one that follows the object elsewhere is its own."""
-    record, true = clip(3, 1), data.pointed(clip(3, 1), Annotation("track", "x", [0]))
+    record, true = clip(3, 1), data.points_of(clip(3, 1), Annotation("track", "x", [0]))
     predicted = on(0, 1, 0, 1, 2) + on(0, 2, 1)
     assert hota(predicted, record, true) == pytest.approx((3 / 4) ** 0.5)
 
@@ -407,7 +407,7 @@ def test_points_of_one_id_are_all_followed(tiny, monkeypatch):
 
     def ask(model, tokenizer, asked):
         for a in asked:
-            a.points = [p._replace(id=1) for p in data.pointed(a.record, a.annotation)]
+            a.points = [p._replace(id=1) for p in data.points_of(a.record, a.annotation)]
 
     monkeypatch.setattr(evaluate, "ask", ask)
     got = evaluate.frame_by_frame(*tiny, record, between(), 0)[0].figures

@@ -118,7 +118,7 @@ def test_points_in_images_come_back_in_pixels(run, media, tmp_path, tiny, monkey
     assert [(p["id"], p["image"], p["time"], p["frame"]) for p in result["points"]] == [
         (1, 1, None, None), (2, 1, None, None), (3, 2, None, None)]
 
-    reach = views.patches[:, 3:].max() / 6 + 0.1
+    reach = views.patch_boxes[:, 3:].max() / 6 + 0.1
     in_text = read_text(result["text"], ["1", "2"], views.sizes)
     assert [p.picture for p in in_text] == [0, 0, 1] and "<|" not in result["text"]
     for point, written, true in zip(result["points"], in_text, truth):
@@ -476,7 +476,7 @@ def test_each_sampled_frame_is_asked_about_with_those_before_it(run, checkpoint,
     for number, batch in enumerate(asked):
         past = min(5 * number, 4)
         assert len(batch.crops) == (1 + past) * len(alone.crops) and len(batch.pooling) == len(alone.pooling)
-        assert batch.frames.tolist() == list(range(past + 1)) * len(alone.crops)
+        assert batch.n_past.tolist() == list(range(past + 1)) * len(alone.crops)
     assert [said["frame"] for said in result["frames"]] == [0, 5, 10, 15, 20, 25, 29]
     assert [(p["frame"], p["time"]) for p in result["points"][::2]] == [(0, 0), (5, 0.5), (10, 1), (15, 1.5), (20, 2), (25, 2.5), (29, 2.9)]
     assert result["text"].splitlines()[1].split("  ")[-1].startswith('<points coords="1 1 ') and "masks" not in result

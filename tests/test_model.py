@@ -81,7 +81,7 @@ def tree(seed: int, branches: int = 1, lists: int = 1, **seen) -> Example:
         if len(views.pooling) and number % 2 == 0:
             pieces, rows = pointed(views, rng, lists)
         made.append(data.branch(TOKENIZER, [(f"what is {rng.integers(99)}?", pieces)], rows))
-    return Example(data.trunk(TOKENIZER, views), views.crops, views.pooling, made, frames=views.frames)
+    return Example(data.trunk(TOKENIZER, views), views.crops, views.pooling, made, n_past=views.n_past)
 
 
 def prompt(seed: int, question: str = "where?", **seen) -> Example:
@@ -276,7 +276,7 @@ def test_an_image_changes_exactly_what_may_see_it(model, image):
     """Of two images in one prompt, changing one changes all that sees it, directly or through others, and not a bit else."""
     views = look(8, images=2, sides=(30, 80))
     batch = collate([data.prompt(TOKENIZER, views, "where?"), tree(9, branches=2, images=1)])
-    patches = np.nonzero(views.patches[:, 0] == image)[0]
+    patches = np.nonzero(views.patch_boxes[:, 0] == image)[0]
     crops = batch.crops.clone()
     crops[sorted(set(patches // 25))] ^= 255
     placeholder = torch.isin(batch.tokens[0], torch.tensor([model.ids["<im_patch>"], model.ids["<im_low>"]])).nonzero()[:, 0]
@@ -520,7 +520,7 @@ def test_a_few_pictures_are_learned_with_adamw():
         views = image_views([picture], config.views)
         things = {i: Object({0: (x + 7.0, y + 7.0)}) for i, (x, y) in enumerate(corners)}
         said = Annotation("point", "spots", [0, 1], question="Where?")
-        pieces, rows = data.answer(said, Record("", [picture], None, things, [said]), views, config)
+        pieces, rows = data.answer_pieces(said, Record("", [picture], None, things, [said]), views, config)
         examples.append(Example(data.trunk(TOKENIZER, views), views.crops, views.pooling, [data.branch(TOKENIZER, [("Where?", pieces)], rows)]))
         answers.append(Answer(TOKENIZER.encode_layout(pieces), rows.tolist(), "stop"))
         prompts.append(data.prompt(TOKENIZER, views, "Where?"))

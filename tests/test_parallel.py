@@ -99,10 +99,10 @@ def test_loaders_are_shared_out_without_loss():
     for world in (1, 2, 3, 5):
         numbers = []
         for rank in range(world):
-            state = loading.shared_out(states, rank, world)
+            state = loading.reshard_state(states, rank, world)
             numbers += [*state["pool"], *range(state["next"][0], 100, world)]
         assert sorted(numbers) == sorted(left)
-    assert loading.shared_out(states, 1, 3) == states[1]
+    assert loading.reshard_state(states, 1, 3) == states[1]
 
 
 def test_a_loader_with_more_waiting_than_fits_goes_on_exactly():

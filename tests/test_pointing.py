@@ -55,7 +55,7 @@ VIEWS = {
 
 
 def map_of(views: Views) -> PatchMap:
-    return PatchMap(views.patches, views.pooling, views.indexable)
+    return PatchMap(views.patch_boxes, views.pooling, views.indexable)
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -68,7 +68,7 @@ def test_a_point_comes_back_within_half_a_cell(name):
         for x, y in [*corners, *rng.uniform(0, 1, (60, 2)) * [width, height]]:
             token, slot, location = there.target(picture, x, y)
             assert views.indexable[token] and 0 <= location < 9
-            owner, left, top, w, h = views.patches[views.pooling[token, slot]]
+            owner, left, top, w, h = views.patch_boxes[views.pooling[token, slot]]
             assert owner == picture and left - 1e-9 <= x <= left + w + 1e-9 and top - 1e-9 <= y <= top + h + 1e-9
             back, x2, y2 = there.pixel(token, slot, location)
             assert back == picture and abs(x2 - x) <= w / 6 + 1e-9 and abs(y2 - y) <= h / 6 + 1e-9

@@ -49,7 +49,7 @@ def test_every_place_is_read_once_and_holds_its_own_pixels(config, rows, cols):
     low = views.layout.index("<im_end>") - 1  # tokens of the whole-picture crop
     for patch in views.pooling[low:].ravel():
         if patch >= 0:
-            _, x, y, w, h = views.patches[patch]
+            _, x, y, w, h = views.patch_boxes[patch]
             assert (w, h) == (P, P)
             place = np.s_[round(y):round(y) + P, round(x):round(x) + P]
             rebuilt[place] = flat[patch]
@@ -63,7 +63,7 @@ def test_each_crop_patch_lies_where_its_box_says():
     image = position_picture(224, 224)
     views = preprocess.image_views([image], TINY)
     assert views.crops.shape == (5, 81, 588) and views.crops.dtype == np.uint8
-    for patch, (_, x, y, _, _) in zip(views.crops[1:].reshape(-1, 14, 14, 3), views.patches[81:]):
+    for patch, (_, x, y, _, _) in zip(views.crops[1:].reshape(-1, 14, 14, 3), views.patch_boxes[81:]):
         assert np.array_equal(patch, image[round(y):round(y) + 14, round(x):round(x) + 14])
 
 
@@ -86,7 +86,7 @@ def test_boxes_tile_the_picture_at_any_size(config, height, width):
     assert views.sizes == [(width, height)]
     low = views.layout.index("<im_end>") - 1
     for windows in (views.pooling[:low], views.pooling[low:]):
-        number, x, y, w, h = views.patches[windows[windows >= 0]].T
+        number, x, y, w, h = views.patch_boxes[windows[windows >= 0]].T
         assert (number == 0).all() and np.isclose((w * h).sum(), height * width)
         columns, rows = round(width / w[0]), round(height / h[0])
         cells = set(zip((y / h).round().astype(int), (x / w).round().astype(int)))
@@ -195,7 +195,7 @@ def test_video_layout():
     assert views.layout == ["0.0 ", *frame, " 0.5 ", *frame, " 12.0 ", *frame]
     assert views.crops.shape == (3, 729, 588) and views.pooling.shape == (243, 9) and views.indexable.all()
     assert sorted(views.pooling.ravel()) == list(range(3 * 729))
-    assert views.patches[729].tolist() == [1, 0, 0, 64 / 27, 36 / 27]
+    assert views.patch_boxes[729].tolist() == [1, 0, 0, 64 / 27, 36 / 27]
     assert views.times == [0.0, 0.4667, 12.04] and views.sizes == [(64, 36)] * 3
 
 
@@ -824,7 +824,7 @@ def test_frames_before_an_image_have_crops_but_no_tokens():
     earlier = [preprocess.image_views([frame], TINY).crops for frame in frames[:3]]
     count = len(alone.crops)
     assert len(views.crops) == 4 * count > 4 and views.layout == alone.layout and views.sizes == alone.sizes
-    assert views.frames.tolist() == [0, 1, 2, 3] * count and alone.frames.tolist() == [-1] * count
+    assert views.n_past.tolist() == [0, 1, 2, 3] * count and alone.n_past.tolist() == [-1] * count
     for crop in range(count):
         for past in range(3):
             assert np.array_equal(views.crops[4 * crop + past], earlier[past][crop])
@@ -832,14 +832,14 @@ def test_frames_before_an_image_have_crops_but_no_tokens():
     grid = TINY.grid**2
     read = lambda made: [made.crops.reshape(-1, made.crops.shape[-1])[made.pooling[made.pooling >= 0]], made.patches[made.pooling[made.pooling >= 0]]]
     assert all(np.array_equal(a, b) for a, b in zip(read(views), read(alone)))
-    assert np.array_equal(views.pooling >= 0, alone.pooling >= 0) and len(views.patches) == 4 * count * grid
+    assert np.array_equal(views.pooling >= 0, alone.pooling >= 0) and len(views.patch_boxes) == 4 * count * grid
     first = preprocess.image_views(frames[:1], TINY, [])
-    assert first.frames.tolist() == [0] * len(first.crops) and np.array_equal(first.crops, preprocess.image_views(frames[:1], TINY).crops)
+    assert first.n_past.tolist() == [0] * len(first.crops) and np.array_equal(first.crops, preprocess.image_views(frames[:1], TINY).crops)
 
 
 def test_frames_of_a_video_are_numbered():
     """So that each finds those before it."""
-    assert preprocess.video_views([noise(30, 40)] * 3, [0, 1, 2], TINY).frames.tolist() == [0, 1, 2]
+    assert preprocess.video_views([noise(30, 40)] * 3, [0, 1, 2], TINY).n_past.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("images, before", [(1, [(30, 41)]), (2, [(30, 40)])])

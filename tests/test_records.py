@@ -233,7 +233,7 @@ def test_videos_are_read_at_their_own_times(tmp_path):
             "annotations": [{"task": "track", "label": "dog", "objects": [1]}]}
     record = parse(json.dumps(said), "a", tmp_path).load(VIEWS)
     assert record.times == pytest.approx([0, 0.5, 1, 1.5, 2]) and record.medium == "video"
-    assert [(p.picture, p.x) for p in data.pointed(record, record.annotations[0])] == [(0, 5), (1, 5.5), (4, 7)]
+    assert [(p.picture, p.x) for p in data.points_of(record, record.annotations[0])] == [(0, 5), (1, 5.5), (4, 7)]
     said["objects"][0]["points"].append({"time": 3000, "x": 1, "y": 1})
     with pytest.raises(ValueError, match="a point at 3000 s, the video ends at 2 s"):
         parse(json.dumps(said), "a", tmp_path).load(VIEWS)

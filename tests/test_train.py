@@ -33,7 +33,7 @@ def quick(monkeypatch):
             monkeypatch.setitem(STAGES, key, train.replace(stage, packs=2, tokens=600, pool=3, branches=2))
     monkeypatch.setattr(train, "SMALL_EVALUATION", 1)
     monkeypatch.setattr(evaluate, "LONGEST", {False: 16, True: 16})
-    monkeypatch.setattr(train, "LOOK_BATCH", 2)
+    monkeypatch.setattr(train, "VIT_BATCH", 2)
     return ["--steps", "3", "--eval-every", "3", "--workers", "0"]
 
 
@@ -223,7 +223,7 @@ def test_thirty_steps_learn_a_handful_of_scenes(tiny):
         trees.append(data.example(record, tokenizer, config, np.random.default_rng(0)))
         asked.append(data.prompts(tokenizer, views, [said.question for said in record.annotations]))
         for said in record.annotations:
-            pieces, rows = data.answer(said, record, views, config)
+            pieces, rows = data.answer_pieces(said, record, views, config)
             answers.append(Answer(tokenizer.encode_layout(pieces), rows.tolist(), "stop"))
     model, batch, history = Molmo(config).initialize(0), collate(trees), []
     optimisers = optimizers(model, config.optimizer)
@@ -408,7 +408,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(quick, tmp_path, monkeypa
 SMALL_RUN = """
 import sys
 import train
-train.STAGES["tiny", 2] = train.replace(train.STAGES["tiny", 2], packs=2, tokens=600, pool=3, branches=2, look=0, watch=())
+train.STAGES["tiny", 2] = train.replace(train.STAGES["tiny", 2], packs=2, tokens=600, pool=3, branches=2, vit_steps=0, watch=())
 train.main(["--stage", "2", "--steps", "14", "--workers", "1", "--save-every", "2", *sys.argv[1:]])
 """
 
@@ -547,13 +547,13 @@ def test_frozen_parts_stay_as_they_are(quick, tmp_path):
 
 def test_in_stage_1_the_vit_rests_once_it_has_looked(quick, tmp_path, monkeypatch):
     """After its own turn the ViT stays as it is, to the last bit; on data of one's own, where it has no such turn, it learns."""
-    look, looked = train.look, {}
+    pretrain, looked = train.pretrain_vit, {}
 
     def watched(run, state):
-        look(run, state)
+        pretrain(run, state)
         looked.update({name: p.detach().clone() for name, p in run.model.vit.named_parameters()})
 
-    monkeypatch.setattr(train, "look", watched)
+    monkeypatch.setattr(train, "pretrain_vit", watched)
     train.main(["--stage", "1", "--out", str(tmp_path / "a"), *quick])
     rested = dict(weights.load(tmp_path / "a/checkpoint")[0].vit.named_parameters())
     assert looked and all(torch.equal(rested[name], p) for name, p in looked.items())
