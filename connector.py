@@ -35,7 +35,7 @@ TEMPORAL = ("none", "add", "concat", "attention")
 
 @dataclass(frozen=True)
 class TemporalConfig:
-    """What a frame knows of those before it. (VideoMolmo; SPEC section 5.)"""
+    """What a frame knows of those before it. (VideoMolmo, arXiv 2506.05336.)"""
 
     mode: str = "none"      # add: the past is added; concat: it joins the keys of the pooling; attention: cross-attention
     history: int = 4        # frames before

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-import data
+import command
 from model import PRESETS, Batch, Molmo, MolmoConfig
 from tokenizer import RESERVED
 
@@ -99,8 +99,8 @@ def training_flops(config: MolmoConfig, work: Work) -> float:
 # nodes over 400 Gbit/s each.
 PEAK, MEMORY, NVLINK, NETWORK, NODE = 989e12, 80e9, 450e9, 50e9, 8
 EFFICIENCY = 0.5  # of the peak, while it computes: assumed
-EXAMPLES = 3.8    # in a pack (SPEC section 6)
-PUBLISHED = {"molmo2-4b": (490, 7500, 3200), "molmo2-8b": (780, 8100, 3300)}  # H100 hours of the stages (SPEC section 6)
+EXAMPLES = 3.8    # in a pack (Molmo2)
+PUBLISHED = {"molmo2-4b": (490, 7500, 3200), "molmo2-8b": (780, 8100, 3300)}  # H100 hours of the stages (Molmo2)
 
 
 def pack(config: MolmoConfig, tokens: int, crops: int) -> Work:
@@ -164,8 +164,8 @@ def print_plan(name: str, config: MolmoConfig, number: int, stage, gpus: int, co
 
 
 def main(argv: list[str] | None = None) -> None:
-    with data.one_line("costs.py"):
-        parser = data.Parser(prog="costs.py", description="What a preset costs: parameters, memory, arithmetic.")
+    with command.one_line("costs.py"):
+        parser = command.Parser(prog="costs.py", description="What a preset costs: parameters, memory, arithmetic.")
         parser.add_argument("--preset", choices=PRESETS, default="tiny")
         config = PRESETS[parser.parse_args(argv).preset]
         figures = parameters(config)

@@ -13,15 +13,11 @@ Synthetic sets are endless: record number i is a pure function of (seed, i), so 
 numbers can be held out for evaluation.
 """
 
-import argparse
-import os
 import re
 import sys
 import textwrap
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, count, islice
 from pathlib import Path
@@ -30,6 +26,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+import command
 import questions
 import screens
 import synthetic
@@ -52,7 +49,7 @@ from pointing import (
 )
 from preprocess import ViewConfig, Views, image_views, no_views, video_views, write_video
 from questions import Query
-from records import DEFAULT_FPS, TASKS, TRACKS, Annotation, Lines, Object, Record, Runs, dump, atomic_write
+from records import DEFAULT_FPS, TASKS, TRACKS, Annotation, Lines, Object, Record, Runs, dump
 from synthetic import Scene
 from tokenizer import Tokenizer
 
@@ -247,7 +244,7 @@ def read_answer(answer: Answer, tokenizer: Tokenizer, views: Views) -> tuple[str
     text = tokenizer.decode(answer.tokens)
     if answer.triples:
         after = (i + 1 for i, token in enumerate(answer.tokens) if token == tokenizer.special[VIT_LOC])
-        written = [tokenizer.decode(answer.tokens[i:i + 9]) for i in after]
+        written = [tokenizer.decode(answer.tokens[i:i + 9]) for i in after]  # an id has nine digits at most
         return text, grounded_points(answer.triples, written, patch_map(views))
     return text, read_text(text, places(views.times, len(views.sizes)), views.sizes)
 
@@ -321,7 +318,7 @@ SCENES = {
 }
 SETS = (*SCENES, "multi-image points", "screens", "text", "moments")
 
-# Category -> its synthetic sets. (SPEC section 6, the table of stage 2.)
+# Category -> its synthetic sets. (Molmo2, mixture of stage 2.)
 CATEGORIES = {"captions": ("image captions", "video captions"), "image qa": ("image qa",), "video qa": ("video qa",),
               "image pointing": ("image points", "multi-image points", "screens"), "video pointing": ("video points",),
               "video tracking": ("tracks",), "text": ("text",)}
@@ -362,64 +359,7 @@ def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, m
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. The manners of every command: bad input ends in one line
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)  # argparse itself would print its usage as well
-
-
-def number(kind: type, low: float, high: float):
-    """An argparse type: a number from `low` to `high`."""
-    def read(text: str):
-        try:
-            if low <= (value := kind(text)) <= high:
-                return value
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number "
-                                         f"from {low:g} to {high:g}")
-    return read
-
-
-def device(name: str) -> str:
-    """An argparse type: a device that this machine has."""
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name  # under torchrun each process has its own GPU
-    try:
-        torch.zeros(1, device=own).item()
-    except (RuntimeError, AssertionError):
-        raise argparse.ArgumentTypeError(f"{name}: not available on this machine: try cpu") from None
-    return name
-
-
-@contextmanager
-def one_line(program: str):
-    """Around a command: bad input ends in one line on stderr and exit status 2, warnings are one line each.
-    MOLMO_TRACEBACK=1 in the environment shows the traceback."""
-    def say(*words: object) -> None:
-        print(f"{program}:", *" ".join(map(str, words)).split(), file=sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("default", UserWarning)  # "default": once, however often the file is decoded
-        warnings.showwarning = lambda message, *_, **__: say("warning:", message)
-        try:
-            yield
-        except BrokenPipeError:  # nobody reads on, as after `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            raise SystemExit(141) from None
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None
-        except (OSError, ValueError, RuntimeError, MemoryError) as error:
-            if os.environ.get("MOLMO_TRACEBACK") == "1":
-                raise
-            say(error if str(error) else type(error).__name__)
-            raise SystemExit(2) from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. python data.py check, show, draw
+# 4. python data.py check, show, draw
 
 COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#e377c2", "#8c564b")
 
@@ -529,21 +469,21 @@ def write_set(name: str, folder: Path, n: int, seed: int, branches: int) -> Path
             grown = [(0, side % 2) for side in record.pictures[0].shape[:2]]  # as write_video grows odd sides
             for thing in record.objects.values():
                 thing.masks = {moment: Runs.of(np.pad(runs.mask(), grown)) for moment, runs in thing.masks.items()}
-            with atomic_write(folder / video) as part:
+            with command.atomic_write(folder / video) as part:
                 write_video(part, iter(record.pictures), 1 / (record.times[1] - record.times[0]))
         else:
             for number, picture in enumerate(record.pictures):
                 images.append(f"{stem}-{index}-{number + 1}.png")
-                with atomic_write(folder / images[-1]) as part:
+                with command.atomic_write(folder / images[-1]) as part:
                     Image.fromarray(picture).save(part)
         if record.before is not None:
             before = [f"{stem}-{index}-before{len(record.before) - number}.png" for number in range(len(record.before))]
             for path, picture in zip(before, record.before):
-                with atomic_write(folder / path) as part:
+                with command.atomic_write(folder / path) as part:
                     Image.fromarray(picture).save(part)
         lines.append(dump(record, images, video, before))
     path = folder / f"{stem}.jsonl"
-    with atomic_write(path) as part:
+    with command.atomic_write(path) as part:
         part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -571,32 +511,32 @@ def corpus(n: int, seed: int) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    with one_line("data.py"):
-        parser = Parser(prog="data.py", description="Looks at training data.")
-        commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    with command.one_line("data.py"):
+        parser = command.Parser(prog="data.py", description="Looks at training data.")
+        commands = parser.add_subparsers(dest="command", required=True, parser_class=command.Parser)
         for name, text in (("check", "names every bad line of a JSONL file, prints statistics"),
                            ("show", "draws the examples of a JSONL file"), ("draw", "writes a synthetic set as a JSONL file")):
             commands.add_parser(name, help=text, description=text)
         for name in ("check", "show"):
             commands.choices[name].add_argument("file", metavar="FILE.jsonl")
             commands.choices[name].add_argument("--checkpoint", default=HOME / "assets/tiny", help="the model whose crops and tokens these are")
-            commands.choices[name].add_argument("--max-frames", type=number(int, 1, 10**6), default=16,
+            commands.choices[name].add_argument("--max-frames", type=command.number(int, 1, 10**6), default=16,
                                                 help="of a video that are looked at: stage 2 of the tiny preset has 16, stage 3 32")
-            commands.choices[name].add_argument("--image-crops", type=number(int, 1, 10**4), help="of an image, at most (default: the model's own; "
+            commands.choices[name].add_argument("--image-crops", type=command.number(int, 1, 10**4), help="of an image, at most (default: the model's own; "
                                                 "training of the released presets has 8)")
-        commands.choices["check"].add_argument("--max-tokens", type=number(int, 1, 10**6), default=1024, help="that a pack holds")
-        commands.choices["check"].add_argument("--max-crops", type=number(int, 1, 10**6), default=20, help="that a pack holds")
-        commands.choices["show"].add_argument("--n", type=number(int, 1, 10**6), default=8, help="so many of the first lines")
+        commands.choices["check"].add_argument("--max-tokens", type=command.number(int, 1, 10**6), default=1024, help="that a pack holds")
+        commands.choices["check"].add_argument("--max-crops", type=command.number(int, 1, 10**6), default=20, help="that a pack holds")
+        commands.choices["show"].add_argument("--n", type=command.number(int, 1, 10**6), default=8, help="so many of the first lines")
         commands.choices["show"].add_argument("--out", type=Path, default=Path("out"), help="folder (default: %(default)s)")
         making = commands.choices["draw"]
         making.add_argument("set", choices=SETS, metavar="SET", help=", ".join(SETS))
         making.add_argument("out", type=Path, metavar="DIR")
-        making.add_argument("--n", type=number(int, 1, 10**6), default=8)
-        making.add_argument("--seed", type=number(int, 0, 2**32), default=0)
-        making.add_argument("--branches", type=number(int, 1, 100), default=6, help="annotations a record, at most")
+        making.add_argument("--n", type=command.number(int, 1, 10**6), default=8)
+        making.add_argument("--seed", type=command.number(int, 0, 2**32), default=0)
+        making.add_argument("--branches", type=command.number(int, 1, 100), default=6, help="annotations a record, at most")
         texts = commands.add_parser("corpus", help="prints texts to learn a vocabulary from, one a line")
-        texts.add_argument("--n", type=number(int, 1, 10**9), default=20_000)
-        texts.add_argument("--seed", type=number(int, 0, 2**32), default=0)
+        texts.add_argument("--n", type=command.number(int, 1, 10**9), default=20_000)
+        texts.add_argument("--seed", type=command.number(int, 0, 2**32), default=0)
         args = parser.parse_args(argv)
         if args.command == "corpus":
             print("\n".join(corpus(args.n, args.seed)))
@@ -615,7 +555,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for i in range(min(args.n, lines.size)):
             record = lines.record(i, config.views)
             path = args.out / f"{Path(args.file).stem}-{i + 1}.show.png"
-            with atomic_write(path) as part:
+            with command.atomic_write(path) as part:
                 sheet(record, tokenizer, config).save(part)
             print(f"wrote {path}")
         return 0

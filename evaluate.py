@@ -15,7 +15,7 @@ frames at whole seconds, and HOTA over all frames. "None" is recognised by an an
 exact match, and F1 of the words. Masks (VideoMolmo: every so-many-th frame is asked about on its own): J, F and J&F, with the
 masks of all that is meant in one.
 
-The figures are means over questions (SPEC section 7). Synthetic records come from seeds that training never uses.
+The figures are means over questions. Synthetic records come from seeds that training never uses.
 """
 
 import argparse
@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import command
 import data
 import vpos
 import weights
@@ -44,7 +45,7 @@ from model import Molmo
 from packing import collate
 from pointing import Point
 from preprocess import ViewConfig, Views
-from records import TASKS, TRACKS, Annotation, Lines, Record, atomic_write
+from records import TASKS, TRACKS, Annotation, Lines, Record
 from tokenizer import Tokenizer
 
 HOME = Path(__file__).resolve().parent
@@ -397,24 +398,24 @@ def by_kind_of_question(asked: Sequence[Asked]) -> dict[str, float]:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = data.Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
+    parser = command.Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", default=HOME / "assets/tiny", help="a folder written by train.py")
     parser.add_argument("--set", nargs="+", choices=[*data.SETS, *MASK_SETS], metavar="SET",
                         help=f"synthetic sets: {', '.join([*data.SETS, *MASK_SETS])} (default: stills clips)")
     parser.add_argument("--data", help="a JSONL file instead")
     parser.add_argument("--davis", metavar="FOLDER", help="a folder laid out as DAVIS instead (davis.py says how)")
     parser.add_argument("--expressions", metavar="FILE", help="of that folder (default: its meta_expressions.json)")
-    parser.add_argument("--every", type=data.number(int, 1, 10**6), help="for masks: frames between two questions (default: 6)")
+    parser.add_argument("--every", type=command.number(int, 1, 10**6), help="for masks: frames between two questions (default: 6)")
     parser.add_argument("--fusion", nargs="+", choices=list(FUSIONS), metavar="NAME",
                         help=f"for masks: {', '.join(FUSIONS)} (default: fused)")
     parser.add_argument("--oracle", action="store_true", help="for masks: from the true points, not from the model's")
     parser.add_argument("--sam2", metavar="FOLDER", help="for masks: SAM 2 with these weights (default: without weights)")
-    parser.add_argument("--records", type=data.number(int, 1, 10**6),
+    parser.add_argument("--records", type=command.number(int, 1, 10**6),
                         help="of each set (default: 300, three questions each, with masks 50; of a file all)")
-    parser.add_argument("--seed", type=data.number(int, 0, 2**32), default=EVALUATION_SEED)
-    parser.add_argument("--batch", type=data.number(int, 1, 10**4), default=24, help="questions at a time")
+    parser.add_argument("--seed", type=command.number(int, 0, 2**32), default=EVALUATION_SEED)
+    parser.add_argument("--batch", type=command.number(int, 1, 10**4), default=24, help="questions at a time")
     parser.add_argument("--json", help="also write figures and settings to this file")
-    parser.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=command.device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if args.data and args.davis:
         raise ValueError("--data and --davis: give one of them")
@@ -453,7 +454,7 @@ def settings_of(args: argparse.Namespace, model: Molmo, most: dict[str, int]) ->
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with data.one_line("evaluate.py"):
+    with command.one_line("evaluate.py"):
         args = arguments(argv)
         given = Lines(args.data) if args.data else Sequences(args.davis, args.expressions) if args.davis else None
         names = [args.data or args.davis] if given else args.set
@@ -483,7 +484,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 line = f"{title}: " + ", ".join(f"{key} {value:.3f}" for key, value in table.items())
                 print(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="    "))
             if args.json:  # after every set: what comes later may go wrong
-                with atomic_write(args.json) as part:
+                with command.atomic_write(args.json) as part:
                     part.write_text(json.dumps({"settings": settings, "figures": result}, indent=1) + "\n")
 
 

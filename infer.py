@@ -39,6 +39,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+import command
 import data
 import weights
 from masks import Growing, Masks, Points, Propagator, Sam2, shifted, through_time
@@ -75,28 +76,28 @@ MOST_ROWS = 40            # of points on the terminal; the JSON has all
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Raises ValueError if what it asks for makes no sense."""
-    parser = data.Parser(prog="infer.py", description=__doc__.split("\n")[0])
+    parser = command.Parser(prog="infer.py", description=__doc__.split("\n")[0])
     parser.add_argument("media", nargs="+", metavar="MEDIA", help="an image, several images or one video")
     parser.add_argument("prompt", metavar="PROMPT", help='for example "Point to the cups."')
-    parser.add_argument("--checkpoint", default=HOME / "assets/tiny", help="a folder written by train.py")
+    parser.add_argument("--checkpoint", default=HOME / "assets/tiny", help="a folder written by train.py, or of released weights")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default: %(default)s)")
     parser.add_argument("--json", choices=["-"], help="print the result as JSON and nothing else")
     parser.add_argument("--ask", action="append", default=[], metavar="PROMPT", help="another question; may be given again")
     parser.add_argument("--per-frame", action="store_true", help="ask about every sampled frame of a video on its own")
     parser.add_argument("--masks", action="store_true", help="the same, and a mask of every object in every frame of the video")
     parser.add_argument("--sam2", metavar="FOLDER", help="for masks: SAM 2 with these weights (default: colour and motion)")
-    parser.add_argument("--max-frames", type=data.number(int, 1, 10_000), help="at most so many are sampled from a video")
-    parser.add_argument("--fps", type=data.number(float, 0.001, 1000), help="frames sampled per second of a video")
+    parser.add_argument("--max-frames", type=command.number(int, 1, 10_000), help="at most so many are sampled from a video")
+    parser.add_argument("--fps", type=command.number(float, 0.001, 1000), help="frames sampled per second of a video")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: as in the checkpoint)")
     parser.add_argument("--int8", action="store_true", help="the language model's weights in eight bits")
     parser.add_argument("--released-inference", action="store_true",
                         help="a released MolmoPoint as its own inference code computes it, which is not as it was trained")
     parser.add_argument("--compile", action="store_true", help="compile the steps first, for a minute; on a GPU they become a CUDA graph")
-    parser.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=data.number(int, 0, 2**32), default=0, help="of the sampling")
-    parser.add_argument("--temperature", type=data.number(float, 0, 100), default=0, help="0 takes the likeliest token")
-    parser.add_argument("--top-p", type=data.number(float, 0.001, 1), default=0.95, help="for temperatures above 0")
-    parser.add_argument("--max-new-tokens", type=data.number(int, 1, 10_000), default=256)
+    parser.add_argument("--device", type=command.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=command.number(int, 0, 2**32), default=0, help="of the sampling")
+    parser.add_argument("--temperature", type=command.number(float, 0, 100), default=0, help="0 takes the likeliest token")
+    parser.add_argument("--top-p", type=command.number(float, 0.001, 1), default=0.95, help="for temperatures above 0")
+    parser.add_argument("--max-new-tokens", type=command.number(int, 1, 10_000), default=256)
     args = parser.parse_intermixed_args(argv)
     if not all(map(str.strip, (args.prompt, *args.ask))):
         raise ValueError("the prompt is empty: ask something")
@@ -337,9 +338,12 @@ def annotate(media: Media, points: Sequence[Point], folder: Path) -> None:
         Image.fromarray(draw(image, marks)).save(folder / f"{media.names[picture]}.points.png")
 
 
+GOLDEN = 0.381966  # the golden angle as a part of the circle
+
+
 def color(identity: int) -> tuple[int, int, int]:
     """Of an object: neighbouring numbers are far apart on the colour wheel."""
-    return tuple(round(255 * part) for part in hsv_to_rgb(identity * 0.381966 % 1, 0.85, 1.0)) if identity else (0, 0, 0)
+    return tuple(round(255 * part) for part in hsv_to_rgb(identity * GOLDEN % 1, 0.85, 1.0)) if identity else (0, 0, 0)
 
 
 PALETTE = [part for identity in range(256) for part in color(identity)]
@@ -419,7 +423,7 @@ def stopwatch():
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with data.one_line("infer.py"):
+    with command.one_line("infer.py"):
         # 1. What is asked
         args, lap, timing, speed = arguments(argv), stopwatch(), {}, Speed()
 

@@ -197,7 +197,10 @@ class Loader:
         after a change of processes they may be more than the packer holds."""
         self.packer.pool, after, skipped, in_a_row, packs, drawn = {}, start, set(), 0, [], 0
         for number, item in items:
-            drawn, after = (drawn, number + self.world) if number >= start else (drawn + 1, after)
+            if number >= start:
+                after = number + self.world
+            else:
+                drawn += 1  # of `first`
             try:
                 if isinstance(item, str):
                     raise ValueError(item)

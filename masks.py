@@ -9,9 +9,9 @@
        its own   fused   fused    fused                    its own
 
 Between two anchors each object has two masks: one carried forward from the left, one carried back from the right. If they
-agree, their intersection counts; if not, their union; if one is empty, the other. (VideoMolmo, temporal mask fusion; SPEC
-section 5. There the objects of an anchor have no names; here they keep them from anchor to anchor, because the carried
-masks say who is who, and every object is fused on its own.)
+agree, their intersection counts; if not, their union; if one is empty, the other. (VideoMolmo, temporal mask fusion. There the
+objects of an anchor have no names; here they keep them from anchor to anchor, because the carried masks say who is who,
+and every object is fused on its own.)
 
     segment, Growing   a point, or points through time -> masks, by colour and motion, without weights
     Sam2               the same by SAM 2
@@ -37,8 +37,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+import command
 from preprocess import ViewConfig
-from records import Lines, dump, atomic_write
+from records import Lines, dump
 
 Points = Mapping[int, tuple[float, float]]  # id -> x, y in pixels
 Masks = dict[int, np.ndarray]               # id -> (H, W) bool
@@ -493,7 +494,7 @@ def annotate_file(path: str, out: Path, segmenter: Callable[[np.ndarray, float, 
     lines, fits = Lines(path), []
     for index in range(lines.size):
         lines.line(index, pointless=True)  # a bad line is found before the first point
-    with atomic_write(out) as part, open(part, "w", encoding="utf-8") as file:
+    with command.atomic_write(out) as part, open(part, "w", encoding="utf-8") as file:
         for index in tqdm(range(lines.size), desc="annotate", leave=False, disable=None):
             line = lines.line(index, ViewConfig(fps=FRAMES_PER_SECOND, max_frames=100_000), pointless=True)
             record, rng = line.record, np.random.default_rng([seed, index])
@@ -513,14 +514,13 @@ def annotate_file(path: str, out: Path, segmenter: Callable[[np.ndarray, float, 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    import data  # for the manners of its commands
-    with data.one_line("masks.py"):
-        parser = data.Parser(prog="masks.py", description="Turns masks into points.")
-        command = parser.add_subparsers(dest="command", required=True, parser_class=data.Parser).add_parser("annotate")
-        command.add_argument("file", metavar="FILE.jsonl", help="objects with masks, with or without points")
-        command.add_argument("--out", type=Path, help="default: FILE.points.jsonl, in the same folder")
-        command.add_argument("--sam2", metavar="FOLDER", help="segment by SAM 2 with these weights (default: by colour)")
-        command.add_argument("--seed", type=data.number(int, 0, 2**32), default=0)
+    with command.one_line("masks.py"):
+        parser = command.Parser(prog="masks.py", description="Turns masks into points.")
+        annotate = parser.add_subparsers(required=True, metavar="annotate", parser_class=command.Parser).add_parser("annotate")
+        annotate.add_argument("file", metavar="FILE.jsonl", help="objects with masks, with or without points")
+        annotate.add_argument("--out", type=Path, help="default: FILE.points.jsonl, in the same folder")
+        annotate.add_argument("--sam2", metavar="FOLDER", help="segment by SAM 2 with these weights (default: by colour)")
+        annotate.add_argument("--seed", type=command.number(int, 0, 2**32), default=0)
         args = parser.parse_args(argv)
         out = args.out or Path(args.file).with_suffix(".points.jsonl")
         if not out.absolute().parent.is_dir() or out.is_dir():

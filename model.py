@@ -325,7 +325,9 @@ class Embedding(nn.Module):
 
 
 class Alone:
-    """One process does all the work on a batch. (`parallel.Context`: several share it out, tokens and pictures.)"""
+    """One process does all the work on a batch. `parallel.Context` has the same methods for several: `mask` wraps the
+    attention mask, `part` takes the own tokens, `whole` gathers all, `own` zeroes the loss weights of the others' tokens, and
+    `spread` runs a module on a share of the rows and gathers."""
 
     mask = part = whole = own = staticmethod(lambda x: x)
 
@@ -337,8 +339,8 @@ class Alone:
 class Molmo(nn.Module):
     def __init__(self, config: MolmoConfig):
         super().__init__()
-        c, self.context = config, Alone()
-        self.config = config
+        self.config = c = config
+        self.context = Alone()
         self.ids = c.token_ids()
         self.vit = ViT(c.vit)
         self.connector = Connector(c.connector, c.temporal, c.vit.feature_width, c.llm.width)

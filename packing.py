@@ -36,9 +36,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import command
 from model import PRESETS, Batch, Molmo
 
-IGNORED = 0      # target where there is no loss
+IGNORED = 0      # target where there is no loss, its weight being 0: any id would do
 CROP_VALUE = 30  # what a crop counts in tokens when the fullest pack is sought
 STEPS = 512      # a pack's tokens are counted in about so many steps, of 32 tokens at most: a smaller table, hardly a worse pack
 
@@ -74,8 +75,8 @@ class Example:
         return len(self.trunk) + sum(len(branch.tokens) - 1 for branch in self.branches)
 
 
-# category, answer tokens n, branches of its tree -> weight of every one of the n tokens. (SPEC section 6; Molmo2, on
-# token weights: without them long captions drown short answers.)
+# category, answer tokens n, branches of its tree -> weight of every one of the n tokens. (Molmo2, on token
+# weights; "released": its code. Without them long captions drown short answers.)
 WEIGHTS: dict[str, Callable[[str, int, int], float]] = {
     "paper": lambda category, n, branches: {"video caption": 0.1, "pointing": 0.2}.get(category, 4 / math.sqrt(n)),
     "released": lambda category, n, branches: 2 / math.sqrt(n) / math.sqrt(branches),
@@ -161,26 +162,25 @@ def fullest(tokens: Sequence[int], crops: Sequence[int], max_tokens: int, max_cr
     """The subset (indices, ascending) with the largest sum of tokens + 30 * crops that fits both limits: exact, but for
     tokens being counted in steps (`step_of`), rounded up.
 
-    best[t, c] is the largest value with t steps and c crops at most; items enter one by one, and what entered where is
+    best[s, c] is the largest value with s steps and c crops at most; items enter one by one, and what entered where is
     kept to walk back. 48 items, 512 x 128 limits: three million additions.
     """
     step = step_of(max_tokens)
-    room = (max_tokens // step, max_crops)
+    steps, room = [-(-t // step) for t in tokens], (max_tokens // step, max_crops)
     best = np.zeros((room[0] + 1, room[1] + 1), np.int32)
     taken = np.zeros((len(tokens), *best.shape), bool)
-    for i, (t, c) in enumerate(zip(tokens, crops)):
-        steps = -(-t // step)
-        if steps > room[0] or c > room[1]:
+    for i, (t, s, c) in enumerate(zip(tokens, steps, crops)):
+        if s > room[0] or c > room[1]:
             continue
-        with_it = best[:room[0] + 1 - steps, :room[1] + 1 - c] + (t + CROP_VALUE * c)
-        without = best[steps:, c:]
-        np.greater(with_it, without, out=taken[i, steps:, c:])
-        best[steps:, c:] = np.maximum(with_it, without)
-    chosen, (t, c) = [], room
-    for i in range(len(tokens) - 1, -1, -1):
-        if taken[i, t, c]:
+        with_it = best[:room[0] + 1 - s, :room[1] + 1 - c] + (t + CROP_VALUE * c)
+        without = best[s:, c:]
+        np.greater(with_it, without, out=taken[i, s:, c:])
+        best[s:, c:] = np.maximum(with_it, without)
+    chosen, (s, c) = [], room
+    for i in reversed(range(len(tokens))):
+        if taken[i, s, c]:
             chosen.append(i)
-            t, c = t + -tokens[i] // step, c - crops[i]
+            s, c = s - steps[i], c - crops[i]
     return chosen[::-1]
 
 
@@ -247,12 +247,12 @@ def main(argv: list[str] | None = None) -> None:
     import loading
     from tokenizer import Tokenizer
 
-    with data.one_line("packing.py"):
-        parser = data.Parser(prog="packing.py", description="How full packs are, and what trees and packing are worth here.")
-        parser.add_argument("--examples", type=data.number(int, 48, 10**6), default=400)
-        parser.add_argument("--branches", type=data.number(int, 1, 100), default=10)
-        parser.add_argument("--max-tokens", type=data.number(int, 64, 10**6), default=2048)
-        parser.add_argument("--max-crops", type=data.number(int, 1, 10**6), default=32)
+    with command.one_line("packing.py"):
+        parser = command.Parser(prog="packing.py", description="How full packs are, and what trees and packing are worth here.")
+        parser.add_argument("--examples", type=command.number(int, 48, 10**6), default=400)
+        parser.add_argument("--branches", type=command.number(int, 1, 100), default=10)
+        parser.add_argument("--max-tokens", type=command.number(int, 64, 10**6), default=2048)
+        parser.add_argument("--max-crops", type=command.number(int, 1, 10**6), default=32)
         args = parser.parse_args(argv)
         tokenizer = Tokenizer.load(Path(__file__).resolve().parent / "assets/tokenizer.json")
         sets = loading.synthetic_sets(data.RATES, 0, args.branches)

@@ -17,7 +17,7 @@ without pictures runs ViT, connector and pointing head on nothing, so that nobod
 
     whole loss = sum over processes of their weighted sums / (mean over processes of the summed weights)
 
-which the mean of gradients over processes turns into the gradient of (all weighted sums) / (all weights). (SPEC section 6.)
+which the mean of gradients over processes turns into the gradient of (all weighted sums) / (all weights).
 
 B sequences, T tokens, C processes in a context group.
 """

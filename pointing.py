@@ -53,14 +53,14 @@ class Point(NamedTuple):
 class PatchMap:
     """Where the patch in every slot of every visual token lies, for going from pixels to targets and back.
 
-    boxes (N*S, 5): picture, x, y, width, height of each patch's box in pixels; pooling (M, K) into them, -1 = empty;
+    patch_boxes (N*S, 5): picture, x, y, width, height of each patch's box in pixels; pooling (M, K) into them, -1 = empty;
     indexable (M,) bool: the visual tokens that may be pointed at.
     """
 
-    def __init__(self, boxes: np.ndarray, pooling: np.ndarray, indexable: np.ndarray):
-        self.patches, self.pooling = boxes, pooling
+    def __init__(self, patch_boxes: np.ndarray, pooling: np.ndarray, indexable: np.ndarray):
+        self.patch_boxes, self.pooling = patch_boxes, pooling
         self.tokens, self.slots = np.nonzero((pooling >= 0) & indexable[:, None])
-        self.boxes = boxes[pooling[self.tokens, self.slots]]
+        self.boxes = patch_boxes[pooling[self.tokens, self.slots]]
 
     def target(self, picture: int, x: float, y: float) -> tuple[int, int, int]:
         """Pixel -> (visual token, slot, location 3 * column + row); the nearest patch if the point lies outside."""
@@ -75,7 +75,7 @@ class PatchMap:
 
     def pixel(self, token: int, slot: int, location: int) -> tuple[int, float, float]:
         """(visual token, slot, location) -> (picture, x, y), the middle of that ninth of the patch."""
-        picture, left, top, width, height = self.patches[self.pooling[token, slot]]
+        picture, left, top, width, height = self.patch_boxes[self.pooling[token, slot]]
         column, row = divmod(location, 3)
         return int(picture), float(left + (column + 0.5) / 3 * width), float(top + (row + 0.5) / 3 * height)
 
@@ -126,7 +126,7 @@ class PointConfig:
     rope_theta: float = 50_000.0
     locations: int = 9        # thirds of a patch: 3 * column + row
     norm_eps: float = 1e-6
-    released_inference: bool = False  # as the released inference code computes, where it differs from the training code
+    released_inference: bool = False  # as the released inference code computes, where that differs from ours
 
 
 class Sight(NamedTuple):
@@ -183,8 +183,8 @@ class PointPredictor(nn.Module):
         sqrt(number of keys), which makes the same choice, but was another temperature in training.)
         """
         keys = torch.cat([keys, self.no_more_points[None].to(keys.dtype)])
-        return self.rotated(self.patch_q(x), index) @ keys.T / (len(keys) if self.config.released_inference
-                                                             else self.config.width) ** 0.5
+        scale = len(keys) if self.config.released_inference else self.config.width
+        return self.rotated(self.patch_q(x), index) @ keys.T / scale**0.5
 
     def slot_scores(self, x: Tensor, windows: Tensor, valid: Tensor) -> Tensor:
         """x (G, d), windows (G, K, v) of the chosen tokens, valid (G, K) -> (G, K), -inf in empty slots."""

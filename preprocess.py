@@ -60,7 +60,7 @@ class ViewConfig:
     margins: tuple[int, int] = (4, 4)  # patches given away to the neighbour on the left/top, right/bottom
     image_pool: int = 2             # side of an image's pool window, in patches
     video_pool: int = 3             # the same for a frame
-    max_crops: int = 24             # of the tiling of an image (K)
+    max_crops: int = 24             # of the tiling of an image
     max_frames: int = 128           # sampled from a video
     fps: float = 2.0                # sampled frames per second, if max_frames allows
     low_res_pointing: bool = False  # may tokens of the whole-picture crop be pointed at? Molmo2 yes, MolmoPoint no
@@ -155,17 +155,17 @@ class _Collector:
 
     def add(self, number: int, tiling: tuple[int, int]) -> tuple[int, int]:
         """Cut picture `number` into a tiling of crops; returns the rows and columns of its visual tokens."""
-        shown = [*(self.before or ()), self.pictures[number]]  # crop by crop, each after what was there before
-        cuts = [cut(picture, tiling, self.config) for picture in shown]
-        boxes, grid = cuts[-1][1].reshape(-1, 1, self.config.grid ** 2, 4), self.config.grid ** 2
-        boxes = np.broadcast_to(boxes, (len(boxes), len(shown), grid, 4)).reshape(-1, 4)
-        ids = patch_map(tiling, self.config)
-        ids = (ids // grid * len(shown) + len(shown) - 1) * grid + ids % grid
-        windows = pool_windows(self.patch_count + ids, self.pool)
-        self.crops.append(np.stack([crops for crops, _ in cuts], axis=1).reshape(-1, *cuts[0][0].shape[1:]))
+        shown = [*(self.before or ()), self.pictures[number]]  # oldest first; tokens pool patches of the last alone
+        n, S = len(shown), self.config.grid ** 2
+        crops, boxes = zip(*(cut(picture, tiling, self.config) for picture in shown))
+        crops = np.stack(crops, axis=1).reshape(-1, *crops[0].shape[1:])  # the crops of one place stand together
+        boxes = np.repeat(boxes[-1].reshape(-1, S, 4), n, axis=0).reshape(-1, 4)
+        crop, patch = np.divmod(patch_map(tiling, self.config), S)
+        windows = pool_windows(self.patch_count + (crop * n + n - 1) * S + patch, self.pool)
+        self.crops.append(crops)
         self.patch_boxes.append(np.column_stack([np.full(len(boxes), number), boxes]))
         self.pooling.append(windows.reshape(-1, self.pool ** 2))
-        self.n_past.append(np.tile(np.arange(len(shown)) if self.before is not None else -1, tiling[0] * tiling[1]))
+        self.n_past.append(np.tile(np.arange(n) if self.before is not None else -1, tiling[0] * tiling[1]))
         self.patch_count += len(boxes)
         return windows.shape[:2]
 

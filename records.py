@@ -22,8 +22,7 @@ video lie far apart) is left out. `TASKS` names all tasks and what they need.
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -426,17 +425,6 @@ def dump(record: Record, images: Sequence[str] = (), video: str | None = None, b
     seen = {"objects": objects} if objects else {}
     return json.dumps({"id": record.name} | media | extra | seen | {"annotations": annotations})
 
-
-@contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Around the writing of a file: yields another name to write to; the file has its own once it is complete, or not at all."""
-    path = Path(path)
-    part = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class Lines:

@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+import command
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Words: kinds, colours, backgrounds
 # ---------------------------------------------------------------------------------------------------------------------
@@ -556,8 +558,7 @@ def _strip(scene: Scene, asked: list) -> Image.Image:
 
 
 def _show(args: argparse.Namespace) -> None:
-    import records  # later files, here only
-    from questions import queries
+    from questions import queries  # a later file, here only
     scenes = [(clip if args.video else still)(args.seed, args.index + i) for i in range(8)]
     rng = _generator(args.seed, args.index, 3)
     strips = [_strip(scene, queries(scene, rng, len(MARKS))) for scene in scenes]
@@ -566,7 +567,7 @@ def _show(args: argparse.Namespace) -> None:
     for strip in strips:
         sheet.paste(strip, (0, top))
         top += strip.height
-    with records.atomic_write(args.out) as part:
+    with command.atomic_write(args.out) as part:
         sheet.save(part)
 
 
@@ -598,31 +599,29 @@ def _track(made: World, truth: Scene, thing: int) -> list[dict]:
 
 def _cups(args: argparse.Namespace) -> None:
     from preprocess import write_video  # here only: drawing needs no video library
-    from records import atomic_write
 
     made, fps, folder = cups_world(), 24, Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     frames = (made.film(np.array([time])).frames[0] for time in frame_times(fps, made.seconds))
-    with atomic_write(folder / "cups.mp4") as part:
+    with command.atomic_write(folder / "cups.mp4") as part:
         write_video(part, frames, fps)
 
     truth = made.film(frame_times(2.0, made.seconds))
     height, width = truth.frames.shape[1:3]
     things = [{"id": i, "kind": thing.kind, "color": thing.color, "track": _track(made, truth, i)}
               for i, thing in enumerate(made.things)]
-    with atomic_write(folder / "cups.json") as part:
+    with command.atomic_write(folder / "cups.json") as part:
         part.write_text(json.dumps({"size": [width, height], "fps": fps, "seconds": made.seconds, "things": things}))
 
 
 def main() -> None:
-    import data  # a later file, for the manners of its commands
-    with data.one_line("synthetic.py"):
-        parser = data.Parser(prog="synthetic.py", description="Worlds drawn by code, with their exact truth.")
-        commands = parser.add_subparsers(required=True, metavar="show|cups", parser_class=data.Parser)
+    with command.one_line("synthetic.py"):
+        parser = command.Parser(prog="synthetic.py", description="Worlds drawn by code, with their exact truth.")
+        commands = parser.add_subparsers(required=True, metavar="show|cups", parser_class=command.Parser)
         show = commands.add_parser("show", help="draw a sheet of scenes with queries and their targets")
         show.add_argument("out", help="the picture to write")
-        show.add_argument("--seed", type=data.number(int, 0, 2**32), default=0)
-        show.add_argument("--index", type=data.number(int, 0, 10**9), default=0, help="of the first scene")
+        show.add_argument("--seed", type=command.number(int, 0, 2**32), default=0)
+        show.add_argument("--index", type=command.number(int, 0, 10**9), default=0, help="of the first scene")
         show.add_argument("--video", action="store_true", help="clips instead of stills")
         show.set_defaults(run=_show)
         cups = commands.add_parser("cups", help="write the sample clip cups.mp4 and its truth cups.json")

@@ -22,6 +22,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import command
+
 CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # the last rows of the base vocabulary
 EXTRA_TOKENS = (  # extra token i has id base_size + i
     "<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<|image|>", "<im_low>",  # images
@@ -318,10 +320,9 @@ def read_corpus(path: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; bad input ends in one line on standard error and status 2."""
-    import data  # a later file, for the manners of its commands
-    with data.one_line("tokenizer.py"):
-        parser = data.Parser(prog="tokenizer.py", description="Train or look at a byte-level BPE tokenizer.")
-        commands = parser.add_subparsers(dest="command", required=True, parser_class=data.Parser)
+    with command.one_line("tokenizer.py"):
+        parser = command.Parser(prog="tokenizer.py", description="Train or look at a byte-level BPE tokenizer.")
+        commands = parser.add_subparsers(dest="command", required=True, parser_class=command.Parser)
         train = commands.add_parser("train", help="learn merges from a UTF-8 text file")
         train.add_argument("corpus", type=Path)
         train.add_argument("out", type=Path)

@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import costs
+import command
 import data
 import loading
 import parallel
@@ -49,7 +50,7 @@ from evaluate import evaluate, fresh
 from model import POINTS_AS, PRESETS, Molmo, MolmoConfig
 from packing import Packer
 from parallel import World
-from records import Lines, atomic_write
+from records import Lines
 from tokenizer import Tokenizer
 
 HOME = Path(__file__).resolve().parent
@@ -91,7 +92,9 @@ def per_part(*values):
     return dict(zip(PARTS, values))
 
 
-# SPEC section 6: learning rates of ViT, connector, LLM, pointing head.
+# Learning rates of ViT, connector, LLM, pointing head. (Molmo2, MolmoPoint; the LLM's of stage 1 is that of the released script,
+# the paper prints 2e-4.)
+#         steps, packs, tokens, crops, frames, rates, weights, lr and warm-up of (ViT, connector, LLM, point), watch
 RELEASED = {
     1: Stage(32_000, 128, 2_560, 32, 1, {"image captions": 60, "image pointing": 30, "text": 10}, "paper",
              per_part(6e-6, 2e-4, 2e-5, 1e-4), per_part(2000, 200, 2000, 200), image_crops=8, drop_responses_only=True),
@@ -133,7 +136,7 @@ STAGES = {("tiny", n): stage for n, stage in TINY.items()} | {("small", n): stag
 
 
 def parse(argv: list[str] | None):
-    parser = data.Parser(prog="train.py", description=__doc__.split("\n")[0])
+    parser = command.Parser(prog="train.py", description=__doc__.split("\n")[0])
     parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), required=True)
     parser.add_argument("--preset", default="tiny", choices=sorted({name for name, _ in STAGES}))
     parser.add_argument("--points-as", choices=POINTS_AS, help="how a new model writes points (default: tokens)")
@@ -146,18 +149,18 @@ def parse(argv: list[str] | None):
     parser.add_argument("--temporal-init", choices=("zero", "xavier"), help="of a new module (default: zero)")
     parser.add_argument("--missing", choices=("black", "masked"), help="what stands for frames before the first (default: black)")
     parser.add_argument("--out", help="run folder (default: runs/stage<N>)")
-    parser.add_argument("--steps", type=data.number(int, 1, 10**9), help="instead of the stage's own number")
-    parser.add_argument("--accumulate", type=data.number(int, 1, 10**6),
+    parser.add_argument("--steps", type=command.number(int, 1, 10**9), help="instead of the stage's own number")
+    parser.add_argument("--accumulate", type=command.number(int, 1, 10**6),
                         help="parts of a step, for less memory (default: 1, of the large presets a pack of each process at a time)")
-    parser.add_argument("--seed", type=data.number(int, 0, 10_000), default=0, help="of the weights and of the scenes")
-    parser.add_argument("--eval-every", type=data.number(int, 1, 10**9), default=400, help="steps between small evaluations")
-    parser.add_argument("--save-every", type=data.number(int, 1, 10**9), default=200, help="steps between checkpoints")
-    parser.add_argument("--workers", type=data.number(int, 0, 256), default=8 if torch.cuda.is_available() else 1,
+    parser.add_argument("--seed", type=command.number(int, 0, 10_000), default=0, help="of the weights and of the scenes")
+    parser.add_argument("--eval-every", type=command.number(int, 1, 10**9), default=400, help="steps between small evaluations")
+    parser.add_argument("--save-every", type=command.number(int, 1, 10**9), default=200, help="steps between checkpoints")
+    parser.add_argument("--workers", type=command.number(int, 0, 256), default=8 if torch.cuda.is_available() else 1,
                         help="processes that draw scenes or read files")
-    parser.add_argument("--context-parallel", type=data.number(int, 1, 1024), default=1, metavar="C",
+    parser.add_argument("--context-parallel", type=command.number(int, 1, 1024), default=1, metavar="C",
                         help="so many processes share every batch (torchrun)")
-    parser.add_argument("--plan", type=data.number(int, 1, 10**6), metavar="GPUS", help="print what the stage takes on so many, and end")
-    parser.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--plan", type=command.number(int, 1, 10**6), metavar="GPUS", help="print what the stage takes on so many, and end")
+    parser.add_argument("--device", type=command.device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
 
@@ -244,7 +247,7 @@ class Log:
             except (ValueError, KeyError, TypeError):
                 pass  # a kill may cut the last
         self.start = time.time() - (self.lines[-1]["seconds"] if self.lines else 0)
-        with atomic_write(path) as part:
+        with command.atomic_write(path) as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         self.file = open(path, "a")
 
@@ -270,7 +273,7 @@ class Log:
             title = "log10 " if scale is not float else ""
             curves = {title + n: thinned([(line["step"], scale(line[n])) for line in self.lines if n in line]) for n in names}
             plot(sheet, x, width, height, curves)
-        with atomic_write(self.folder / "curves.png") as part:
+        with command.atomic_write(self.folder / "curves.png") as part:
             sheet.save(part)
 
 
@@ -431,7 +434,7 @@ def pretrain_vit(run: Run, state: dict[str, np.ndarray] | None):
 
 
 def main(argv: list[str] | None = None):
-    with data.one_line("train.py"):
+    with command.one_line("train.py"):
         with parallel.said_once():
             args = parse(argv)
         if args.plan:
@@ -462,7 +465,7 @@ def prepare(args: argparse.Namespace, world: World):
         raise ValueError("--temporal-init and --missing go with --temporal")
     if args.points_as == "tags" and args.stage in (2, 3):
         raise ValueError("--points-as tags: they mark points in one picture; stages 2 and 3 have videos and several images")
-    seed, folder = args.stage + 100 * args.seed, run_folder(args)
+    seed, folder = args.stage + 100 * args.seed, run_folder(args)  # every stage draws other scenes; below evaluate.EVALUATION_SEED
     state = weights.load_training(folder / "checkpoint") if args.resume else None
     weights.recover(folder / "checkpoint")  # a kill may have left it beside its name
     if not args.resume and (folder / "checkpoint").exists():
@@ -471,8 +474,25 @@ def prepare(args: argparse.Namespace, world: World):
                 "data": args.data, "temporal": args.temporal, "temporal-init": args.temporal_init, "missing": args.missing}
     if state:
         same_run(settings, json.loads(str(state["settings"])) if "loaders" in state else {}, folder)
-    if args.init or state:
-        model, tokenizer = weights.load(folder / "checkpoint" if state else args.init)
+    model, tokenizer = model_for(args, folder, state is not None)
+    if args.temporal and not state:
+        temporal = replace(model.config.temporal, mode=args.temporal, missing=args.missing or model.config.temporal.missing)
+        if args.temporal_init and temporal.mode == model.config.temporal.mode:
+            raise ValueError(f"--temporal-init: the checkpoint has learned {temporal.mode}, it stays")
+        model = model.with_temporal(temporal, args.temporal_init or "zero", args.seed)
+    if model.config.llm.heads % world.context:
+        raise ValueError(f"--context-parallel {world.context}: {model.config.llm.heads} heads cannot be shared out evenly")
+    views = replace(model.config.views, max_frames=stage.frames)
+    model.config = replace(model.config, views=views)
+    views = replace(views, max_crops=stage.image_crops or views.max_crops)  # in training only
+    loader = make_loader(stage, seed, tokenizer, replace(model.config, views=views), args, world, accumulate)
+    return stage, settings, state, model.train(), tokenizer, loader
+
+
+def model_for(args: argparse.Namespace, folder: Path, resumes: bool):
+    """-> model, tokenizer: of the run in the folder, of --init, or new. ValueError if they do not fit the preset."""
+    if args.init or resumes:
+        model, tokenizer = weights.load(folder / "checkpoint" if resumes else args.init)
         shape, pointing = attrgetter("llm.width", "llm.layers", "llm.vocabulary"), model.config.points_as == "tokens"
         (width, layers, rows), own = shape(PRESETS[args.preset]), shape(model.config)
         if own != (width, layers, rows):
@@ -481,7 +501,7 @@ def prepare(args: argparse.Namespace, world: World):
         if args.preset not in LIGHT and pointing != (PRESETS[args.preset].points_as == "tokens"):
             raise ValueError(f"--preset {args.preset}: the checkpoint is of the other family, it writes points as {model.config.points_as}")
         has, wanted = model.config.points_as, args.points_as or model.config.points_as
-        if has != wanted and (state or "tokens" in (has, wanted)):  # only these have a pointing head
+        if has != wanted and (resumes or "tokens" in (has, wanted)):  # only these have a pointing head
             raise ValueError(f"--points-as {wanted}: the checkpoint writes points as {has}")
         model.config = replace(model.config, points_as=wanted)
         if args.preset not in LIGHT:  # released folders are for inference: they name no dropout, or none that training had
@@ -498,18 +518,7 @@ def prepare(args: argparse.Namespace, world: World):
             config = replace(config, points_as=args.points_as, views=replace(config.views, low_res_pointing=True),
                              connector=replace(config.connector, output_layer=True))
         model = Molmo(config).initialize(args.seed)
-    if args.temporal and not state:
-        temporal = replace(model.config.temporal, mode=args.temporal, missing=args.missing or model.config.temporal.missing)
-        if args.temporal_init and temporal.mode == model.config.temporal.mode:
-            raise ValueError(f"--temporal-init: the checkpoint has learned {temporal.mode}, it stays")
-        model = model.with_temporal(temporal, args.temporal_init or "zero", args.seed)
-    if model.config.llm.heads % world.context:
-        raise ValueError(f"--context-parallel {world.context}: {model.config.llm.heads} heads cannot be shared out evenly")
-    views = replace(model.config.views, max_frames=stage.frames)
-    model.config = replace(model.config, views=views)
-    views = replace(views, max_crops=stage.image_crops or views.max_crops)  # in training only
-    loader = make_loader(stage, seed, tokenizer, replace(model.config, views=views), args, world, accumulate)
-    return stage, settings, state, model.train(), tokenizer, loader
+    return model, tokenizer
 
 
 def run_folder(args: argparse.Namespace) -> Path:

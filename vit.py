@@ -2,13 +2,13 @@
 
     crops (N, S, 3P²)  ->  Linear + position table  ->  block 0 ... block i ... block j
                                                                     |           |
-                                                    features (N, S, 2v) = [ block j | block i ]
+                                                    features (N, S, v) = [ block j | block i ]
 
 Pre-norm blocks, biases everywhere, no class token, no final norm. A crop is a row of patches, S = grid * grid; pictures
 never meet here, so N counts crops of the whole batch. Molmo2 taps the third- and the ninth-from-last block: two depths of
 the same patch, one more abstract than the other. Blocks after the deepest tap are never built.
 
-N crops, S patches per crop, P patch side in pixels, v width.
+N crops, S patches per crop, P patch side in pixels, e width of a block, v = taps * e.
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PATCHES_AT_ONCE = {False: 1500, True: 50_000}  # on a CPU what its caches hold: two crops of 27x27; on a GPU 68 of them
+PATCHES_AT_ONCE = {"cpu": 1500, "cuda": 50_000}  # on a CPU what its caches hold: two crops of 27x27; on a GPU 68 of them
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    width: int = 1152        # v
+    width: int = 1152        # e
     layers: int = 27         # of the original network; those after the deepest tap are left out
     heads: int = 16
     mlp_hidden: int = 4304
@@ -49,7 +49,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
-        return self.wo(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (N, S, v)
+        return self.wo(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (N, S, e)
 
 
 class FeedForward(nn.Module):
@@ -84,7 +84,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(max(c.tapped) + 1))
 
     def positions(self, patches: int) -> Tensor:
-        """The position table (S, v), resized when crops have another (square) grid than it was made for."""
+        """The position table (S, e), resized when crops have another (square) grid than it was made for."""
         if patches == self.config.grid**2:
             return self.positional_embedding
         table = self.positional_embedding.unflatten(0, (self.config.grid, -1)).permute(2, 0, 1)[None]
@@ -93,9 +93,9 @@ class ViT(nn.Module):
         return table[0].flatten(1).T
 
     def forward(self, crops: Tensor) -> Tensor:
-        """(N, S, 3P²) uint8 pixels, each patch flattened (row, column, channel) -> (N, S, taps * v) features. For an answer
+        """(N, S, 3P²) uint8 pixels, each patch flattened (row, column, channel) -> (N, S, v) features. For an answer
         a few crops at a time: crops never meet here, so only the features of a long video need memory, not all its layers."""
-        at_once = max(PATCHES_AT_ONCE[crops.is_cuda] // crops.shape[1], 1)
+        at_once = max(PATCHES_AT_ONCE[crops.device.type] // crops.shape[1], 1)
         if not torch.is_inference_mode_enabled() or len(crops) <= at_once:
             return self.features(crops)
         features = self.positional_embedding.new_empty(*crops.shape[:2], self.config.feature_width)

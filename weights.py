@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import data
+import command
 from connector import ConnectorConfig, TemporalConfig
 from model import LLMConfig, Molmo, MolmoConfig, Yarn
 from pointing import PointConfig
@@ -575,8 +575,8 @@ def _released_files(config: MolmoConfig, tokenizer: Tokenizer) -> dict[str, dict
 
 
 def main(argv: list[str] | None = None) -> None:
-    with data.one_line("weights.py"):
-        parser = data.Parser(prog="weights.py", description="Writes a checkpoint in the released layout.")
+    with command.one_line("weights.py"):
+        parser = command.Parser(prog="weights.py", description="Writes a checkpoint in the released layout.")
         parser.add_argument("checkpoint", help="a folder of either sort")
         parser.add_argument("out", help="the folder to write")
         args = parser.parse_args(argv)

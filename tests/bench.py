@@ -28,6 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 import bench_train  # noqa: E402
 import bench_video  # noqa: E402
+import command  # noqa: E402
 import data  # noqa: E402
 import synthetic  # noqa: E402
 import weights  # noqa: E402
@@ -208,14 +209,14 @@ def infer(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with data.one_line("bench.py"):
+    with command.one_line("bench.py"):
         args = parse(argv)
         args.run(args)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = data.Parser(prog="bench.py", description=__doc__.split("\n")[0])
-    parts = parser.add_subparsers(dest="what", required=True, parser_class=data.Parser)
+    parser = command.Parser(prog="bench.py", description=__doc__.split("\n")[0])
+    parts = parser.add_subparsers(dest="what", required=True, parser_class=command.Parser)
     part = parts.add_parser("infer", help="reading and writing")
     part.add_argument("--quick", action="store_true", help="fewer repetitions, no compilation")
     part.add_argument("--json", metavar="FILE", help="all figures")

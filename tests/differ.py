@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import attention  # noqa: E402
+import command  # noqa: E402
 import data  # noqa: E402
 import weights  # noqa: E402
 from attention import MaskIds  # noqa: E402
@@ -167,7 +168,7 @@ def causal_only(q: MaskIds, k: MaskIds) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = data.Parser(prog="differ.py", description=__doc__.split("\n")[0])
+    parser = command.Parser(prog="differ.py", description=__doc__.split("\n")[0])
     parser.add_argument("--break", dest="broken", action="store_true", help="switch the bidirectional rule off here")
     args = parser.parse_args()
     if find_spec("transformers") is None:
@@ -188,5 +189,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    with data.one_line("differ.py"):
+    with command.one_line("differ.py"):
         main()

@@ -2,12 +2,9 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +25,7 @@ from model import PRESETS, LLMConfig, MolmoConfig
 from packing import Packer, collate, lay_out
 from pointing import TOKEN_INDEX, Point
 from preprocess import ViewConfig
-from records import TASKS, Annotation, Lines, Object, Record, atomic_write
+from records import TASKS, Annotation, Lines, Object, Record
 from tokenizer import Tokenizer
 from vit import ViTConfig
 
@@ -626,32 +623,3 @@ def test_tags_are_for_one_picture():
     record = next(evaluate.fresh("clips", 1, VIEWS))
     with pytest.raises(ValueError, match="ask frame by frame"):
         data.example(record, TOKENIZER, replace(PRESETS["tiny"], points_as="tags"), np.random.default_rng(0))
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    """What ends in the middle leaves the old file and no other; another name is where the new one grows."""
-    path = tmp_path / "a.png"
-    with atomic_write(path) as part:
-        part.write_text("old")
-        assert part.suffix == ".png" and not path.exists()
-    with pytest.raises(KeyboardInterrupt), atomic_write(path) as part:
-        part.write_text("ne")
-        raise KeyboardInterrupt
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_ctrl_c_ends_a_command_without_a_word(capsys):
-    """As every other ending, it shows no traceback; the status is a shell's for it."""
-    with pytest.raises(SystemExit) as end:
-        with data.one_line("x"):
-            raise KeyboardInterrupt
-    assert end.value.code == 130 and capsys.readouterr() == ("", "")
-
-
-def test_a_reader_that_goes_away_is_no_error():
-    """A program whose output nobody reads any more, as after `| head`, ends without a word."""
-    program = "import data, sys\nwith data.one_line('x'):\n    while True:\n        print('line', flush=True)"
-    run = subprocess.Popen([sys.executable, "-c", program], cwd=Path(data.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert run.stdout.readline()
-    run.stdout.close()
-    assert run.stderr.read() == b"" and run.wait(60) == 141

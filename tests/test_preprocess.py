@@ -174,9 +174,9 @@ def test_several_images_are_labelled_and_patch_ids_go_on():
     both = preprocess.image_views(images, TINY)
     assert both.layout == ["Image 1", *one.layout, "Image 2", *two.layout]
     assert np.array_equal(both.crops, np.concatenate([one.crops, two.crops]))
-    moved = np.where(two.pooling < 0, -1, two.pooling + len(one.patches))
+    moved = np.where(two.pooling < 0, -1, two.pooling + len(one.patch_boxes))
     assert np.array_equal(both.pooling, np.concatenate([one.pooling, moved]))
-    assert np.array_equal(both.patches, np.concatenate([one.patches, two.patches + [1, 0, 0, 0, 0]]))
+    assert np.array_equal(both.patch_boxes, np.concatenate([one.patch_boxes, two.patch_boxes + [1, 0, 0, 0, 0]]))
     assert both.sizes == [(256, 192), (300, 50)]
 
 
@@ -185,7 +185,7 @@ def test_several_images_share_out_their_crops():
     image = noise(1500, 1500)
     alone, several = preprocess.image_views([image], RELEASED), preprocess.image_views([image, noise(90, 90)], RELEASED)
     assert RELEASED.max_crops > 8 and len(alone.crops) > 9
-    assert (several.patches[::729, 0] == 0).sum() in range(5, 10)
+    assert (several.patch_boxes[::729, 0] == 0).sum() in range(5, 10)
 
 
 def test_video_layout():
@@ -830,7 +830,7 @@ def test_frames_before_an_image_have_crops_but_no_tokens():
             assert np.array_equal(views.crops[4 * crop + past], earlier[past][crop])
         assert np.array_equal(views.crops[4 * crop + 3], alone.crops[crop])
     grid = TINY.grid**2
-    read = lambda made: [made.crops.reshape(-1, made.crops.shape[-1])[made.pooling[made.pooling >= 0]], made.patches[made.pooling[made.pooling >= 0]]]
+    read = lambda made: [made.crops.reshape(-1, made.crops.shape[-1])[made.pooling[made.pooling >= 0]], made.patch_boxes[made.pooling[made.pooling >= 0]]]
     assert all(np.array_equal(a, b) for a, b in zip(read(views), read(alone)))
     assert np.array_equal(views.pooling >= 0, alone.pooling >= 0) and len(views.patch_boxes) == 4 * count * grid
     first = preprocess.image_views(frames[:1], TINY, [])

@@ -275,7 +275,7 @@ def test_own_points_are_learned_from_files(quick, tmp_path, capsys):
 
 
 def test_stage_table_holds_the_papers_numbers():
-    """Of SPEC section 6: steps, tokens, frames, learning rates; every preset has its three stages."""
+    """As published: steps, tokens, frames, learning rates; every preset has its three stages."""
     assert STAGES["molmopoint-8b", 2].steps == 22_000 and STAGES["molmopoint-8b", 2].packs == 160
     assert [STAGES["molmopoint-vid-4b", n].steps for n in (2, 3)] == [6_000, 800]
     crops = {key: stage.image_crops for key, stage in STAGES.items() if key[0] not in ("tiny", "small")}

@@ -1,0 +1,75 @@
+"""The manners of every command: bad input ends in one line, and a file is written whole or not at all."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)  # argparse itself would print its usage as well
+
+
+def number(kind: type, low: float, high: float):
+    """An argparse type: a number from `low` to `high`."""
+    def read(text: str):
+        try:
+            if low <= (value := kind(text)) <= high:
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number "
+                                         f"from {low:g} to {high:g}")
+    return read
+
+
+def device(name: str) -> str:
+    """An argparse type: a device that this machine has."""
+    import torch  # takes a second
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name  # under torchrun each process has its own GPU
+    try:
+        torch.zeros(1, device=own).item()
+    except (RuntimeError, AssertionError):
+        raise argparse.ArgumentTypeError(f"{name}: not available on this machine: try cpu") from None
+    return name
+
+
+@contextmanager
+def one_line(program: str):
+    """Around a command: bad input ends in one line on stderr and exit status 2, warnings are one line each.
+    MOLMO_TRACEBACK=1 in the environment shows the traceback."""
+    def say(*words: object) -> None:
+        print(f"{program}:", *" ".join(map(str, words)).split(), file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", UserWarning)  # "default": once, however often the file is decoded
+        warnings.showwarning = lambda message, *_, **__: say("warning:", message)
+        try:
+            yield
+        except BrokenPipeError:  # nobody reads on, as after `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise SystemExit(141) from None
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+            if os.environ.get("MOLMO_TRACEBACK") == "1":
+                raise
+            say(error if str(error) else type(error).__name__)
+            raise SystemExit(2) from None
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Around the writing of a file: yields another name to write to; the file has its own once it is complete, or not at all."""
+    path = Path(path)
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,38 @@
+"""What all commands share: one line for bad input, files that are whole or not there."""
+
+import subprocess
+import sys
+
+import pytest
+
+import command
+from conftest import ROOT
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    """What ends in the middle leaves the old file and no other; another name is where the new one grows."""
+    path = tmp_path / "a.png"
+    with command.atomic_write(path) as part:
+        part.write_text("old")
+        assert part.suffix == ".png" and not path.exists()
+    with pytest.raises(KeyboardInterrupt), command.atomic_write(path) as part:
+        part.write_text("ne")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_ctrl_c_ends_a_command_without_a_word(capsys):
+    """As every other ending, it shows no traceback; the status is a shell's for it."""
+    with pytest.raises(SystemExit) as end:
+        with command.one_line("x"):
+            raise KeyboardInterrupt
+    assert end.value.code == 130 and capsys.readouterr() == ("", "")
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    """A program whose output nobody reads any more, as after `| head`, ends without a word."""
+    program = "import command\nwith command.one_line('x'):\n    while True:\n        print('line', flush=True)"
+    run = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert run.stdout.readline()
+    run.stdout.close()
+    assert run.stderr.read() == b"" and run.wait(60) == 141
