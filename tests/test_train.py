@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(quick, tmp_path, monkey
     said = capsys.readouterr().err.splitlines()[-1]
     assert end.value.code == 2 and "step 0" in said and "in the batch: stills-" in said
     state = weights.load_training(tmp_path / "run/checkpoint")
-    assert state["step"] == 0 and "names weight" in state  # the end of the ViT's own steps
+    assert state["step"] == 0 and "probe weight" in state  # the end of the ViT's own steps
     assert all(p.isfinite().all() for p in weights.load(tmp_path / "run/checkpoint")[0].parameters())
 
 
