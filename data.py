@@ -367,10 +367,11 @@ COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#e3
 def check(path: str, tokenizer: Tokenizer, config: MolmoConfig, max_tokens: int, max_crops: int) -> int:
     """Reads every line with its pictures and makes an example of it; prints what is wrong with the bad ones, those too
     that no pack can hold, and a table. -> how many are bad."""
-    lines, tasks, totals, lengths, bad, cut, merged = Lines(path), Counter(), Counter(), [], 0, 0, 0
+    lines, tasks, totals, lengths, bad, away, cut, merged = Lines(path), Counter(), Counter(), [], 0, 0, 0, 0
     for i in range(lines.size):
         try:
             record = lines.record(i, config.views)
+            away += len(lines.line(i).record.annotations) - len(record.annotations)
             tree = example(record, tokenizer, config, np.random.default_rng(0))
             cut += len(tree.branches) - len(trim_to_fit(tree, max_tokens).branches)
             merged += sum(len(points_of(record, said)) - int((one.points[:, 0] >= 0).sum())
@@ -386,7 +387,8 @@ def check(path: str, tokenizer: Tokenizer, config: MolmoConfig, max_tokens: int,
                        "points": sum(len(thing.points) for thing in record.objects.values()),
                        "masks": sum(len(thing.masks) for thing in record.objects.values())})
         lengths.append((tree.length, len(tree.crops)))
-    print(f"{lines.size} lines, {bad} bad" + (f"; {cut} annotations do not fit beside the others" if cut else "")
+    print(f"{lines.size} lines, {bad} bad" + (f"; {away} annotations point between the frames that are looked at" if away else "")
+          + (f"; {cut} annotations do not fit beside the others" if cut else "")
           + (f"; {merged} points lie in the same patch as another one and are taken for it" if merged else ""))
     for table in filter(None, (totals, tasks)):
         print("  " + ", ".join(f"{name} {n}" for name, n in table.most_common()))

@@ -520,6 +520,12 @@ def test_check_names_bad_lines_and_counts(tmp_path, capsys):
     close = {"images": ["image-points-0-1.png"], "annotations": [{"task": "point", "label": "dots", "points": [{"x": 30, "y": 30}, {"x": 31, "y": 30}]}]}
     (tmp_path / "close.jsonl").write_text(json.dumps(close))
     assert data.main(["check", str(tmp_path / "close.jsonl")]) == 0 and "; 1 points lie in the same patch as another" in capsys.readouterr().out
+    data.write_video(tmp_path / "v.mp4", [np.full((40, 60, 3), n, np.uint8) for n in range(21)], 10)
+    between = {"video": "v.mp4", "annotations": [{"task": "point", "label": "dots", "points": [{"x": 30, "y": 30, "time": t}]} for t in (0.7, 2)]}
+    (tmp_path / "between.jsonl").write_text(json.dumps(between))
+    assert data.main(["check", str(tmp_path / "between.jsonl"), "--max-frames", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("1 lines, 0 bad; 1 annotations point between the frames") and "point 1" in out
     path.write_text(path.read_text() + '{"images": ["gone.png"], "annotations": [{"task": "caption", "answer": "a"}]}\n{\n')
     assert data.main(["check", str(path)]) == 2
     out = capsys.readouterr().out
