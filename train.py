@@ -109,7 +109,7 @@ RELEASED = {
 # After stage 1 the connector goes slowly: nothing bounds its product of matrices, and visual tokens that are much larger than
 # what the blocks add do not hear the blocks. In `more`, "" is what has no way of its own: captions and answers in words.
 TINY = {
-    1: Stage(960, 2, 1024, 20, 16, {"stills": 95, "text": 5}, "uniform", per_part(2e-4, 2e-3, 2e-3, 2e-3), per_part(20, 20, 20, 20),
+    1: Stage(1080, 2, 1024, 20, 16, {"stills": 95, "text": 5}, "uniform", per_part(2e-4, 2e-3, 2e-3, 2e-3), per_part(20, 20, 20, 20),
              ("stills",), vit_steps=1240, vit_scenes=("stills",), more={"none": 0.4, "": 0.5, "size": 2, "position": 1.5},
              freeze=("vit",)),
     2: Stage(6800, 4, 1024, 20, 16, {"image points": 24, "multi-image points": 7, "screens": 13, "video points": 15, "arrivals": 10, "tracks": 14,
