@@ -144,8 +144,9 @@ def compilations() -> int:
 
 
 def make_mask(ids: MaskIds) -> Mask:
-    """The way for these tokens' device and number; on a GPU short rows are not worth the compilation."""
-    if ids.example.device.type == "cpu":
+    """The way for these tokens' device and number; on a GPU short rows are not worth the compilation. (On Apple's GPUs
+    FlexAttention has no backward pass.)"""
+    if ids.example.device.type != "cuda":
         return PerExample.of(ids)
     return Dense.of(ids, ids) if ids.example.shape[1] <= MOST_DENSE else Sparse.of(ids)
 

@@ -183,7 +183,8 @@ class Batch:
     n_past: Tensor        # (N,) how many crops right before each show the same place earlier; -1 = an image
 
     def to(self, device) -> "Batch":
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        pinned = torch.device(device).type == "cuda"  # or copied before the call returns; elsewhere nobody waits for the copy
+        return Batch(*(getattr(self, field.name).to(device, non_blocking=pinned) for field in fields(self)))
 
     def pinned(self) -> "Batch":
         """In memory from which the copy to a GPU does not keep the program waiting."""

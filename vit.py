@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PATCHES_AT_ONCE = {"cpu": 1500, "cuda": 50_000}  # on a CPU what its caches hold: two crops of 27x27; on a GPU 68 of them
+CPU_PATCHES, GPU_PATCHES = 1500, 50_000  # at once: on a CPU what its caches hold, two crops of 27x27; on a GPU 68 of them
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class ViT(nn.Module):
     def forward(self, crops: Tensor) -> Tensor:
         """(N, S, 3P²) uint8 pixels, each patch flattened (row, column, channel) -> (N, S, v) features. For an answer
         a few crops at a time: crops never meet here, so only the features of a long video need memory, not all its layers."""
-        at_once = max(PATCHES_AT_ONCE[crops.device.type] // crops.shape[1], 1)
+        at_once = max((CPU_PATCHES if crops.device.type == "cpu" else GPU_PATCHES) // crops.shape[1], 1)
         if not torch.is_inference_mode_enabled() or len(crops) <= at_once:
             return self.features(crops)
         features = self.positional_embedding.new_empty(*crops.shape[:2], self.config.feature_width)

@@ -1,5 +1,7 @@
 """The mask rule and the ways to compute attention under it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -167,10 +169,11 @@ def test_one_compilation_serves_all_lengths(monkeypatch):
 
 
 def test_the_way_goes_by_device_and_length():
-    """On a CPU the mask is cut by example; elsewhere rows of up to 4096 tokens are dense and no longer row ever is."""
-    short, long = (MaskIds(*(torch.zeros(1, length, dtype=torch.long, device="meta") for _ in range(4))) for length in (4096, 4097))
+    """The mask is cut by example; on a GPU by CUDA rows of up to 4096 tokens are dense and no longer row ever is."""
+    ids = lambda device, length: MaskIds(*[SimpleNamespace(device=torch.device(device), shape=(1, length))] * 4)
     assert isinstance(attention.make_mask(packed(np.random.default_rng(4), 1, 50)), PerExample)
-    assert isinstance(attention.make_mask(short), Dense)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sparse, "of", classmethod(lambda cls, ids: cls(None)))
-        assert isinstance(attention.make_mask(long), Sparse)
+        for way in (Dense, PerExample, Sparse):
+            patch.setattr(way, "of", classmethod(lambda cls, *ids: cls))
+        assert attention.make_mask(ids("cuda", 4096)) is Dense and attention.make_mask(ids("cuda", 4097)) is Sparse
+        assert attention.make_mask(ids("mps", 4097)) is PerExample

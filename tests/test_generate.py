@@ -206,7 +206,7 @@ def test_crops_in_parts_give_the_same_features(model, monkeypatch):  # noqa: F81
     """Five crops at two a time, as they are seen for an answer, and all at once, as in training."""
     import vit
     crops, parts, real = collate([prompt(81, frames=5)]).crops, [], vit.ViT.features
-    monkeypatch.setattr(vit, "PATCHES_AT_ONCE", {"cpu": 2 * crops.shape[1] + 1})
+    monkeypatch.setattr(vit, "CPU_PATCHES", 2 * crops.shape[1] + 1)
     monkeypatch.setattr(vit.ViT, "features", lambda self, some: parts.append(len(some)) or real(self, some))
     with torch.no_grad():
         whole = model.vit(crops)
