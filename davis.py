@@ -67,7 +67,7 @@ class Sequences:
     @staticmethod
     def _json(path: Path):
         try:
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 

@@ -140,7 +140,8 @@ class Media:
         names = []
         for stem in (Path(path).stem for path in self.paths):
             candidates = (stem, *(f"{stem}-{n}" for n in range(2, len(self.paths) + 2)))
-            names.append(next(name for name in candidates if name not in names))
+            taken = [name.casefold() for name in names]  # to some file systems "Cup" and "cup" are one
+            names.append(next(name for name in candidates if name.casefold() not in taken))
         return names
 
     @property

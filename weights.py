@@ -88,7 +88,7 @@ def unfinished(folder: Path) -> Path:
 def _swap(fresh: Path, folder: Path) -> None:
     """Gives a finished folder its name; one that had it goes only then, when the new one is on the disk."""
     for path in filter(Path.is_file, fresh.rglob("*")):
-        with open(path, "rb") as file:
+        with open(path, "r+b") as file:  # Windows wants to be able to write
             os.fsync(file.fileno())
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():

@@ -144,8 +144,11 @@ def peak(who: str, folder: str) -> None:
         theirs(load_theirs(Path(folder)), inputs, WRITTEN)
     else:
         ours(to_int8(model) if who == "int8" else model, batch, WRITTEN)
-    status = Path("/proc/self/status").read_text()  # (ru_maxrss begins with that of the process that started this one)
-    print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024)
+    if (status := Path("/proc/self/status")).exists():  # (ru_maxrss begins with that of the process that started this one)
+        print(int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024)
+    else:
+        import resource  # not on Windows
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS
 
 
 def peaks(folder: Path, *who: str) -> dict[str, int]:

@@ -235,15 +235,15 @@ def test_same_seed_same_answer(run, media):
 
 
 def test_images_of_one_name_do_not_overwrite_each_other(run, media, tmp_path, monkeypatch):
-    """Equal names get numbers, and a number never takes another image's name."""
+    """Equal names get numbers, also those that are one to some file systems, and a number never takes another image's name."""
     will_write(monkeypatch, Answer([], [], "stop"))
-    paths = [media / name for name in ("a.png", "b/a.png", "a-2.png", "c/a.png")]
+    paths = [media / name for name in ("a.png", "b/a.png", "a-2.png", "c/A.png")]
     for path in paths:
         path.parent.mkdir(exist_ok=True)
         Image.new("RGB", (20, 20)).save(path)
     assert run(*paths, "Hello.")[0] == 0
     assert tree(tmp_path / "out") == {"a.points.json", "a.points.png", "a-2.points.png", "a-2-2.points.png",
-                                      "a-3.points.png"}
+                                      "A-3.points.png"}
 
 
 @pytest.mark.parametrize("shade", [0, GREY, 255])
