@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 
 .venv/installed: requirements.txt
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 

@@ -7,7 +7,7 @@
     python data.py check FILE.jsonl            # names every bad line, prints statistics
     python data.py show FILE.jsonl --out DIR   # draws examples: pictures, points, crops, tokens, mask
     python data.py draw SET DIR                # writes a synthetic set as such a file
-    python data.py corpus                      # prints texts to learn a vocabulary from
+    python data.py corpus FILE.txt             # writes texts to learn a vocabulary from
 
 Synthetic sets are endless: record number i is a pure function of (seed, i), so a set is never stored and any range of
 numbers can be held out for evaluation.
@@ -536,12 +536,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         making.add_argument("--n", type=command.number(int, 1, 10**6), default=8)
         making.add_argument("--seed", type=command.number(int, 0, 2**32), default=0)
         making.add_argument("--branches", type=command.number(int, 1, 100), default=6, help="annotations a record, at most")
-        texts = commands.add_parser("corpus", help="prints texts to learn a vocabulary from, one a line")
+        texts = commands.add_parser("corpus", help="writes texts to learn a vocabulary from, one a line")
+        texts.add_argument("out", type=Path, metavar="FILE.txt")
         texts.add_argument("--n", type=command.number(int, 1, 10**9), default=20_000)
         texts.add_argument("--seed", type=command.number(int, 0, 2**32), default=0)
         args = parser.parse_args(argv)
         if args.command == "corpus":
-            print("\n".join(corpus(args.n, args.seed)))
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            with command.atomic_write(args.out) as part:  # in bytes: the same line ends everywhere
+                part.write_bytes("".join(f"{text}\n" for text in corpus(args.n, args.seed)).encode())
+            print(f"wrote {args.out}")
             return 0
         if args.command == "draw":
             print(f"wrote {write_set(args.set, args.out, args.n, args.seed, args.branches)}")
