@@ -28,8 +28,11 @@ def number(kind: type, low: float, high: float):
 
 
 def device(name: str) -> str:
-    """An argparse type: a device that this machine has."""
+    """An argparse type: a device that this machine has, and for every process that torchrun started here."""
     import torch  # takes a second
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if name == "cuda" and 0 < (gpus := torch.cuda.device_count()) < processes:  # by all processes alike
+        raise argparse.ArgumentTypeError(f"cuda: {processes} processes and {gpus} GPU{'s' * (gpus > 1)}: start as many, or try cpu")
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name  # under torchrun each process has its own GPU
     try:
         torch.zeros(1, device=own).item()

@@ -128,6 +128,9 @@ def together(device: str, context: int):
         yield World(), device
         return
     kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        with said_once():
+            raise ValueError(f"--device {device}: many processes share a model on CPUs or by CUDA only")
     if kind == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)

@@ -1,10 +1,13 @@
 """Shared by all tests: the modules of the repository root, few threads, and a small model with random weights."""
 
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what must be equal bit for bit is so on a CPU; one test wants a GPU, if it may see one
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -1,9 +1,11 @@
 """What all commands share: one line for bad input, files that are whole or not there."""
 
+import argparse
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import command
 from conftest import ROOT
@@ -36,3 +38,16 @@ def test_a_reader_that_goes_away_is_no_error():
     assert run.stdout.readline()
     run.stdout.close()
     assert run.stderr.read() == b"" and run.wait(60) == 141
+
+
+def test_a_device_is_refused_by_all_processes_alike(monkeypatch):
+    """Two processes for one GPU end in the same line in both, one that this machine lacks too."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(argparse.ArgumentTypeError, match="2 processes and 1 GPU: start as many, or try cpu"):
+            command.device("cuda")
+        with pytest.raises(argparse.ArgumentTypeError, match="not available on this machine"):
+            command.device("nowhere")
+    assert command.device("cpu") == "cpu"
