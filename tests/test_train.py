@@ -30,7 +30,7 @@ def quick(monkeypatch):
     """Stages of three small steps and one evaluated record."""
     for key, stage in STAGES.items():
         if key[0] == "tiny":
-            monkeypatch.setitem(STAGES, key, train.replace(stage, packs=2, tokens=600, pool=3, branches=2))
+            monkeypatch.setitem(STAGES, key, train.replace(stage, packs=2, tokens=600, pool=3, branches=2, vit_rests=min(stage.vit_rests, 3)))
     monkeypatch.setattr(train, "SMALL_EVALUATION", 1)
     monkeypatch.setattr(evaluate, "LONGEST", {False: 16, True: 16})
     monkeypatch.setattr(train, "VIT_BATCH", 2)
@@ -545,8 +545,9 @@ def test_frozen_parts_stay_as_they_are(quick, tmp_path):
     assert moved == {"connector", "point"}
 
 
-def test_in_stage_1_the_vit_rests_once_it_has_looked(quick, tmp_path, monkeypatch):
-    """After its own turn the ViT stays as it is, to the last bit; on data of one's own, where it has no such turn, it learns."""
+def test_after_its_own_steps_the_vit_rests(quick, tmp_path, monkeypatch):
+    """For as many steps as the stage says it stays as it is, to the last bit, and learns from the next one on; on data of one's own,
+    where it has no steps of its own, it learns at once."""
     pretrain, looked = train.pretrain_vit, {}
 
     def watched(run, state):
@@ -557,6 +558,9 @@ def test_in_stage_1_the_vit_rests_once_it_has_looked(quick, tmp_path, monkeypatc
     train.main(["--stage", "1", "--out", str(tmp_path / "a"), *quick])
     rested = dict(weights.load(tmp_path / "a/checkpoint")[0].vit.named_parameters())
     assert looked and all(torch.equal(rested[name], p) for name, p in looked.items())
+    train.main(["--stage", "1", "--out", str(tmp_path / "longer"), *quick, "--steps", "4"])
+    learned = dict(weights.load(tmp_path / "longer/checkpoint")[0].vit.named_parameters())
+    assert not any(torch.equal(learned[name], p) for name, p in looked.items())
     own = data.write_set("image points", tmp_path, 5, 0, 2)
     train.main(["--stage", "1", "--init", str(tmp_path / "a/checkpoint"), "--data", str(own), "--out", str(tmp_path / "b"), *quick])
     after = weights.load(tmp_path / "b/checkpoint")[0].vit.named_parameters()
