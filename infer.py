@@ -42,6 +42,7 @@ from tqdm import tqdm
 import command
 import data
 import weights
+from attention import compilations
 from masks import Growing, Masks, Points, Propagator, Sam2, shifted, through_time
 from generate import Answer, Speed, bandwidth, generate, sampler, to_int8
 from model import Molmo
@@ -399,8 +400,9 @@ def report(result: dict) -> list[str]:
     timing, answers = result["timing"], result.get("answers")
     lines = [line for a in answers for line in (f"> {a['prompt']}", *table(a), "")] if answers else table(result)
     share = f", {timing['bandwidth_share']:.0%} of what the memory's bandwidth allows" if "bandwidth_share" in timing else ""
+    graphs = f"; {timing['graphs_compiled']} graphs compiled" if "graphs_compiled" in timing else ""
     return [*lines, f"prefill {timing['prompt_tokens']} tokens, {timing['prefill_tokens_per_second']} tokens/s; "
-                    f"decode {timing['tokens']} tokens, {timing['decode_tokens_per_second']} tokens/s{share}"]
+                    f"decode {timing['tokens']} tokens, {timing['decode_tokens_per_second']} tokens/s{share}{graphs}"]
 
 
 def rates(speed: Speed, device: torch.device) -> dict:
@@ -458,7 +460,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     said["answers"] = [{"prompt": prompt, "text": one.text, "points": describe(one.points, media), **one.result()}
                                        for prompt, one in zip([args.prompt, *args.ask], several)]
             timing["generate"] = lap()
-            timing |= {"tokens": sum(len(answer.tokens) for answer in answers), **rates(speed, torch.device(args.device))}
+            timing |= {"tokens": sum(len(answer.tokens) for answer in answers), **rates(speed, torch.device(args.device)),
+                       **({"graphs_compiled": compilations()} if args.compile else {})}
 
             # 5. The results: all of them, or none
             annotate(media, points, folder)

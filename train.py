@@ -630,7 +630,7 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
             run.save(model, optimisers, step + 1, loader.state)
         if stop:
             run.log.say(f"stopped after step {step + 1}: --resume goes on from there")
-            return
+            break
         if (last or due(args.eval_every)) and stage.watch and not args.data:
             if (full_model := parallel.gather_model(model, world)) is not None:
                 figures = small_evaluation(full_model.to(args.device), run.tokenizer, stage.watch)

@@ -1,11 +1,12 @@
 """How fast this machine is, and how near the code comes to it: everything that is compared is measured side by side.
 
-    python tests/bench.py infer            # reading and writing, against `transformers` and against the machine's limits
+    python tests/bench.py infer            # reading and writing, against `transformers` and against the machine's limits;
+                                           # on a GPU first writing with the 8B model's sizes
     python tests/bench.py infer --quick    # fewer repetitions, no compilation
     python tests/bench.py train            # a packed step, attention by length; on a GPU blocks of the 8B model
     python tests/bench.py video [FILE]     # from a file to crops
 
-Weights are random, sizes those of the preset `small`; times are medians of repetitions that take turns. Other programs that run
+Weights are random, sizes those of the preset `small` unless it says otherwise; times are medians of repetitions that take turns. Other programs that run
 at the same time spoil what uses all cores.
 """
 
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,8 +36,8 @@ import synthetic  # noqa: E402
 import weights  # noqa: E402
 from attention import compilations  # noqa: E402
 from costs import Work, flops  # noqa: E402
-from generate import Speed, generate, step_bytes, to_int8  # noqa: E402
-from model import PRESETS, Batch, Molmo  # noqa: E402
+from generate import Speed, bandwidth, generate, step_bytes, to_int8  # noqa: E402
+from model import PRESETS, Batch, Molmo, MolmoConfig  # noqa: E402
 from packing import collate  # noqa: E402
 from preprocess import Views, video_views  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
@@ -171,7 +173,32 @@ def many(model: Molmo) -> dict[str, float]:
             "one by one": seconds(lambda: [ours(model, batch, SHORT) for batch in alone])}
 
 
+def of_the_limit(config: MolmoConfig, device: str, ways: dict[str, tuple[bool, str]], repetitions: int) -> list[tuple[str, float, str]]:
+    """One answer of a model of these sizes in bfloat16, against what the device's memory moves. ways: name -> whether the language
+    model's weights are in eight bits, mode of the steps (`generate.TreeDecoding`)."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = Molmo(replace(config, llm=replace(config.llm, vocabulary=SMALL.llm.vocabulary))).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0, 0.02)
+    batch, limit, rows, small = asked(["How many red cups are there?"], FRAMES).to(device), bandwidth(torch.device(device)), [], False
+    for name, (eight, mode) in ways.items():
+        model, small = to_int8(model) if eight and not small else model, eight
+        figures = turns(repetitions, way=lambda: ours(model, batch, WRITTEN, mode))["way"]
+        rows.append((f"decode, {name}", figures["decode"], f"tokens/s, {figures['read'] / limit:.0%} of {limit / 1e9:.0f} GB/s"))
+    return rows
+
+
 def infer(args: argparse.Namespace) -> None:
+    if torch.cuda.is_available():
+        ways = {"bfloat16": (False, "views"), "bfloat16, compiled": (False, "compiled"), "int8, compiled": (True, "compiled")}
+        print(f"{torch.cuda.get_device_name()}, sizes of molmo2-8b")
+        for name, value, unit in of_the_limit(PRESETS["molmo2-8b"], "cuda", ways, 3):
+            print(f"{name:32}{value:10.1f} {unit}")
+        print(f"graphs compiled: {compilations()}\nthe CPU:")
     if find_spec("transformers") is None:
         raise ValueError("the comparison needs the package transformers: pip install -r requirements-dev.txt")
     repetitions = 3 if args.quick else 7

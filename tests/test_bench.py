@@ -31,6 +31,14 @@ def test_video_is_measured(monkeypatch, capsys):
     assert "the same crops" in said and "OTHER" not in said and "9 crops" in said
 
 
+def test_writing_is_held_against_the_memory(monkeypatch):
+    """In bfloat16 and then in eight bits, as on a GPU: figures for both, and shares of the limit."""
+    monkeypatch.setattr(bench, "WRITTEN", 3)
+    rows = bench.of_the_limit(PRESETS["small"], "cpu", {"bfloat16": (False, "views"), "int8": (True, "static")}, 1)
+    assert [name for name, *_ in rows] == ["decode, bfloat16", "decode, int8"]
+    assert all(value > 0 and "% of" in unit for _, value, unit in rows)
+
+
 def test_inference_is_measured(monkeypatch, capsys):
     """Ours, the library's, eight bits and the tree of questions, on the smallest sizes; memory is that of whole processes."""
     pytest.importorskip("transformers")
