@@ -50,6 +50,7 @@ from tokenizer import Tokenizer
 
 HOME = Path(__file__).resolve().parent
 EVALUATION_SEED = 2_000_000  # training seeds lie below
+PER_RECORD = 3               # questions about a synthetic record, at most
 FAR = 1e6                    # pixels: the distance to an object that is not in that picture
 NEAR = 0.05                  # of the longer side: a hit where no mask is known
 LONGEST = {False: 480, True: 1024}  # tokens of an answer: 60 points; of one with tracks, eight things in 32 frames
@@ -258,7 +259,7 @@ def evaluate(model: Molmo, tokenizer: Tokenizer, records: Iterator[Record], seed
     return summarize(asked), asked
 
 
-def fresh(name: str, count: int, config: ViewConfig, seed: int = EVALUATION_SEED, per_record: int = 3) -> Iterator[Record]:
+def fresh(name: str, count: int, config: ViewConfig, seed: int = EVALUATION_SEED, per_record: int = PER_RECORD) -> Iterator[Record]:
     """Records 0 to count - 1 of a synthetic set, with masks."""
     return (data.draw(name, seed, index, per_record, masks=True).limited(config) for index in range(count))
 
@@ -393,6 +394,17 @@ def by_kind_of_question(asked: Sequence[Asked]) -> dict[str, float]:
     return {name: next(table[key] for key in first if key in table) for name, table in figures.items()}
 
 
+COLUMNS = ("questions", "f1", "track f1", "hota", "J&F", "count exact", "none recognised", "text exact", "words f1")
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """A row for each set, in Markdown."""
+    columns = [name for name in COLUMNS if any(name in figures for figures in results.values())]
+    cell = lambda value: "" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
+    rows = [["set", *columns], ["---"] * (len(columns) + 1), *([name, *(cell(figures.get(c)) for c in columns)] for name, figures in results.items())]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. The command
 
@@ -441,7 +453,9 @@ def settings_of(args: argparse.Namespace, model: Molmo, most: dict[str, int]) ->
     """All that the figures depend on."""
     views, temporal = model.config.views, model.config.temporal
     settings = {
-        "checkpoint": str(args.checkpoint), "seed": args.seed, "records": most if len(set(most.values())) > 1 else max(most.values()),
+        "checkpoint": str(args.checkpoint), "sets": ", ".join(most), "seed": args.seed,
+        "records": most if len(set(most.values())) > 1 else max(most.values()),
+        "questions a record": "all" if args.data or args.masked else PER_RECORD, "decoding": "greedy",
         "prompts": "each task's own wordings, no system prompt",
         "points read from": {"tokens": "grounding tokens", "text": "coordinates", "tags": "tags"}[model.config.points_as],
         "crops": views.max_crops, "frames": views.max_frames, "fps": views.fps, "batch": args.batch,
@@ -480,12 +494,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 figures, asked = evaluate(model, tokenizer, bar, args.seed, args.batch)
             result[name] = {"all": dict(figures), "by question": by_kind_of_question(asked)}
             print(f"{name}, {figures.pop('questions')} questions")
-            for title, table in (("all", figures), ("by question", result[name]["by question"])):
-                line = f"{title}: " + ", ".join(f"{key} {value:.3f}" for key, value in table.items())
+            for title, values in (("all", figures), ("by question", result[name]["by question"])):
+                line = f"{title}: " + ", ".join(f"{key} {value:.3f}" for key, value in values.items())
                 print(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="    "))
             if args.json:  # after every set: what comes later may go wrong
                 with command.atomic_write(args.json) as part:
                     part.write_text(json.dumps({"settings": settings, "figures": result}, indent=1) + "\n")
+        print(table({name: figures["all"] for name, figures in result.items()}))
 
 
 if __name__ == "__main__":

@@ -181,6 +181,7 @@ class Loader:
     world: int = 1
     multiple: int = 1          # to which rows are padded
     names: Sequence[str] = ()  # of the examples in the last batch
+    left_out: set[str] = field(default_factory=set)  # what was wrong with examples that cannot be used
 
     MOST_SKIPPED = 100
 
@@ -195,7 +196,7 @@ class Loader:
     def batches(self, items: Iterator[tuple[int, Example | str]], first: list[int], start: int) -> Iterator[tuple[Batch, list[str], dict]]:
         """Batches, each with the names of its examples and the state after it. `first`: the numbers that come before `start`;
         after a change of processes they may be more than the packer holds."""
-        self.packer.pool, after, skipped, in_a_row, packs, drawn = {}, start, set(), 0, [], 0
+        self.packer.pool, after, in_a_row, packs, drawn = {}, start, 0, [], 0
         for number, item in items:
             if number >= start:
                 after = number + self.world
@@ -207,10 +208,10 @@ class Loader:
                 self.packer.add(number, item)
                 in_a_row = 0
             except ValueError as error:
-                skipped.add(str(error))
+                self.left_out.add(str(error))
                 in_a_row += 1
-                if max(len(skipped), in_a_row) > self.MOST_SKIPPED:
-                    one_after_the_other = " in a row" if len(skipped) <= self.MOST_SKIPPED else ""
+                if max(len(self.left_out), in_a_row) > self.MOST_SKIPPED:
+                    one_after_the_other = " in a row" if len(self.left_out) <= self.MOST_SKIPPED else ""
                     raise ValueError(f"more than {self.MOST_SKIPPED} examples{one_after_the_other} cannot be used; "
                                      f"the last: {error}") from None
                 warnings.warn(f"left out: {error}")

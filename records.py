@@ -9,9 +9,13 @@ One line of a JSONL file is one record, paths are relative to the file:
                   "points": [{"x": 212, "y": 80.5}],                         pixels; + "image": from 1, or "time": seconds
                   "masks": [{"size": [480, 640], "counts": [9, 3, ...]}],    run lengths down the columns, zeros first
                   "shown": 0.5}],                                            when a video's `point` marks it (else: first seen)
+     "id": "desk-1",                              a name for messages (default: file and line)
      "annotations": [{"task": "point", "label": "cups", "objects": [1]},
                      {"task": "point", "label": "pens", "points": [{"x": 9, "y": 8}]},           objects without a name
+                     {"task": "count", "label": "ants", "count": 12},                            of what has no objects
                      {"task": "track", "label": "the dog", "objects": [1], "fps": 1},
+                     {"task": "track_from", "label": "the cat", "objects": [2], "start": 1.5,    seconds: where it is given
+                      "about": "pets"},                          a kind of question, which evaluate.py lists on its own
                      {"task": "choice", "question": "Which?", "choices": ["a", "b"], "answer": "b"},
                      {"task": "chat", "messages": [{"role": "user", "content": "Hi. What is this?"}, ...]}]}
 

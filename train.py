@@ -416,7 +416,8 @@ def pretrain_vit(run: Run, state: dict[str, np.ndarray] | None):
         totals = world.totals(sums)
         (loss / totals["patches"] * world.size).backward()
         parallel.average(seeing, world)
-        clip(parts, totals["naming"], step)
+        drawn = (step + stage.vit_steps) * share * world.size
+        clip(parts, totals["naming"], step, lambda: [f"scenes {drawn} to {drawn + share * world.size - 1}"])
         update(optimisers, dict.fromkeys(PARTS, schedule(VIT_LR, VIT_WARMUP, step + stage.vit_steps, stage.vit_steps)))
         line = {"naming": totals["naming"] / totals["patches"]} | {name: totals[name] / totals[f"all {name}"]
                                                                   for name in measured if totals[f"all {name}"]}
@@ -613,7 +614,8 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
                 p.grad *= world.size / divisor
         totals["loss"] /= divisor
         with parallel.said_once():  # by all processes alike
-            norms = clip(parts, totals["loss"], step, lambda: world.names([] if math.isfinite(own) else names))
+            blameless = math.isfinite(own) and not math.isfinite(totals["loss"])  # it happened in another process
+            norms = clip(parts, totals["loss"], step, lambda: world.names([] if blameless else names))
         update(optimisers, learning_rates(stage, step))
 
         # report
@@ -640,6 +642,8 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
                                                                    if not k.endswith(("precision", "recall"))))
             world.wait()
     run.log.draw()
+    if loader.left_out:
+        run.log.say(f"left out: {len(loader.left_out)}, each with its warning above")
     if graphs := compilations():
         run.log.say(f"{graphs} graphs compiled")
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -95,8 +96,24 @@ def test_points_come_back_where_they_were(form):
 def test_true_answers_survive_a_pack(form, name):
     """What a row of two trees asks the model to learn, read back branch by branch with nothing but the batch, is every
     record's answers: the same words, and points in the same places."""
+    survive([draw(name, 9, index, 4) for index in range(2)], form)
+
+
+@pytest.mark.parametrize("form", ["tokens", "text"])
+def test_every_task_survives_a_pack(form):
+    """The same of records that hold every task there is."""
+    drawn, records = ((name, index) for index in range(20) for name in ("video qa", "tracks", "image captions", "clips", "multi-image points")), []
+    while missing := set(TASKS) - {said.task for record in records for said in record.annotations}:
+        name, index = next(drawn)
+        record = draw(name, 1, index, 6)
+        if missing & {said.task for said in record.annotations}:
+            records.append(record)
+    for pair in zip(records, records[1:] + records[:1]):
+        survive(pair, form)
+
+
+def survive(records: Sequence[Record], form: str):
     config = replace(PRESETS["tiny"], points_as=form)
-    records = [draw(name, 9, index, 4) for index in range(2)]
     trees = [example(record, TOKENIZER, config, RNG()) for record in records]
     batch = collate([trees])
     chosen, windows = iter(batch.points.tolist()), 0

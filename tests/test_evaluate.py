@@ -253,13 +253,19 @@ def test_every_turn_of_a_chat_is_asked(tiny):
 
 
 def test_the_command_writes_its_settings(tmp_path, capsys, monkeypatch):
-    """Figures of a JSONL file and every setting go to the JSON; a bad line is named and ends the command."""
+    """Figures of a JSONL file and every setting are printed, the figures as a table, and go to the JSON; a bad line is named and ends
+    the command."""
     monkeypatch.setattr(evaluate, "LONGEST", {False: 8, True: 8})
     path = data.write_set("screens", tmp_path, 2, 0, 2)
     evaluate.main(["--data", str(path), "--json", str(tmp_path / "figures.json")])
-    assert f"{path}, " in capsys.readouterr().out
-    made = json.loads((tmp_path / "figures.json").read_text())
-    assert {"checkpoint", "seed", "records", "prompts", "points read from", "crops", "frames", "fps", "batch", "longest answer", "dtype"} <= set(made["settings"])
+    said, made = capsys.readouterr().out.splitlines(), json.loads((tmp_path / "figures.json").read_text())
+    assert {"checkpoint", "sets", "seed", "records", "questions a record", "decoding", "prompts", "points read from", "crops", "frames", "fps",
+            "batch", "longest answer", "dtype", "device"} <= set(made["settings"])
+    assert said[0] == ", ".join(f"{name} {value}" for name, value in made["settings"].items())
+    figures = made["figures"][str(path)]["all"]
+    columns = [name for name in evaluate.COLUMNS if name in figures]
+    assert said[-3] == f"| set | {' | '.join(columns)} |" and len(columns) >= 2
+    assert said[-1].startswith(f"| {path} | {figures['questions']} | {figures[columns[1]]:.3f} |")
     assert set(made["figures"]) == {str(path)} and made["figures"][str(path)]["all"]["questions"] >= 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["figures.json", "screens-0-1.png", "screens-1-1.png", "screens.jsonl"]
     path.write_text(path.read_text() + "{\n")

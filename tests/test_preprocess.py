@@ -359,7 +359,8 @@ def test_rotated_recording_is_shown_upright(tmp_path, degrees, matrix, turns):
     a, b, c, d = (value * 0x10000 for value in matrix)
     data[header:header + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 0x40000000)
     path.write_bytes(data)
-    frames, _ = preprocess.read_video(path, 2, 16)
+    frames, times = preprocess.read_video(path, 2, 16)
+    assert times == pytest.approx([0, 0.2]) and len(frames) == 2
     assert frames[0].shape == ((48, 64, 3) if degrees == 180 else (64, 48, 3))
     assert np.abs(frames[0].astype(int) - np.rot90(stored, turns)).mean() < 3
 

@@ -230,7 +230,7 @@ def test_first_seen():
 
 
 def test_crowds_hide_and_cross():
-    """Three to eight things of few types, most of them out of view at some moment and back later, all seen at some time."""
+    """Three to eight things of few types, a fifth and more of them out of view at some moment and back later, all seen at some time."""
     returned, alike = [], []
     for index in range(40):
         scene = synthetic.tracks(0, index)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import evaluate
@@ -23,6 +25,7 @@ from model import PRESETS, Molmo
 from conftest import ROOT
 from packing import collate
 from train import PARTS, STAGES, learning_rates, optimizers, part_of, parts_of
+from vit import ViT
 
 
 @pytest.fixture
@@ -41,9 +44,10 @@ def lines_of(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_three_stages_leave_metrics_curves_and_a_checkpoint(quick, tmp_path):
-    """Each stage, from the checkpoint before, writes a line per step, an evaluation of the sets it watches, a picture and a
-    model that moved; the last one looks at more frames."""
+def test_three_stages_leave_metrics_curves_and_a_checkpoint(quick, tmp_path, capsys):
+    """Each stage, from the checkpoint before, writes a line per step, an evaluation of the sets it watches, a picture of coloured curves
+    and a model that moved, and its bar shows the loss, its parts, what is right, the pace and the time left; the last stage looks at
+    more frames."""
     folders = [tmp_path / str(stage) for stage in (1, 2, 3)]
     for stage, folder in enumerate(folders, start=1):
         init = ["--init", str(folders[stage - 2] / "checkpoint")] if stage > 1 else []
@@ -57,7 +61,10 @@ def test_three_stages_leave_metrics_curves_and_a_checkpoint(quick, tmp_path):
         shown = {name for line in lines if not line.keys() & {"loss", "naming"} for name in line} - {"seconds", "step"}
         assert any(f"{name} {figure}" in shown for name in STAGES["tiny", stage].watch for figure in ("precision", "none recognised"))
         assert {name.rsplit(" ", 1)[0].removesuffix(" count").removesuffix(" none") for name in shown} <= set(STAGES["tiny", stage].watch)
-        assert (folder / "curves.png").stat().st_size > 0
+        curves = np.asarray(Image.open(folder / "curves.png")).astype(int)
+        assert len(np.unique(curves[np.ptp(curves, axis=2) > 60], axis=0)) >= 4
+        bar = capsys.readouterr().err.split(f"stage {stage}:")[-1]
+        assert all(f"{name}=" in bar for name in ("loss", *train.LOSSES, "right", "tokens/s")) and re.search(r"\[\d\d:\d\d<\d\d:\d\d", bar)
     models = [weights.load(folder / "checkpoint")[0] for folder in folders]
     for before, after in zip(models, models[1:]):
         assert all((a != b).any() for a, b in zip(before.parameters(), after.parameters()))
@@ -175,10 +182,21 @@ def test_another_run_is_not_taken_for_this_one(quick, tmp_path, capsys):
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before and not (tmp_path / "other").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(quick, tmp_path, monkeypatch, capsys):
-    """A NaN in the loss ends the run with one line that names the step and the examples; what is saved is from before it."""
+def with_nan(x: torch.Tensor, where: str) -> torch.Tensor:
+    """x with a NaN in the way: as its value, or as what flows back through it."""
+    if where == "loss":
+        return x * float("nan")
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient * float("nan"))
+    return x
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_stops_before_the_step(quick, where, tmp_path, monkeypatch, capsys):
+    """A NaN in the loss or in a gradient ends the run with one line that names the step and the examples; what is saved is from
+    before it."""
     losses = Molmo.losses
-    monkeypatch.setattr(Molmo, "losses", lambda self, *batch: {k: v * float("nan") if k == "token" else v
+    monkeypatch.setattr(Molmo, "losses", lambda self, *batch: {k: with_nan(v, where) if k == "token" else v
                                                               for k, v in losses(self, *batch).items()})
     with pytest.raises(SystemExit) as end:
         train.main(["--stage", "1", "--out", str(tmp_path / "run"), *quick])
@@ -187,6 +205,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(quick, tmp_path, monkey
     state = weights.load_training(tmp_path / "run/checkpoint")
     assert state["step"] == 0 and "probe weight" in state  # the end of the ViT's own steps
     assert all(p.isfinite().all() for p in weights.load(tmp_path / "run/checkpoint")[0].parameters())
+
+
+def test_the_vit_alone_stops_as_well(quick, tmp_path, monkeypatch, capsys):
+    """A NaN in a gradient while the ViT learns alone: one line with the numbers of the scenes."""
+    features = ViT.features
+    monkeypatch.setattr(ViT, "features", lambda self, crops: with_nan(features(self, crops), "gradient"))
+    with pytest.raises(SystemExit) as end:
+        train.main(["--stage", "1", "--out", str(tmp_path / "run"), *quick])
+    assert end.value.code == 2 and "in the batch: scenes 0 to 1" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_long_curves_are_drawn_as_means():
@@ -275,7 +302,7 @@ def test_own_points_are_learned_from_files(quick, tmp_path, capsys):
 
 
 def test_stage_table_holds_the_papers_numbers():
-    """As published: steps, tokens, frames, learning rates; every preset has its three stages."""
+    """As published: steps, tokens, frames, learning rates, the mixture of stage 1; every preset has its three stages."""
     assert STAGES["molmopoint-8b", 2].steps == 22_000 and STAGES["molmopoint-8b", 2].packs == 160
     assert [STAGES["molmopoint-vid-4b", n].steps for n in (2, 3)] == [6_000, 800]
     crops = {key: stage.image_crops for key, stage in STAGES.items() if key[0] not in ("tiny", "small")}
@@ -286,6 +313,7 @@ def test_stage_table_holds_the_papers_numbers():
         row = STAGES["molmo2-8b", n]
         assert (row.steps, row.packs, row.tokens, row.weights) == (steps, 128, tokens, "paper")
         assert (row.lr["vit"], row.lr["connector"], row.lr["llm"], row.warmup["vit"]) == (vit, connector, llm, warmup)
+    assert [STAGES["molmo2-8b", n].frames for n in (1, 2, 3)] == [1, 128, 384] and list(STAGES["molmo2-8b", 1].rates.values()) == [60, 30, 10]
     assert sum(STAGES["molmo2-8b", 2].rates.values()) == pytest.approx(100, abs=0.2)
 
 
@@ -413,29 +441,51 @@ train.main(["--stage", "2", "--steps", "14", "--workers", "1", "--save-every", "
 """
 
 
-def test_kill_9_at_five_random_steps_changes_nothing(tmp_path):
-    """Program and worker killed by the system some moment after a random step, five times, each time in what --resume
-    goes on with: the losses of all steps are those of a run that was left alone."""
-    def start(folder, *more):
-        return subprocess.Popen([sys.executable, "-c", SMALL_RUN, "--out", str(folder), *more], cwd=ROOT, stderr=subprocess.PIPE,
+# The second save ends in the middle of its largest file, by the system.
+KILLED_IN_A_SAVE = """
+import io, os
+import numpy as np
+saved = []
+def savez(path, **arrays):
+    whole = io.BytesIO()
+    real(whole, **arrays)
+    saved.append(path)
+    with open(path, "wb") as file:
+        file.write(whole.getvalue() if len(saved) < 4 else whole.getvalue()[:99_999])
+    if len(saved) == 4:
+        os.kill(os.getpid(), 9)
+real, np.savez = np.savez, savez
+"""
+
+
+def test_kill_9_at_five_random_steps_and_in_a_save_changes_nothing(tmp_path):
+    """Program and worker killed by the system while a file of a checkpoint is half written, then some moment after a random step, five
+    times, each time in what --resume goes on with: the losses of all steps are those of a run that was left alone."""
+    def start(folder, *more, program=SMALL_RUN):
+        return subprocess.Popen([sys.executable, "-c", program, "--out", str(folder), *more], cwd=ROOT, stderr=subprocess.PIPE,
                                 start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
-    rng, folder = np.random.default_rng(), tmp_path / "killed"
-    whole = start(tmp_path / "whole")
-    for step in sorted(rng.choice(np.arange(1, 12), 5, replace=False)):
-        run, patience = start(folder, "--resume"), time.time() + 120
-        while run.poll() is None and time.time() < patience:
-            metrics = folder / "metrics.jsonl"
-            if metrics.exists() and metrics.read_text().count('"loss"') >= step:
+    rng, folder = np.random.default_rng(0), tmp_path / "killed"
+    metrics, waiting = folder / "metrics.jsonl", []
+    whole, run = start(tmp_path / "whole"), start(folder, program=KILLED_IN_A_SAVE + SMALL_RUN)
+    assert run.wait(120) == -signal.SIGKILL, run.stderr.read().decode()
+    assert weights.load_training(folder / "checkpoint")["step"] == 2 and (folder / ".checkpoint.new").is_dir()
+    for step in sorted(rng.choice(np.arange(4, 13), 5, replace=False)):
+        before, patience = metrics.stat().st_ino, time.time() + 120
+        run = start(folder, "--resume")
+        while run.poll() is None and time.time() < patience:  # the run that goes on begins with a new file
+            if metrics.stat().st_ino != before and metrics.read_text().count('"loss"') >= step:
                 break
             time.sleep(0.01)
-        assert run.poll() is None, run.stderr.read().decode()
+        assert run.poll() is None, (step, run.stderr.read().decode())
         time.sleep(rng.uniform(0, 0.3))  # a save takes as long
         os.killpg(run.pid, signal.SIGKILL)
-        assert run.wait() in (0, -signal.SIGKILL)
+        assert run.wait() in (0, -signal.SIGKILL), step
+        waiting.append(len(json.loads(str(weights.load_training(folder / "checkpoint")["loaders"]))[0]["pool"]))
     last = start(folder, "--resume")
     assert (whole.wait(120), last.wait(120)) == (0, 0), last.stderr.read().decode()
     assert losses_of(folder) == losses_of(tmp_path / "whole") and len(losses_of(folder)) == 14
+    assert any(waiting)  # a pack was half made
 
 
 def test_a_kill_between_the_renames_loses_nothing(quick, tmp_path, monkeypatch):
