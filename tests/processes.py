@@ -76,6 +76,23 @@ def equal(world: parallel.World, config, kind: str, recompute: bool = False, cut
     same(changes(model), changes(alone), f"{what}, after a step", 1e-3)  # AdamW makes the smallest gradients large
 
 
+def near(world: parallel.World, config, kind: str):
+    """In float32, as in training: the loss within 1e-5, every gradient within 1e-5 of the largest."""
+    everything, alone, model = batches(kind), scrambled(0, config).train(), parallel.shard(scrambled(0, config).train(), world, "cpu")
+    divisor = sum(float(batch.loss_weights.sum()) for batch in everything)
+    expected = backward(alone, everything, divisor)
+    own = everything if world.context > 1 else [everything[world.data_rank]]
+    loss = world.totals({"": backward(model, own, divisor / world.size)})[""] / world.size
+    parallel.average(model, world)
+    assert abs(loss - expected) < 1e-5 * expected, (kind, loss, expected)
+    found = {name: parallel.full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    wanted = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys()
+    largest = max(float(value.abs().max()) for value in wanted.values())
+    for name, value in wanted.items():
+        assert float((found[name] - value).abs().max()) < 1e-5 * largest, (kind, name)
+
+
 def muon(world: parallel.World):
     """A step of Muon, which needs whole matrices, comes out the same in shards, but for its rounding to bfloat16."""
     generator = torch.Generator().manual_seed(0)
@@ -98,6 +115,8 @@ def check_equal():
             equal(world, CONFIG, "text", recompute=True)
             equal(world, CONFIG, "text", cut=False)
             equal(world, past, "text")
+            near(world, CONFIG, "uneven")
+            near(world, CONFIG, "text")
         one_head = replace(CONFIG, llm=replace(CONFIG.llm, kv_heads=1))
         equal(shared, one_head, "uneven")
         muon(apart)
