@@ -173,9 +173,9 @@ def many(model: Molmo) -> dict[str, float]:
             "one by one": seconds(lambda: [ours(model, batch, SHORT) for batch in alone])}
 
 
-def of_the_limit(config: MolmoConfig, device: str, ways: dict[str, tuple[bool, str]], repetitions: int) -> list[tuple[str, float, str]]:
-    """One answer of a model of these sizes in bfloat16, against what the device's memory moves. ways: name -> whether the language
-    model's weights are in eight bits, mode of the steps (`generate.TreeDecoding`)."""
+def of_the_limit(config: MolmoConfig, device: str, eight: bool, modes: tuple[str, ...], repetitions: int) -> list[tuple[str, float, str]]:
+    """One answer of a model of these sizes in bfloat16, or with the language model's weights in eight bits, by modes of its steps
+    (`generate.TreeDecoding`), against what the device's memory moves: rows of name, tokens a second, the rest of the line."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
@@ -184,20 +184,20 @@ def of_the_limit(config: MolmoConfig, device: str, ways: dict[str, tuple[bool, s
         torch.set_default_dtype(torch.float32)
     for p in model.parameters():
         torch.nn.init.normal_(p, 0, 0.02)
-    batch, limit, rows, small = asked(["How many red cups are there?"], FRAMES).to(device), bandwidth(torch.device(device)), [], False
-    for name, (eight, mode) in ways.items():
-        model, small = to_int8(model) if eight and not small else model, eight
-        figures = turns(repetitions, way=lambda: ours(model, batch, WRITTEN, mode))["way"]
-        rows.append((f"decode, {name}", figures["decode"], f"tokens/s, {figures['read'] / limit:.0%} of {limit / 1e9:.0f} GB/s"))
+    model = to_int8(model) if eight else model
+    batch, limit, rows = asked(["How many red cups are there?"], FRAMES).to(device), bandwidth(torch.device(device)), []
+    for mode in modes:
+        figures = turns(repetitions, mode=lambda: ours(model, batch, WRITTEN, mode))["mode"]
+        rows.append((f"decode, {'int8' if eight else 'bfloat16'}, {mode}", figures["decode"], f"tokens/s, {figures['read'] / limit:.0%} of {limit / 1e9:.0f} GB/s"))
     return rows
 
 
 def infer(args: argparse.Namespace) -> None:
     if torch.cuda.is_available():
-        ways = {"bfloat16": (False, "views"), "bfloat16, compiled": (False, "compiled"), "int8, compiled": (True, "compiled")}
         print(f"{torch.cuda.get_device_name()}, sizes of molmo2-8b")
-        for name, value, unit in of_the_limit(PRESETS["molmo2-8b"], "cuda", ways, 3):
-            print(f"{name:32}{value:10.1f} {unit}")
+        for eight in (False, True):
+            for name, value, unit in of_the_limit(PRESETS["molmo2-8b"], "cuda", eight, ("views", "compiled"), 3):
+                print(f"{name:32}{value:10.1f} {unit}")
         print(f"graphs compiled: {compilations()}\nthe CPU:")
     if find_spec("transformers") is None:
         raise ValueError("the comparison needs the package transformers: pip install -r requirements-dev.txt")
