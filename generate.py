@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import DenseDecode, MaskIds, make_mask, may_attend
-from model import Batch, Cache, Embedding, Molmo
+from model import Batch, Cache, Embedding, Molmo, product
 from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, PointDecoder, Sight
 from tokenizer import RESERVED
 
@@ -138,7 +138,7 @@ class Linear8(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype)) * self.scale
+        return product(x, self.weight.to(x.dtype)) * self.scale
 
 
 class Head8(nn.Module):

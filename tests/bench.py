@@ -48,7 +48,7 @@ FRAMES, WRITTEN = 8, 65               # of the one question: frames of its clip,
 SHARED_FRAMES, QUESTIONS, SHORT = 16, 16, 33  # of the many: frames, how many, tokens of each answer
 
 
-def turns(repetitions: int, **measures: Callable[[], dict[str, float]]) -> dict[str, dict[str, float]]:
+def turns(repetitions: int, measures: dict[str, Callable[[], dict[str, float]]]) -> dict[str, dict[str, float]]:
     """Measures that take turns -> of each the medians of what it gave; once before for warmth."""
     found: dict[str, list] = {name: [] for name in measures}
     for turn in range(repetitions + 1):
@@ -98,13 +98,14 @@ def theirs(model, inputs: dict, tokens: int) -> dict[str, float]:
     return {"prefill": length / one, "decode": (tokens - 1) / (many - one)}
 
 
-def matrix_vector(model: Molmo) -> dict[str, float]:
-    """Bytes a second, of products of the model's own matrices with vectors, one after the other."""
+def memory_speed(model: Molmo) -> dict[str, float]:
+    """Bytes a second, of the model's own matrices one after the other: `read`, each added up, which is the most that memory gives;
+    `multiplied`, each times a vector by the library that multiplies matrices."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     vectors = [torch.ones(p.shape[1], dtype=p.dtype) for p in matrices]
+    ways = {"read": lambda: [a.sum() for a in matrices], "multiplied": lambda: [torch.mv(a, x) for a, x in zip(matrices, vectors)]}
     with torch.inference_mode():
-        passes = [seconds(lambda: [torch.mv(a, x) for a, x in zip(matrices, vectors)]) for _ in range(9)]
-    return {"bytes": sum(p.nbytes for p in matrices) / statistics.median(passes)}
+        return {name: sum(p.nbytes for p in matrices) / statistics.median(seconds(way) for _ in range(9)) for name, way in ways.items()}
 
 
 def matrix_matrix() -> dict[str, float]:
@@ -158,13 +159,6 @@ def peaks(folder: Path, *who: str) -> dict[str, int]:
     return {name: int(run(name).stdout.split()[-1]) for name in who}
 
 
-def compiled(model: Molmo, batch: Batch, repetitions: int) -> dict[str, float]:
-    """A step compiled for this machine: what compiling takes, and how often it happened in all."""
-    first = seconds(lambda: ours(model, batch, 3, "compiled"))
-    figures = turns(repetitions, compiled=lambda: ours(model, batch, WRITTEN, "compiled"))["compiled"]
-    return {**figures, "first": first, "graphs": compilations()}
-
-
 def many(model: Molmo) -> dict[str, float]:
     """Sixteen questions about one clip: as a tree, and one by one."""
     questions = [f"How many {thing} are there?" for thing in ("cups", "boxes", "rings", "red things") * (QUESTIONS // 4)]
@@ -187,7 +181,7 @@ def of_the_limit(config: MolmoConfig, device: str, eight: bool, modes: tuple[str
     model = to_int8(model) if eight else model
     batch, limit, rows = asked(["How many red cups are there?"], FRAMES).to(device), bandwidth(torch.device(device)), []
     for mode in modes:
-        figures = turns(repetitions, mode=lambda: ours(model, batch, WRITTEN, mode))["mode"]
+        figures = turns(repetitions, {mode: lambda: ours(model, batch, WRITTEN, mode)})[mode]
         rows.append((f"decode, {'int8' if eight else 'bfloat16'}, {mode}", figures["decode"], f"tokens/s, {figures['read'] / limit:.0%} of {limit / 1e9:.0f} GB/s"))
     return rows
 
@@ -207,25 +201,29 @@ def infer(args: argparse.Namespace) -> None:
         reference_folder(Path(folder))
         model, other = weights.load(folder)[0], load_theirs(Path(folder))
         small8, inputs = to_int8(weights.load(folder)[0]), their_inputs(model, batch)
-        found = turns(repetitions, machine=lambda: matrix_vector(model) | matrix_matrix(), ours=lambda: ours(model, batch, WRITTEN),
-                      theirs=lambda: theirs(other, inputs, WRITTEN), int8=lambda: ours(small8, batch, WRITTEN))
+        measures = {"machine": lambda: memory_speed(model) | matrix_matrix(), "ours": lambda: ours(model, batch, WRITTEN),
+                    "theirs": lambda: theirs(other, inputs, WRITTEN), "int8": lambda: ours(small8, batch, WRITTEN)}
+        if not args.quick:
+            first = seconds(lambda: ours(model, batch, 3, "compiled"))
+            measures |= {"compiled": lambda: ours(model, batch, WRITTEN, "compiled"),
+                         "int8, compiled": lambda: ours(small8, batch, WRITTEN, "compiled")}
+        found = turns(repetitions, measures)
         memory = peaks(Path(folder), "ours", "int8", "theirs")
     found["many"] = many(Molmo(SMALL).initialize(0).eval())
-    if not args.quick:
-        found["compiled"] = compiled(model, batch, repetitions)
     machine, mine, its = found["machine"], found["ours"], found["theirs"]
     read = mine["read"] / mine["decode"]  # bytes a token
-    limit = machine["bytes"] / read
+    limit = machine["read"] / read
     mfu = sum(flops(SMALL, Work.of(model, batch)).values()) * mine["prefill"] / batch.tokens.shape[1] / machine["flops"]
-    rows = [("matrix x vector", machine["bytes"] / 1e9, "GB/s"), ("matrix x matrix", machine["flops"] / 1e9, "GFLOP/s"),
+    eight = f", weights {step_bytes(small8) / 1e6:.0f} MB instead of {step_bytes(model) / 1e6:.0f}"
+    ways = [("decode", "ours", ""), ("decode, int8", "int8", eight)]
+    if not args.quick:
+        ways += [("decode, compiled", "compiled", f"; first answer {first:.0f} s, {compilations()} graphs compiled for both"),
+                 ("decode, int8, compiled", "int8, compiled", eight)]
+    rows = [("reading", machine["read"] / 1e9, "GB/s"), ("matrix x vector", machine["multiplied"] / 1e9, "GB/s"), ("matrix x matrix", machine["flops"] / 1e9, "GFLOP/s"),
             ("decode, limit of the memory", limit, f"tokens/s, {read / 1e6:.0f} MB each"),
             ("decode, transformers", its["decode"], "tokens/s"),
-            ("decode", mine["decode"], f"tokens/s, {mine['decode'] / its['decode']:.2f} x transformers, {mine['decode'] / limit:.0%} of the limit"),
-            ("decode, int8", found["int8"]["decode"], f"tokens/s, weights {step_bytes(small8) / 1e6:.0f} MB instead of {step_bytes(model) / 1e6:.0f}")]
-    if "compiled" in found:
-        made = found["compiled"]
-        rows += [("decode, compiled", made["decode"], f"tokens/s, {made['decode'] / its['decode']:.2f} x transformers, "
-                  f"{made['decode'] / limit:.0%} of the limit; first answer {made['first']:.0f} s, {made['graphs']} graphs compiled")]
+            *((name, found[key]["decode"], f"tokens/s, {found[key]['decode'] / its['decode']:.2f} x transformers, "
+               f"{found[key]['read'] / machine['read']:.0%} of the limit{rest}") for name, key, rest in ways)]
     rows += [("prefill, transformers", its["prefill"], f"tokens/s, {batch.tokens.shape[1]} tokens"),
              ("prefill", mine["prefill"], f"tokens/s, {mine['prefill'] / its['prefill']:.2f} x transformers, MFU {mfu:.0%} of matrix x matrix"),
              *((f"peak memory, {name}", size / 1e6, "MB") for name, size in memory.items()),

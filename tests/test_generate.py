@@ -1,6 +1,7 @@
 """Many questions about one thing, the static cache and its bounds, pictures in parts. (That one cached answer is the slow
 one is in test_model.py.)"""
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -73,14 +74,18 @@ def test_trees_of_other_models(style):
         assert generate(model, collate([tree(74, **SEEN["image"])]), SPELLING, 20, mode=mode) == alone
 
 
-def test_a_compiled_step_writes_the_same(model, monkeypatch):  # noqa: F811
-    """Captured as one graph (and run without a compiler's back end), the step gives the same answers, and that one graph
-    serves all tokens."""
+@pytest.mark.parametrize("eight", [False, True])
+@pytest.mark.parametrize("questions", [QUESTIONS, QUESTIONS[:1]])
+def test_a_compiled_step_writes_the_same(model, monkeypatch, questions, eight):  # noqa: F811
+    """Captured as one graph (and run without a compiler's back end), the step gives the same answers, to many questions and to
+    one, for which products are loops over rows, in eight bits too; and that one graph serves all tokens."""
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(generation, "compiled_blocks", lambda: torch.compile(Molmo.run_blocks, backend=counter, dynamic=False, fullgraph=True))
-    batch = collate([tree(74, **SEEN["image"])])
+    model, batch = to_int8(deepcopy(model)) if eight else model, collate([tree(74, questions, **SEEN["image"])])
     assert generate(model, batch, SPELLING, 12, mode="compiled") == generate(model, batch, SPELLING, 12)
     assert counter.frame_count == 1
+    nodes = [str(node.target) for node in counter.graphs[0].graph.nodes]
+    assert nodes.count("sum") == (4 * len(model.blocks) if len(questions) == 1 else 0)
 
 
 def test_a_trunk_without_questions_goes_on_itself(model):  # noqa: F811
