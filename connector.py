@@ -58,7 +58,7 @@ class TemporalConfig:
 
 def mean_past(features: Tensor, black: Tensor, n_past: Tensor, c: TemporalConfig) -> tuple[Tensor, Tensor]:
     """features (N, S, v), black (S, v) those of a black frame, n_past (N,) how many crops right before each one show the
-    same place earlier (-1: an image) -> the mean over the frames before each, (N, S, v), and (N,) bool whether it counts.
+    same place earlier -> the mean over the frames before each, (N, S, v), and (N,) bool whether it counts.
     No gradient goes to the frames before."""
     features, total, number = features.detach(), torch.zeros_like(features), torch.arange(len(features), device=features.device)
     seen = torch.zeros_like(n_past)

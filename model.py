@@ -180,7 +180,7 @@ class Batch:
     crops: Tensor         # (N, S, 3P²) uint8
     pooling: Tensor       # (M, K) into the N*S patches, -1 = empty slot, in the order of the visual tokens
     points: Tensor        # (G, 3) visual token of the batch, slot, location of each <|token_index|>; stops have token -1
-    n_past: Tensor        # (N,) how many crops right before each show the same place earlier; -1 = an image
+    n_past: Tensor        # (N,) how many crops right before each show the same place earlier
 
     def to(self, device) -> "Batch":
         pinned = torch.device(device).type == "cuda"  # or copied before the call returns; elsewhere nobody waits for the copy

@@ -145,7 +145,7 @@ def collate(packs: Sequence[Example | Sequence[Example]], weights: str = "unifor
         crops=torch.from_numpy(np.concatenate([e.crops for e in examples])),
         pooling=torch.from_numpy(np.concatenate(pooling)),
         points=torch.from_numpy(np.concatenate(points)),
-        n_past=torch.from_numpy(np.concatenate([np.full(len(e.crops), -1) if e.n_past is None else e.n_past for e in examples])),
+        n_past=torch.from_numpy(np.concatenate([np.zeros(len(e.crops), int) if e.n_past is None else e.n_past for e in examples])),
     )
 
 

@@ -17,7 +17,7 @@ The choice is then fed back: <|token_index|> carries the chosen token's connecto
     PointDecoder      the rules that hold while an answer is being written
     write_text ...    the same points as text, and the strict reader
 
-B sequences, T tokens, d LLM width, M visual tokens, K slots of a pool window, v ViT feature width, G points, w head width.
+B sequences, T tokens, d LLM width, M visual tokens, K slots of a pool window, v ViT feature width, G points, w width of the pointing queries and keys.
 """
 
 import re
@@ -107,13 +107,13 @@ def grounded_pieces(ids: Sequence[int], label: str, tracks: bool = False) -> lis
     return pieces + [TOKEN_INDEX, f"{CLOSE_LIST}{label}</{tag}>"]
 
 
-def grounded_points(rows: Sequence[Sequence[int]], written: Sequence[str], patch_map: PatchMap) -> list[Point]:
-    """The rows of a `PointDecoder` and the text that follows each finished triple -> points in pixels. The id is the
+def grounded_points(triples: Sequence[Sequence[int]], written: Sequence[str], patch_map: PatchMap) -> list[Point]:
+    """The triples of a `PointDecoder` and the text that follows each finished one -> points in pixels. The id is the
     number at the start of that text; a triple without one takes its place in the answer."""
-    triples = [row for row in rows if min(row) >= 0]
+    finished = [triple for triple in triples if min(triple) >= 0]
     numbers = [re.match("[0-9]{0,9}", text)[0] for text in written]
     return [Point(int(number or order), *patch_map.pixel(*triple))
-            for order, (number, triple) in enumerate(zip(numbers, triples), start=1)]
+            for order, (number, triple) in enumerate(zip(numbers, finished), start=1)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,8 +179,8 @@ class PointPredictor(nn.Module):
     def patch_scores(self, x: Tensor, index: Tensor, keys: Tensor) -> Tensor:
         """x (G, d), index (G,) of the previously chosen token (0 if none), keys (M, w) -> (G, M + 1), stop class last.
 
-        The stop class is a learned key at position 0. Scores are divided by sqrt(w). (The released code: by
-        sqrt(number of keys), which makes the same choice, but was another temperature in training.)
+        The stop class is a learned key at position 0. Scores are divided by sqrt(w). (The released code divides by
+        sqrt(number of keys): the same choice, but another temperature in training.)
         """
         keys = torch.cat([keys, self.no_more_points[None].to(keys.dtype)])
         scale = len(keys) if self.config.released_inference else self.config.width
@@ -196,7 +196,8 @@ class PointPredictor(nn.Module):
         return self.subpatch_loc_k(h if self.config.released_inference else self.x_norm(h))
 
     def losses(self, h, targets, weights, owner, branch, points, sight: Sight, ids: dict[str, int]) -> dict[str, Tensor]:
-        """Weighted sums of the three cross-entropies, and the number of visual tokens chosen right.
+        """`patch`, `slot`, `location`: weighted sums of the three cross-entropies. `choices`: how many <|token_index|> there
+        are; `right`: in how many of them (stops included) the right choice scores highest.
 
         h (B*T, d); targets, weights, owner (example) and branch (B*T,); points (G, 3): visual token, slot and location
         of every <|token_index|>, in order; visual token -1 is the "no more points" choice.
@@ -204,9 +205,7 @@ class PointPredictor(nn.Module):
         ask, at_slot, at_location = ((targets == ids[name]).nonzero()[:, 0] for name in (TOKEN_INDEX, VIT_INDEX, VIT_LOC))
         triples = points[points[:, 0] >= 0]
         chosen = points[:, 0]
-        previous = chosen.roll(1)  # a stop (-1) ends its list, so the next list begins at -1
-        previous[(owner[ask] != owner[ask].roll(1)) | (branch[ask] != branch[ask].roll(1))] = -1
-        previous[:1] = -1
+        previous = previous_choices(chosen, owner[ask], branch[ask])
 
         keys = self.patch_keys(self.x_norm(h[sight.at]), sight.index)
         index = torch.where(previous < 0, 0, _take(sight.index, previous))
@@ -214,7 +213,7 @@ class PointPredictor(nn.Module):
         number = torch.arange(len(sight.at), device=h.device)
         allowed = (sight.owner == owner[ask, None]) & sight.indexable & (number >= previous[:, None])
         scores = scores.masked_fill(~F.pad(allowed, (0, 1), value=True), float("-inf"))
-        right_choice = torch.where(chosen < 0, len(number), chosen)
+        target = torch.where(chosen < 0, len(number), chosen)
 
         window = triples[:, 0]
         slots = self.slot_scores(self.x_norm(h[at_slot]), sight.windows[window], sight.valid[window])
@@ -224,12 +223,20 @@ class PointPredictor(nn.Module):
             return (F.cross_entropy(scores.float(), target, reduction="none") * weights[at]).sum()
 
         return {
-            "patch": loss(scores, right_choice, ask),
+            "patch": loss(scores, target, ask),
             "slot": loss(slots, triples[:, 1], at_slot),
             "location": loss(locations, triples[:, 2], at_location),
-            "right": (scores.argmax(-1) == right_choice).sum(),
+            "right": (scores.argmax(-1) == target).sum(),
             "choices": torch.tensor(len(ask), device=h.device),
         }
+
+
+def previous_choices(chosen: Tensor, owner: Tensor, branch: Tensor) -> Tensor:
+    """(G,) visual tokens as written, one after the other (-1: stop), and whose they are -> (G,) the choice before each in its own
+    list, -1 where a list begins."""
+    begins = (owner != owner.roll(1)) | (branch != branch.roll(1))
+    begins[:1] = True
+    return chosen.roll(1).masked_fill(begins, -1)  # a stop ends its list: the next one in the branch begins after a -1
 
 
 def _take(values: Tensor, at: Tensor) -> Tensor:
@@ -246,7 +253,7 @@ class PointDecoder:
 
     After <|token_index|> come <|vit_index|> and <|vit_loc|>; a list never goes back to an earlier visual token and never
     takes a slot twice (inside a token, slots ascend); once a list has begun it holds at least one point; when "no more
-    points" wins, `">` follows. `rows` collects [visual token, slot, location] of every <|token_index|>: visual token -1 is
+    points" wins, `">` follows. `triples` collects [visual token, slot, location] of every <|token_index|>: visual token -1 is
     "no more points", slot and location are -1 until they are chosen.
     """
 
@@ -272,7 +279,7 @@ class PointDecoder:
         self.visual_token, self.slot = -1, -1  # the last choice of the list at hand
 
     def step(self, logits: Tensor, h: Tensor, sample: Callable[[Tensor], int]) -> tuple[int, Tensor | None]:
-        """logits (V,), h (d,) at the last position -> the next token and what is added to its word embedding."""
+        """logits (V + RESERVED,), h (d,) at the last position -> the next token and what is added to its word embedding."""
         if self.forced:
             return self.forced.pop(0), None
         if self.expects == VIT_INDEX:
@@ -286,11 +293,13 @@ class PointDecoder:
         token = sample(logits.index_fill(0, self.banned, float("-inf")))
         if token == self.close[0]:
             self.begin_list()            # the list was closed without asking for a stop
-        return token, self.choose_visual_token(self.predictor.x_norm(h)[None]) if token == self.ids[TOKEN_INDEX] else None
+        if token != self.ids[TOKEN_INDEX]:
+            return token, None
+        return token, self.choose_visual_token(self.predictor.x_norm(h)[None])
 
     def choose_visual_token(self, x: Tensor) -> Tensor | None:
         """Choose a visual token (its embedding is fed back) or "no more points" (nothing is, and `">` is forced)."""
-        index = self.sight.index[self.visual_token].clone() if self.visual_token >= 0 else torch.zeros_like(self.sight.index[0])
+        index = self.sight.index[self.visual_token] if self.visual_token >= 0 else self.sight.index.new_zeros(())
         scores = self.predictor.patch_scores(x, index[None], self.keys)[0]
         allowed = F.pad(self.sight.indexable, (0, 1), value=self.visual_token >= 0)  # the stop class is last
         allowed[:max(self.visual_token, 0)] = False
@@ -349,9 +358,9 @@ def write_tags(points: Sequence[Point], size: tuple[int, int], label: str) -> st
     return f'<{tag} {written} alt="{alt}">{label}</{tag}>'
 
 
-_LIST = re.compile(r'<(points|tracks) coords="([^"<>]*)">[^<>]*</(?:\1|point)>', re.ASCII)
+_TAG = re.compile(r'<(?P<kind>points|tracks) coords="(?P<coords>[^"<>]*)">[^<>]*</(?:(?P=kind)|point)>'
+                  r'|<points?(?P<old>(?: [xy]\d*="[^"<>]*")+)(?: alt="[^"<>]*")?>[^<>]*</points?>', re.ASCII)
 _GROUP = re.compile(r"(\d{1,6}(?:\.\d)?)((?: \d{1,6} (?:\d{3}|1000) (?:\d{3}|1000))+)", re.ASCII)
-_OLD = re.compile(r"<points?((?: [xy]\d*=\"[^\"<>]*\")+)(?: alt=\"[^\"<>]*\")?>[^<>]*</points?>")
 
 
 def read_text(text: str, places: Sequence[str], sizes) -> list[Point]:
@@ -362,9 +371,11 @@ def read_text(text: str, places: Sequence[str], sizes) -> list[Point]:
     0-1000, Molmo-1's `x`/`y` are percent and belong to the first picture.
     """
     points = []
-    for tag in re.finditer(f"{_LIST.pattern}|{_OLD.pattern}", text, re.ASCII):
-        kind, coords, old = tag.group(1), tag.group(2), tag.group(3)
-        points += (_read_old(old, sizes) if old else _read_list(kind, coords, places, sizes)) or []
+    for tag in _TAG.finditer(text):
+        if tag["old"]:
+            points += _read_old(tag["old"], sizes) or []
+        else:
+            points += _read_list(tag["kind"], tag["coords"], places, sizes) or []
     return points
 
 

@@ -91,7 +91,7 @@ class Views:
     layout: list[str]             # special-token spellings one by one, and pieces of plain text
     sizes: list[tuple[int, int]]  # (width, height) per picture, px
     times: list[float] | None     # seconds per frame; None for images
-    n_past: np.ndarray            # (N,) how many crops right before this one show the same place earlier; images -1
+    n_past: np.ndarray            # (N,) how many crops right before this one show the same place earlier; images 0
 
 
 # ---- 1. pictures -> views --------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ class _Collector:
         self.crops.append(crops)
         self.patch_boxes.append(np.column_stack([np.full(len(boxes), number), boxes]))
         self.pooling.append(windows.reshape(-1, self.pool ** 2))
-        self.n_past.append(np.tile(np.arange(n) if self.before is not None else -1, tiling[0] * tiling[1]))
+        self.n_past.append(np.tile(np.arange(n) if self.before is not None else 0, tiling[0] * tiling[1]))
         self.patch_count += len(boxes)
         return windows.shape[:2]
 
@@ -476,7 +476,7 @@ def _decode(path: str | os.PathLike) -> Iterator[tuple[float, av.VideoFrame]]:
             problem = _reason(error)
         if last is None:
             raise _unreadable(path, problem or "no frames")
-        missing = _seconds_missing(container, stream, frame)
+        missing = _seconds_missing(container, stream, frame) if time >= last else 0  # of a clock that jumped back nothing is known
         if problem is None and missing > MAX_MISSING:
             problem = f"its header promises {missing:.1f} s more"
         if problem:
@@ -487,7 +487,10 @@ def _seconds_missing(container: av.container.InputContainer, stream: av.VideoStr
     """Seconds that should have come after the last frame; many formats end in silence where a file is cut off."""
     if last.time is None:
         return 0.0
-    promised = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
+    if stream.duration:
+        promised = ((stream.start_time or 0) + stream.duration) * stream.time_base
+    else:
+        promised = (container.duration or 0) / av.time_base  # in mkv counted from 0, wherever the track starts
     return float(promised - last.duration * last.time_base) - last.time
 
 

@@ -394,6 +394,21 @@ def test_cut_off_file_gives_what_is_there(tmp_path, ending, options):
     assert frames[-1].mean() == pytest.approx(6 * round(times[-1] / 0.033), abs=2.5)
 
 
+@pytest.mark.parametrize("start", [0, 5000])
+def test_a_file_that_stops_between_two_packets_is_noticed(tmp_path, start):
+    """Nothing fails to decode there: only the header tells, wherever its clock starts."""
+    path = write_clip(tmp_path / "cut.mp4", [start + 100 * n for n in range(40)], size=(48, 64), movflags="faststart")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        preprocess.read_video(path, 2, 16)
+    with av.open(str(path)) as container:
+        packets = sorted((packet.pos, packet.size) for packet in container.demux(video=0) if packet.size)
+    path.write_bytes(path.read_bytes()[:packets[19][0] + packets[19][1]])
+    with pytest.warns(UserWarning, match="header promises 1.9 s more"):
+        _, times = preprocess.read_video(path, 2, 16)
+    assert times[-1] == pytest.approx(1.9, abs=0.01)
+
+
 def test_sampling_stays_in_bounds(tmp_path, monkeypatch):
     """Too many frames, too large ones, and too much of both together are each refused in one line."""
     path = write_clip(tmp_path / "long.mp4", list(range(0, 1000, 100)))
@@ -825,7 +840,7 @@ def test_frames_before_an_image_have_crops_but_no_tokens():
     earlier = [preprocess.image_views([frame], TINY).crops for frame in frames[:3]]
     count = len(alone.crops)
     assert len(views.crops) == 4 * count > 4 and views.layout == alone.layout and views.sizes == alone.sizes
-    assert views.n_past.tolist() == [0, 1, 2, 3] * count and alone.n_past.tolist() == [-1] * count
+    assert views.n_past.tolist() == [0, 1, 2, 3] * count and alone.n_past.tolist() == [0] * count
     for crop in range(count):
         for past in range(3):
             assert np.array_equal(views.crops[4 * crop + past], earlier[past][crop])
