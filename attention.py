@@ -76,8 +76,8 @@ class Dense(NamedTuple):
 
 
 class DenseDecode(NamedTuple):
-    """Where there are few queries and many keys, reading the keys is all the work. So the queries of the heads that share
-    keys stand behind one another, as if they were more queries of one head: each key is read once and none is copied."""
+    """With few queries and many keys, the cost is reading the keys. So the query heads that share a key head are stacked along
+    the query axis, as if they were more queries of one head: each key is read once and never copied."""
 
     allowed: Tensor | None  # (B, Tq, Tk) bool; None: everybody sees everybody
 

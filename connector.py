@@ -108,13 +108,13 @@ class AttentionPooling(nn.Module):
         self.wo = nn.Linear(c.width, c.width) if c.output_layer else nn.Identity()
 
     def forward(self, windows: Tensor, valid: Tensor, more: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """windows (M, K, v) with zeros in empty slots, valid (M, K) bool -> (M, p). `more` of both, if given, are keys and
-        values too, without a part in the mean."""
+        """windows (M, K, v) with zeros in empty slots, valid (M, K) bool -> (M, p). `more` (windows, valid) of further slots serve
+        as keys and values, but do not enter the mean."""
         mean = windows.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None].to(windows.dtype)
         if more is not None:
             windows, valid = torch.cat([windows, more[0]], dim=1), torch.cat([valid, more[1]], dim=1)
         q = self.wq(mean).unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (M, heads, 1, p / heads)
-        k = self.wk(windows).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (M, heads, K, p / heads)
+        k = self.wk(windows).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (M, heads, K or 2K, p / heads)
         v = self.wv(windows).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         pooled = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None, :])
         return self.wo(pooled.transpose(1, 2).flatten(1))

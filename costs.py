@@ -57,7 +57,7 @@ class Work:
     @classmethod
     def of(cls, model: Molmo, batch: Batch) -> "Work":
         """Of a training batch; its padding is not work."""
-        real, visual, pairs = batch.example_ids >= 0, model.visual(batch.tokens), 0
+        real, visual, pairs = batch.example_ids >= 0, model.is_visual(batch.tokens), 0
         for row, examples in enumerate(batch.example_ids):
             for example in examples[real[row]].unique():
                 here = examples == example

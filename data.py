@@ -32,7 +32,7 @@ import screens
 import synthetic
 from attention import MaskIds, may_attend
 from connector import TemporalConfig
-from generate import Answer, Spelling
+from generate import Answer, ControlTokens
 from model import VISUAL_TOKENS, MolmoConfig
 from packing import Branch, Example, lay_out
 from pointing import (
@@ -67,7 +67,8 @@ def options(choices: Sequence[str]) -> str:
 
 
 def question_text(annotation: Annotation, record: Record, rng: np.random.Generator) -> str:
-    """The user's words: the annotation's own, or one of its task's wordings, after the style if that is not for chat."""
+    """The user's turn: the annotation's own question or one of its task's wordings at random, after `style: ` where the style is not
+    for chat."""
     task, words = TASKS[annotation.task], annotation.question
     if not words or "{question}" in task.wordings[0]:
         fps = f"{annotation.fps:g}"
@@ -155,8 +156,8 @@ def category(annotation: Annotation, record: Record) -> str:
 # 2. A record -> a message tree; an answer -> points
 
 
-def spelling(tokenizer: Tokenizer) -> Spelling:
-    return Spelling(tokenizer.eos_id, tokenizer.encode(CLOSE_LIST), tokenizer.stop_ids)
+def control_tokens(tokenizer: Tokenizer) -> ControlTokens:
+    return ControlTokens(tokenizer.stop_ids, tokenizer.encode(CLOSE_LIST))
 
 
 def places(times: Sequence[float] | None, pictures: int) -> list[str]:
@@ -189,13 +190,13 @@ def trunk(tokenizer: Tokenizer, views: Views, subtitles: str = "") -> np.ndarray
 def branch(tokenizer: Tokenizer, turns: Sequence[tuple[str, str | list[str]]], rows: np.ndarray, category: str = "other") -> Branch:
     """Turns of question and answer; loss on the answers and on the end-of-turn tokens after them. An answer in one
     text is plain text, whatever it spells."""
-    tokens, learned = [], []
+    tokens, loss_mask = [], []
     for number, (asked, answered) in enumerate(turns):
         prompt = (tokenizer.encode("\n") if number else []) + tokenizer.chat_prompt(asked)
         ids = tokenizer.encode(answered) if isinstance(answered, str) else tokenizer.encode_layout(answered)
         tokens += prompt + ids + [tokenizer.eos_id]
-        learned += [False] * len(prompt) + [True] * (len(ids) + 1)
-    return Branch(np.array(tokens), np.array(learned), rows, category)
+        loss_mask += [False] * len(prompt) + [True] * (len(ids) + 1)
+    return Branch(np.array(tokens), np.array(loss_mask), rows, category)
 
 
 def example(record: Record, tokenizer: Tokenizer, config: MolmoConfig, rng: np.random.Generator) -> Example:
@@ -229,7 +230,7 @@ def prompts(tokenizer: Tokenizer, views: Views, questions: Sequence[str], subtit
     waiting = []
     for question, turns in zip(questions, before or [()] * len(questions), strict=True):
         asked = branch(tokenizer, [*turns, (question, "")], np.zeros((0, 3), int))
-        waiting.append(replace(asked, learned=np.zeros_like(asked.learned)))
+        waiting.append(replace(asked, loss_mask=np.zeros_like(asked.loss_mask)))
     return Example(trunk(tokenizer, views, subtitles), views.crops, views.pooling, waiting, n_past=views.n_past)
 
 
@@ -471,8 +472,7 @@ def write_set(name: str, folder: Path, n: int, seed: int, branches: int) -> Path
             grown = [(0, side % 2) for side in record.pictures[0].shape[:2]]  # as write_video grows odd sides
             for thing in record.objects.values():
                 thing.masks = {moment: Runs.of(np.pad(runs.mask(), grown)) for moment, runs in thing.masks.items()}
-            with command.atomic_write(folder / video) as part:
-                write_video(part, iter(record.pictures), 1 / (record.times[1] - record.times[0]))
+            write_video(folder / video, iter(record.pictures), 1 / (record.times[1] - record.times[0]))
         else:
             for number, picture in enumerate(record.pictures):
                 images.append(f"{stem}-{index}-{number + 1}.png")

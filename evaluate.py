@@ -227,7 +227,7 @@ def ask(model: Molmo, tokenizer: Tokenizer, asked: list[Asked]) -> None:
     trees = [list(group) for _, group in groupby(asked, key=lambda a: id(a.views))]
     batch = collate([data.prompts(tokenizer, tree[0].views, [a.question for a in tree], tree[0].record.subtitles,
                                   [a.annotation.messages[:a.turn] for a in tree]) for tree in trees]).to(device)
-    answers = generate(model, batch, data.spelling(tokenizer), longest(model, asked[0].annotation.task in TRACKS))
+    answers = generate(model, batch, data.control_tokens(tokenizer), longest(model, asked[0].annotation.task in TRACKS))
     for a, answer in zip(asked, answers, strict=True):
         a.text, a.points = data.read_answer(answer, tokenizer, a.views)
         a.figures = {"answers cut": answer.finish_reason == "length"}

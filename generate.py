@@ -10,8 +10,8 @@ branch. The cache after two steps of a tree with two:
         branch   . . . . b b . .   b .      b .
         branch   . . . . . . c c   . c      . c
 
-A step reads every weight once, however many branches grow by it, so it takes at least as long as memory takes to bring
-them: `Speed` counts how near to that it comes.
+A step reads every weight once, whatever the number of branches, so it can be no faster than the memory delivers the weights;
+`Speed` measures how close it comes.
 
 B trees, one a row, T tokens of the longest prompt, W branches in all, R of the largest tree, d LLM width.
 """
@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import DenseDecode, MaskIds, make_mask, may_attend
-from model import Batch, Cache, Embedding, Molmo, product
-from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, PointDecoder, Sight
+from model import Batch, Cache, Embedding, Molmo, linear
+from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, PointDecoder, VisualTokens
 from tokenizer import RESERVED
 
 STATIC_ROOM = 256  # the room of a compiled step's cache is a multiple of this: fewer shapes to compile
@@ -41,12 +41,11 @@ class Answer(NamedTuple):
     finish_reason: str        # "stop": the model ended its turn; "length": max_new_tokens were written
 
 
-class Spelling(NamedTuple):
+class ControlTokens(NamedTuple):
     """The token ids that steer generation, from the tokenizer."""
 
-    eos: int          # ends a turn
-    close: list[int]  # `">`, which must follow "no more points"
-    stops: tuple[int, ...] = ()  # others that end an answer
+    stops: tuple[int, ...]  # each ends an answer
+    close: list[int]        # `">`, which must follow "no more points"
 
 
 class FreeDecoder:
@@ -76,16 +75,16 @@ def sampler(temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Call
     return sample
 
 
-def start_decoder(model: Molmo, h: Tensor, sight: Sight, owner: int, close: Sequence[int]):
+def start_decoder(model: Molmo, h: Tensor, visual: VisualTokens, owner: int, close: Sequence[int]):
     """The decoder of one example of a prompt batch: h (B, T, d) of the prompt."""
     if model.point_predictor is None:
         return FreeDecoder()
-    sight = sight.only(sight.owner == owner)
-    return PointDecoder(model.point_predictor, h.flatten(0, 1)[sight.at], sight, model.ids, close)
+    visual = visual.only(visual.owner == owner)
+    return PointDecoder(model.point_predictor, h.flatten(0, 1)[visual.at], visual, model.ids, close)
 
 
 def speakable(model: Molmo, device=None) -> Tensor:
-    """(V,) or (V + 128,) bool: all but the extra tokens that only a picture or a prompt may bring."""
+    """(V,) or (V + RESERVED,) bool: all but the extra tokens that only a picture or a prompt may bring."""
     vocabulary, grounding = model.config.llm.vocabulary, model.point_predictor is not None
     spoken = torch.zeros(vocabulary + RESERVED * grounding, dtype=torch.bool, device=device)
     spoken[:vocabulary] = True
@@ -95,14 +94,14 @@ def speakable(model: Molmo, device=None) -> Tensor:
 
 
 @torch.inference_mode()
-def generate_slowly(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int, samplers=sampler) -> Answer:
+def generate_slowly(model: Molmo, batch: Batch, control: ControlTokens, max_new_tokens: int, samplers=sampler) -> Answer:
     """The oracle: one unpadded prompt, the whole sequence through the model for every token, no cache."""
     tokens, decoder, sample, given, spoken = [], None, samplers(), batch.points.tolist(), speakable(model, batch.tokens.device)
     for _ in range(max_new_tokens):
-        h, sight = model(batch)
-        decoder = decoder or start_decoder(model, h, sight, int(model.owners(batch)[0, -1]), spelling.close)
+        h, visual = model(batch)
+        decoder = decoder or start_decoder(model, h, visual, int(model.owners(batch)[0, -1]), control.close)
         token, _ = decoder.step(model.logits(h[0, -1]).where(spoken, float("-inf")), h[0, -1], sample)
-        if token in (spelling.eos, *spelling.stops):
+        if token in control.stops:
             return Answer(tokens, decoder.triples, "stop")
         tokens.append(token)
         batch = _with_token(batch, token, given + decoder.triples)
@@ -138,7 +137,7 @@ class Linear8(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight.to(x.dtype)) * self.scale
+        return linear(x, self.weight.to(x.dtype)) * self.scale
 
 
 class Head8(nn.Module):
@@ -225,7 +224,7 @@ class Frontier(NamedTuple):
             found += [(row, int((branch == b).nonzero()[-1])) for b in branch.unique() if b > 0 or not branch.any()]
         row, place = torch.tensor(found, device=batch.tokens.device).T
         ids = (values[row, place] for values in (batch.example_ids, batch.branch_ids, batch.positions + 1))
-        return cls(row, beside(row), *ids), place
+        return cls(row, rank_in_row(row), *ids), place
 
     def grid(self, values: Tensor, shape: tuple[int, int], fill: int = 0) -> Tensor:
         """values (W, ...) -> (B, R, ...), each in its place."""
@@ -234,8 +233,8 @@ class Frontier(NamedTuple):
         return values.new_full((*shape, *values.shape[1:]), fill).index_put_((self.row, self.column), values)
 
 
-def beside(row: Tensor) -> Tensor:
-    """How often the same number stands before each, (W,)."""
+def rank_in_row(row: Tensor) -> Tensor:
+    """(W,) How many earlier branches are in the same row."""
     return (row[:, None] == row).tril(-1).sum(1)
 
 
@@ -282,7 +281,7 @@ class TreeDecoding:
         self.frontier = self.frontier._replace(position=self.position[self.frontier.row, self.frontier.column])
         self.frontier = Frontier(*(field[alive] for field in self.frontier))
         if not self.static:
-            self.frontier = self.frontier._replace(column=beside(self.frontier.row))
+            self.frontier = self.frontier._replace(column=rank_in_row(self.frontier.row))
             self.reshape()
 
     def step(self, x: Tensor) -> Tensor:
@@ -296,7 +295,7 @@ class TreeDecoding:
 
 
 @torch.inference_mode()
-def generate(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int,
+def generate(model: Molmo, batch: Batch, control: ControlTokens, max_new_tokens: int,
              samplers: Callable[[], Callable[[Tensor], int]] = sampler, speed: Speed | None = None, mode: str = "views") -> list[Answer]:
     """Answers every branch of B prompts (padded on the right, one tree a row), row by row and branch by branch, as
     `generate_slowly` answers each alone: `samplers` makes a sampler for every branch. `mode` of the steps: see `TreeDecoding`."""
@@ -305,16 +304,16 @@ def generate(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int
     speed.lap(device)
     frontier, place = Frontier.of(batch)
     room = batch.tokens.shape[1] + max_new_tokens * (int(frontier.column.max()) + 1)
-    ids, sight = model.mask_ids(batch), model.see(batch)
-    x = model.input_embeddings(batch, sight)
+    ids, visual = model.mask_ids(batch), model.visual_tokens(batch)
+    x = model.input_embeddings(batch, visual)
     cache = Cache(model.config.llm, len(x), room if mode == "views" else -(-room // STATIC_ROOM) * STATIC_ROOM, like=x)
     h = model.hidden_states(x, batch.positions, make_mask(ids), cache)
     owners = model.owners(batch)[frontier.row, place].tolist()
-    first = {owner: start_decoder(model, h, sight, owner, spelling.close) for owner in set(owners)}
+    first = {owner: start_decoder(model, h, visual, owner, control.close) for owner in set(owners)}
     decoders = [first[owner].another() for owner in owners]  # branches of a tree share the keys of its visual tokens
     choose = [samplers() for _ in owners]
     h, trees = h[frontier.row, place], TreeDecoding(model, cache, ids, frontier, mode)
-    del x, sight
+    del x, visual
     speed.prompt += int((batch.example_ids >= 0).sum())
     speed.prefill += speed.lap(device)
 
@@ -325,7 +324,7 @@ def generate(model: Molmo, batch: Batch, spelling: Spelling, max_new_tokens: int
         logits, alive = model.logits(h).where(spoken, float("-inf")), []
         for at, w in enumerate(active):
             token, carried = decoders[w].step(logits[at], h[at], choose[w])
-            if token in (spelling.eos, *spelling.stops):
+            if token in control.stops:
                 reasons[w] = "stop"
             else:
                 answers[w].append(token)

@@ -128,8 +128,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @dataclass
 class Media:
-    """What was given. `images` is empty for a video, `frame_times` (seconds of all its frames) and `times` (of those that
-    are pictures to the model) for images."""
+    """What was given. Of a video `images` is empty; of images `frame_times` (seconds of all frames) and `times` (seconds of the
+    frames that the model sees) are."""
     paths: list[str]
     images: list[np.ndarray]
     frame_times: list[float]
@@ -164,7 +164,7 @@ def read_media(paths: list[str], config: ViewConfig) -> tuple[Media, Views]:
 def ask(model: Molmo, tokenizer: Tokenizer, views: Views, args: argparse.Namespace, speed: Speed) -> list[Answer]:
     """To every question; what is seen is read once."""
     batch = collate([data.prompts(tokenizer, views, [args.prompt, *args.ask])]).to(args.device)
-    write = lambda speed: generate(model, batch, data.spelling(tokenizer), args.max_new_tokens,
+    write = lambda speed: generate(model, batch, data.control_tokens(tokenizer), args.max_new_tokens,
                                    partial(sampler, args.temperature, args.top_p, args.seed), speed, "compiled" if args.compile else "views")
     if args.compile and not speed.prompt:
         write(None)  # the first time is for the compiler
@@ -191,7 +191,7 @@ def readable(text: str, points: Sequence[Point], views: Views) -> str:
 
 
 @dataclass
-class Said:
+class ParsedAnswer:
     """An answer, in readable words, and its points."""
 
     answer: Answer
@@ -203,11 +203,11 @@ class Said:
         return {"text": self.text, "count": len({point.id for point in self.points}), "finish_reason": self.answer.finish_reason}
 
 
-def sentences(model: Molmo, tokenizer: Tokenizer, views: Views, args: argparse.Namespace, speed: Speed) -> list[Said]:
+def ask_and_parse(model: Molmo, tokenizer: Tokenizer, views: Views, args: argparse.Namespace, speed: Speed) -> list[ParsedAnswer]:
     found = []
     for answer in ask(model, tokenizer, views, args, speed):
         text, points = data.read_answer(answer, tokenizer, views)
-        found.append(Said(answer, readable(text, points, views) if answer.triples else text, points))
+        found.append(ParsedAnswer(answer, readable(text, points, views) if answer.triples else text, points))
     return found
 
 
@@ -229,17 +229,17 @@ class FrameByFrame:
             raise ValueError(f"{args.media[0]}: {gap} frames of {width}x{height} between two questions do not fit in memory: "
                              "ask more often (--fps, --max-frames), or shrink the video")
         self.answers: list[Answer] = []
-        self.said: list[dict] = []            # what was said about each sampled frame
+        self.frame_answers: list[dict] = []   # what was said about each sampled frame
         self.points: list[Point] = []
         self.masks: list[dict] = []
 
     def ask(self, number: int, recent: Sequence[np.ndarray]) -> dict[int, tuple[float, float]]:
         """Ask about the last of some frames, number `number` of the file; -> the places of its points."""
         views = image_views([recent[-1]], self.config, recent[:-1])
-        said, = sentences(self.model, self.tokenizer, views, self.args, self.speed)
-        self.answers.append(said.answer)
-        self.said.append({"frame": number, "time": round(self.media.frame_times[number], 3), "text": said.text})
-        return {order: (point.x, point.y) for order, point in enumerate(said.points, start=1)}
+        parsed, = ask_and_parse(self.model, self.tokenizer, views, self.args, self.speed)
+        self.answers.append(parsed.answer)
+        self.frame_answers.append({"frame": number, "time": round(self.media.frame_times[number], 3), "text": parsed.text})
+        return {order: (point.x, point.y) for order, point in enumerate(parsed.points, start=1)}
 
     def tell(self, number: int, points: Points) -> None:
         self.points += [Point(identity, self.picture[number], x, y) for identity, (x, y) in sorted(points.items())]
@@ -280,9 +280,9 @@ class FrameByFrame:
         """A part of the report. Without masks nobody says who is who: the count is that of the frame with most points."""
         counts = Counter(point.picture for point in self.points)
         count = len({point.id for point in self.points}) if self.args.masks else max(counts.values(), default=0)
-        return {"text": "\n".join(f"{said['time']:7.1f} s  {said['text']}" for said in self.said), "count": count,
+        return {"text": "\n".join(f"{one['time']:7.1f} s  {one['text']}" for one in self.frame_answers), "count": count,
                 "finish_reason": "length" if any(a.finish_reason == "length" for a in self.answers) else "stop",
-                "frames": self.said} | ({"masks": self.masks} if self.args.masks else {})
+                "frames": self.frame_answers} | ({"masks": self.masks} if self.args.masks else {})
 
 
 # ---- 3. points -> pictures -------------------------------------------------------------------------------------------
@@ -440,8 +440,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         # 3. What it sees; a video frame by frame is seen as it is asked about
         if args.per_frame:
-            asked = FrameByFrame(model, tokenizer, config, args, speed)
-            media = asked.media
+            per_frame = FrameByFrame(model, tokenizer, config, args, speed)
+            media = per_frame.media
         else:
             media, views = read_media(args.media, config)
         timing["preprocess"] = lap()
@@ -451,14 +451,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory(prefix=".infer-", dir=args.out) as fresh:
             folder = Path(fresh)
             if args.per_frame:
-                asked.follow(propagate, folder) if args.masks else asked.point()
-                points, answers, said = asked.points, asked.answers, asked.result()
+                per_frame.follow(propagate, folder) if args.masks else per_frame.point()
+                points, answers, summary = per_frame.points, per_frame.answers, per_frame.result()
             else:
-                several = sentences(model, tokenizer, views, args, speed)
-                points, answers, said = several[0].points, [one.answer for one in several], several[0].result()
+                parsed = ask_and_parse(model, tokenizer, views, args, speed)
+                points, answers, summary = parsed[0].points, [one.answer for one in parsed], parsed[0].result()
                 if args.ask:
-                    said["answers"] = [{"prompt": prompt, "text": one.text, "points": describe(one.points, media), **one.result()}
-                                       for prompt, one in zip([args.prompt, *args.ask], several)]
+                    summary["answers"] = [{"prompt": prompt, "text": one.text, "points": describe(one.points, media), **one.result()}
+                                          for prompt, one in zip([args.prompt, *args.ask], parsed)]
             timing["generate"] = lap()
             timing |= {"tokens": sum(len(answer.tokens) for answer in answers), **rates(speed, torch.device(args.device)),
                        **({"graphs_compiled": compilations()} if args.compile else {})}
@@ -466,8 +466,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             # 5. The results: all of them, or none
             annotate(media, points, folder)
             timing["draw"] = lap()
-            result = {"media": args.media, "prompt": args.prompt, "text": said.pop("text"),
-                      "points": describe(points, media), **said, "timing": timing}
+            result = {"media": args.media, "prompt": args.prompt, "text": summary.pop("text"),
+                      "points": describe(points, media), **summary, "timing": timing}
             (folder / f"{media.names[0]}.points.json").write_text(json.dumps(result, indent=None if args.masks else 1) + "\n")
             written = [os.path.join(args.out, name) for name in sorted(os.listdir(fresh))]
             for path in written:

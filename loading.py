@@ -4,7 +4,7 @@
 
 What comes next is a function of a seed and a few numbers (the next example's, and those that wait in the pool), so a run that goes on
 from them repeats the batches that the uninterrupted run would have had. Drawing and reading is done by worker processes, packing
-by a thread, while the device is busy with the batch before.
+by a thread, while the device is busy with the batch before. `PatchSet`, at the end, feeds the ViT where it learns alone.
 
 N crops, S patches per crop, P patch side.
 """
@@ -297,6 +297,7 @@ def ignore_signals(worker: int):
 ELEMENTS = [(sort, word) for sort, words in screens.USES.items() for word in words]  # of screens: "the Save button"
 PATCH_CLASSES = (1 + len(synthetic.KINDS), 1 + len(synthetic.COLORS), 1 + len(synthetic.KINDS), 1 + len(ELEMENTS), len(synthetic.BACKGROUNDS))
 UNKNOWN = -100  # what cross entropy leaves out
+FILMED = {"clips": synthetic.world, "tracks": synthetic.crowd}
 
 
 @dataclass
@@ -324,9 +325,6 @@ class PatchSet(Dataset):
         labels = patch_labels(scene, views.patch_boxes).reshape(*views.crops.shape[:2], -1)
         skipped = 0 if scene.is_video else 1  # the global crop of an image: the others show the same, larger
         return torch.from_numpy(views.crops[skipped:]), torch.from_numpy(labels[skipped:])
-
-
-FILMED = {"clips": synthetic.world, "tracks": synthetic.crowd}
 
 
 def collate_patches(items: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,15 +15,16 @@ batch, K slots of a pool window, G points, V rows of the base vocabulary.
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import CosSin, Mask, MaskIds, RMSNorm, apply_rope, make_mask, rms_norm, rope_cos_sin, rope_frequencies
+from attention import CosSin, Mask, MaskIds, RMSNorm, apply_rope, make_mask, rope_cos_sin, rope_frequencies
 from connector import Connector, ConnectorConfig, TemporalConfig, gather_windows, mean_past
-from pointing import TOKEN_INDEX, VIT_INDEX, PointConfig, PointPredictor, Sight
+from pointing import TOKEN_INDEX, VIT_INDEX, PointConfig, PointPredictor, VisualTokens
 from preprocess import ViewConfig
 from tokenizer import EXTRA_TOKENS, RESERVED
 from vit import ViT, ViTConfig
@@ -237,9 +238,9 @@ class Cache:
         return keys[:, :, :self.end], values[:, :, :self.end]
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., i), weight (o, i) -> (..., o). Compiled for one token on a CPU it is a loop over the rows, which reads the matrix as fast
-    as memory brings it; the libraries that multiply matrices are made for many tokens and read it at down to a third of that."""
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., i), weight (o, i) -> (..., o). Compiled for a single token on a CPU it becomes a loop over the rows, which reads the
+    matrix as fast as the memory delivers it; BLAS is tuned for many tokens and reaches down to a quarter of that."""
     if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.shape[-1]:
         return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
     return F.linear(x, weight)
@@ -252,7 +253,7 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight)
+        return linear(x, self.weight)
 
 
 class SelfAttention(nn.Module):
@@ -267,21 +268,18 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cos_sin: CosSin, mask: Mask, cache: Cache | None) -> Tensor:
         c = self.c
-        qk, v = self.att_proj(x).unflatten(-1, (-1, c.head_width)).split([c.heads + c.kv_heads, c.kv_heads], dim=2)
-        qk = apply_rope(self.qk_norm(qk), cos_sin).transpose(1, 2)  # queries and keys alike; (B, heads, T, head_width) from here on
-        (q, k), v = qk.split([c.heads, c.kv_heads], dim=1), v.transpose(1, 2)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the norms make them float32
+        q, k, v = self.att_proj(x).unflatten(-1, (-1, c.head_width)).split([c.heads, c.kv_heads, c.kv_heads], dim=2)
+        q, k = (apply_rope(a, cos_sin).to(v.dtype) for a in self.qk_norm(q, k))  # under autocast the norms make them float32
+        q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # (B, heads, T, head_width)
         if cache is not None:
             k, v = cache.add(self.layer, k, v)
         return self.attn_out(mask.attend(q, k, v).transpose(1, 2).flatten(2))
 
-    def qk_norm(self, qk: Tensor) -> Tensor:
-        """(B, T, heads + kv_heads, head_width): each head by itself, or all queries and all keys."""
-        c = self.c
-        if c.norm_heads:
-            return rms_norm(qk, self.q_norm.eps) * torch.cat([self.q_norm.weight.expand(c.heads, -1), self.k_norm.weight.expand(c.kv_heads, -1)])
-        q, k = qk.split([c.heads, c.kv_heads], dim=2)
-        return torch.cat([self.q_norm(q.flatten(2)), self.k_norm(k.flatten(2))], dim=-1).view(qk.shape)
+    def qk_norm(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q (B, T, heads, head_width), k (B, T, kv_heads, head_width): each head by itself, or all heads at once."""
+        if self.c.norm_heads:
+            return self.q_norm(q), self.k_norm(k)
+        return self.q_norm(q.flatten(2)).view(q.shape), self.k_norm(k.flatten(2)).view(k.shape)
 
 
 class MLP(nn.Module):
@@ -313,7 +311,7 @@ class Block(nn.Module):
         return x + self.dropped(self.mlp(self.ff_norm(x)), drop)
 
     def dropped(self, x: Tensor, at: Tensor | None) -> Tensor:
-        """Dropout at some tokens, (B, T) bool, or at all."""
+        """Dropout at the tokens marked in `at`, (B, T) bool; at all of them if it is None."""
         if not self.training:
             return x
         return self.dropout(x) if at is None else torch.where(at[..., None], self.dropout(x), x)
@@ -334,7 +332,7 @@ class Embedding(nn.Module):
         return torch.where((tokens < base)[..., None], rows, F.embedding((tokens - base).clamp(min=0), self.new_embedding))
 
     def logits(self, x: Tensor, extra: bool) -> Tensor:
-        """x (..., d) -> (..., V), or (..., V + 128) with the extra tokens."""
+        """x (..., d) -> (..., V), or (..., V + RESERVED) with the extra tokens."""
         scores = x @ self.embedding.T
         return torch.cat([scores, x @ self.new_embedding.T], dim=-1) if extra else scores
 
@@ -371,8 +369,9 @@ class Molmo(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> "Molmo":
-        """Random weights from a seed. Matrices: normal with 1 / sqrt(inputs), a tenth of that into the residual stream;
-        tables of embeddings and positions: as large as what the blocks add to them; the head: small."""
+        """Random weights from a seed. Matrices: normal with standard deviation 1 / sqrt(inputs), twice that in the patch embedding
+        (pixels of one patch are much alike), a tenth of it where a matrix writes into the residual stream; tables of embeddings and
+        positions: as large as what the blocks add to them; the head: small."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if "norm" in name or name.startswith("ln_f"):
@@ -402,20 +401,24 @@ class Molmo(nn.Module):
             made.connector.adapter.initialize(init, seed)
         return made.to(self.wte.embedding.device, self.wte.embedding.dtype).train(self.training)
 
-    def visual(self, tokens: Tensor) -> Tensor:
-        """(B, T) bool: picture tokens and the start, end and column tokens around them."""
-        return torch.isin(tokens, torch.tensor([self.ids[name] for name in VISUAL_TOKENS], device=tokens.device))
+    def is_any(self, tokens: Tensor, names: Sequence[str]) -> Tensor:
+        """(B, T) bool: tokens with one of these names."""
+        return torch.isin(tokens, torch.tensor([self.ids[name] for name in names], device=tokens.device))
 
-    def see(self, batch: Batch) -> Sight:
+    def is_visual(self, tokens: Tensor) -> Tensor:
+        """(B, T) bool: picture tokens and the start, end and column tokens around them."""
+        return self.is_any(tokens, VISUAL_TOKENS)
+
+    def visual_tokens(self, batch: Batch) -> VisualTokens:
         """ViT and connector over all pictures of the batch, matched to the placeholders in its tokens."""
-        placeholder = torch.isin(batch.tokens, torch.tensor([self.ids[n] for n in PLACEHOLDERS], device=batch.tokens.device))
+        placeholder = self.is_any(batch.tokens, PLACEHOLDERS)
         if (count := int(placeholder.sum())) != len(batch.pooling):
             raise ValueError(f"{count} visual placeholder tokens, but {len(batch.pooling)} pool windows")
         features = self.encode(batch)
         windows, valid = gather_windows(features.flatten(0, 1), batch.pooling)
         embeddings = self.context.spread(self.connector, windows, valid, *self.past_windows(features, batch))
         at, indexable = placeholder.flatten().nonzero()[:, 0], batch.tokens[placeholder] == self.ids["<im_patch>"]
-        return Sight.of(windows, valid, embeddings, at, self.owners(batch)[placeholder], indexable)
+        return VisualTokens.of(windows, valid, embeddings, at, self.owners(batch)[placeholder], indexable)
 
     def encode(self, batch: Batch) -> Tensor:
         """ViT features (N, S, v). Crops that no visual token reads show the past only: they come without gradient, or, if
@@ -426,7 +429,7 @@ class Molmo(nn.Module):
         if self.config.temporal.mode == "none" and read.all():
             return seen
         features = seen.new_zeros(len(read), *seen.shape[1:]).index_put((read,), seen)
-        if self.config.temporal.mode != "none":  # even if there is none: elsewhere there may be, and all processes go together
+        if self.config.temporal.mode != "none":  # even if none is unread here: all processes of a group make the same calls
             with torch.no_grad():
                 features[~read] = self.context.spread(self.vit, batch.crops[~read])
         return features
@@ -450,16 +453,16 @@ class Molmo(nn.Module):
         tokens = torch.where(tokens == self.ids["<im_low>"], self.ids["<im_patch>"], tokens)
         return self.wte.embed(tokens)
 
-    def input_embeddings(self, batch: Batch, sight: Sight) -> Tensor:
+    def input_embeddings(self, batch: Batch, visual: VisualTokens) -> Tensor:
         """Word embeddings, plus what visual and grounding tokens carry: (B, T, d)."""
-        x = self.embed(batch.tokens).flatten(0, 1).index_add(0, sight.at, sight.embeddings.to(self.wte.embedding.dtype))
+        x = self.embed(batch.tokens).flatten(0, 1).index_add(0, visual.at, visual.embeddings.to(self.wte.embedding.dtype))
         if self.point_predictor is not None:
             chosen = batch.points[:, 0] >= 0  # "no more points" carries nothing
             at_token, at_patch = ((batch.tokens.flatten() == self.ids[n]).nonzero()[:, 0] for n in (TOKEN_INDEX, VIT_INDEX))
             token, slot, _ = batch.points[chosen].T
-            x = x.index_add(0, at_token[chosen], sight.embeddings[token].to(x.dtype))
+            x = x.index_add(0, at_token[chosen], visual.embeddings[token].to(x.dtype))
             token, slot = token[:len(at_patch)], slot[:len(at_patch)]  # an answer being written may end between the two
-            patch = self.point_predictor.build_vit_embedding(sight.windows[token, slot])
+            patch = self.point_predictor.build_vit_embedding(visual.windows[token, slot])
             x = x.index_add(0, at_patch, patch.to(x.dtype))
         return x.view(*batch.tokens.shape, -1)
 
@@ -495,20 +498,20 @@ class Molmo(nn.Module):
 
     def mask_ids(self, batch: Batch) -> MaskIds:
         order = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
-        return MaskIds(batch.example_ids, batch.branch_ids, order, self.visual(batch.tokens))
+        return MaskIds(batch.example_ids, batch.branch_ids, order, self.is_visual(batch.tokens))
 
-    def forward(self, batch: Batch, drop: Tensor | None = None) -> tuple[Tensor, Sight]:
+    def forward(self, batch: Batch, drop: Tensor | None = None) -> tuple[Tensor, VisualTokens]:
         """-> hidden states (B, T, d) and what was seen."""
-        sight = self.see(batch)
-        x, share = self.input_embeddings(batch, sight), self.context
+        visual = self.visual_tokens(batch)
+        x, share = self.input_embeddings(batch, visual), self.context
         mask = share.mask(make_mask(self.mask_ids(batch)))
         h = self.hidden_states(share.part(x), share.part(batch.positions), mask, drop=share.part(drop))
-        return share.whole(h), sight
+        return share.whole(h), visual
 
     def losses(self, batch: Batch, drop_responses_only: bool = False) -> dict[str, Tensor]:
         """Weighted sums: `token`, `z` (the squared log-normaliser of the head), `patch`, `slot`, `location`; and counts
         `right` of `choices`. The caller divides by the summed loss weights (of all devices)."""
-        h, sight = self.forward(batch, batch.loss_weights > 0 if drop_responses_only else None)
+        h, visual = self.forward(batch, batch.loss_weights > 0 if drop_responses_only else None)
         h, targets, weights = h.flatten(0, 1), batch.targets.flatten(), self.context.own(batch.loss_weights).flatten()
         rows = weights.nonzero()[:, 0]
         logits = self.logits(h[rows]).float()
@@ -517,5 +520,5 @@ class Molmo(nn.Module):
         losses = {"token": (cross_entropy * weights[rows]).sum(), "z": (normaliser**2 * weights[rows]).sum()}
         if self.point_predictor is not None:
             owners, branches = self.owners(batch).flatten(), batch.branch_ids.flatten()
-            losses |= self.point_predictor.losses(h, targets, weights, owners, branches, batch.points, sight, self.ids)
+            losses |= self.point_predictor.losses(h, targets, weights, owners, branches, batch.points, visual, self.ids)
         return losses

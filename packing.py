@@ -19,7 +19,7 @@ trunk `v v a` with branches `b b` and `c`, and trunk `w` (a visual token too) wi
         d   . . . . . . # # .
         d   . . . . . . # # #
 
-Which trees go together is an exact knapsack over a pool of them (`fullest`). A batch is B such rows, padded on the right.
+Which trees go together is an exact knapsack over a pool of them (`knapsack`). A batch is B such rows, padded on the right.
 
 T tokens, N crops, S patches per crop, P patch side, M visual tokens, K slots of a pool window, G <|token_index|> tokens.
 
@@ -50,11 +50,11 @@ STEPS = 512      # a pack's tokens are counted in about so many steps, of 32 tok
 
 @dataclass
 class Branch:
-    """One annotation. `learned` marks the tokens of the answer (and the <eos> after it) that carry loss."""
+    """One annotation. `loss_mask` marks the tokens of the answer (and the <eos> after it) that carry loss."""
 
-    tokens: np.ndarray   # (t,)
-    learned: np.ndarray  # (t,) bool
-    points: np.ndarray   # (g, 3) visual token of the example, slot, location of each <|token_index|>; stops have token -1
+    tokens: np.ndarray     # (t,)
+    loss_mask: np.ndarray  # (t,) bool
+    points: np.ndarray     # (g, 3) visual token of the example, slot, location of each <|token_index|>; stops have token -1
     category: str = "other"  # "video caption", "pointing" or "other": what its loss weight goes by
 
 
@@ -109,9 +109,9 @@ def lay_out(pack: Sequence[Example], weights: str = "uniform") -> Row:
         n, pad = len(example.trunk), np.append(example.trunk[1:], IGNORED)
         parts.append((example.trunk, pad, np.zeros(n), np.arange(n), np.full(n, number), np.zeros(n, int)))
         for b, branch in enumerate(example.branches, start=1):
-            t, learned = len(branch.tokens) - 1, branch.learned[1:]
-            weight = WEIGHTS[weights](branch.category, max(int(learned.sum()), 1), len(example.branches))
-            parts.append((branch.tokens[:-1], branch.tokens[1:], weight * learned, n + np.arange(t), np.full(t, number),
+            t, loss_mask = len(branch.tokens) - 1, branch.loss_mask[1:]
+            weight = WEIGHTS[weights](branch.category, max(int(loss_mask.sum()), 1), len(example.branches))
+            parts.append((branch.tokens[:-1], branch.tokens[1:], weight * loss_mask, n + np.arange(t), np.full(t, number),
                           np.full(t, b)))
     return Row(*(np.concatenate(field) for field in zip(*parts)))
 
@@ -158,7 +158,7 @@ def step_of(max_tokens: int) -> int:
     return min(max(max_tokens // STEPS, 1), 32)
 
 
-def fullest(tokens: Sequence[int], crops: Sequence[int], max_tokens: int, max_crops: int) -> list[int]:
+def knapsack(tokens: Sequence[int], crops: Sequence[int], max_tokens: int, max_crops: int) -> list[int]:
     """The subset (indices, ascending) with the largest sum of tokens + 30 * crops that fits both limits: exact, but for
     tokens being counted in steps (`step_of`), rounded up.
 
@@ -213,7 +213,7 @@ class Packer:
     def take(self) -> list[Example]:
         numbers = self.numbers
         examples = [self.pool[number] for number in numbers]
-        chosen = fullest([e.length for e in examples], [len(e.crops) for e in examples], self.max_tokens, self.max_crops)
+        chosen = knapsack([e.length for e in examples], [len(e.crops) for e in examples], self.max_tokens, self.max_crops)
         return [self.pool.pop(numbers[i]) for i in chosen]
 
 

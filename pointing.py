@@ -129,7 +129,7 @@ class PointConfig:
     released_inference: bool = False  # as the released inference code computes, where that differs from ours
 
 
-class Sight(NamedTuple):
+class VisualTokens(NamedTuple):
     """What the model sees: one row per visual token of the batch."""
 
     windows: Tensor    # (M, K, v) ViT features of the pool window, zeros in empty slots
@@ -148,9 +148,9 @@ class Sight(NamedTuple):
         starts = sizes.cumsum(0) - sizes
         return cls(windows, valid, embeddings, at, owner, indexable, before - before[starts].repeat_interleave(sizes))
 
-    def only(self, rows: Tensor) -> "Sight":
+    def only(self, rows: Tensor) -> "VisualTokens":
         """The visual tokens of one example, `rows` (M,) bool."""
-        return Sight(*(field[rows] for field in self))
+        return VisualTokens(*(field[rows] for field in self))
 
 
 class PointPredictor(nn.Module):
@@ -195,7 +195,7 @@ class PointPredictor(nn.Module):
         """h (..., d) -> (..., 9). (The released inference code forgets the norm.)"""
         return self.subpatch_loc_k(h if self.config.released_inference else self.x_norm(h))
 
-    def losses(self, h, targets, weights, owner, branch, points, sight: Sight, ids: dict[str, int]) -> dict[str, Tensor]:
+    def losses(self, h, targets, weights, owner, branch, points, visual: VisualTokens, ids: dict[str, int]) -> dict[str, Tensor]:
         """`patch`, `slot`, `location`: weighted sums of the three cross-entropies. `choices`: how many <|token_index|> there
         are; `right`: in how many of them (stops included) the right choice scores highest.
 
@@ -207,16 +207,16 @@ class PointPredictor(nn.Module):
         chosen = points[:, 0]
         previous = previous_choices(chosen, owner[ask], branch[ask])
 
-        keys = self.patch_keys(self.x_norm(h[sight.at]), sight.index)
-        index = torch.where(previous < 0, 0, _take(sight.index, previous))
+        keys = self.patch_keys(self.x_norm(h[visual.at]), visual.index)
+        index = torch.where(previous < 0, 0, _take(visual.index, previous))
         scores = self.patch_scores(self.x_norm(h[ask]), index, keys)
-        number = torch.arange(len(sight.at), device=h.device)
-        allowed = (sight.owner == owner[ask, None]) & sight.indexable & (number >= previous[:, None])
+        number = torch.arange(len(visual.at), device=h.device)
+        allowed = (visual.owner == owner[ask, None]) & visual.indexable & (number >= previous[:, None])
         scores = scores.masked_fill(~F.pad(allowed, (0, 1), value=True), float("-inf"))
         target = torch.where(chosen < 0, len(number), chosen)
 
         window = triples[:, 0]
-        slots = self.slot_scores(self.x_norm(h[at_slot]), sight.windows[window], sight.valid[window])
+        slots = self.slot_scores(self.x_norm(h[at_slot]), visual.windows[window], visual.valid[window])
         locations = self.location_scores(h[at_location])
 
         def loss(scores, target, at):
@@ -257,11 +257,11 @@ class PointDecoder:
     "no more points", slot and location are -1 until they are chosen.
     """
 
-    def __init__(self, predictor: PointPredictor, h: Tensor, sight: Sight, ids: dict[str, int], close: Sequence[int]):
+    def __init__(self, predictor: PointPredictor, h: Tensor, visual: VisualTokens, ids: dict[str, int], close: Sequence[int]):
         """h (M, d) hidden states of the example's visual tokens, `close` the token ids of `">`."""
-        self.predictor, self.sight, self.ids, self.close = predictor, sight, ids, list(close)
-        self.keys = predictor.patch_keys(predictor.x_norm(h), sight.index)
-        banned = (VIT_INDEX, VIT_LOC) if sight.indexable.any() else (VIT_INDEX, VIT_LOC, TOKEN_INDEX)
+        self.predictor, self.visual, self.ids, self.close = predictor, visual, ids, list(close)
+        self.keys = predictor.patch_keys(predictor.x_norm(h), visual.index)
+        banned = (VIT_INDEX, VIT_LOC) if visual.indexable.any() else (VIT_INDEX, VIT_LOC, TOKEN_INDEX)
         self.banned = torch.tensor([ids[name] for name in banned], device=h.device)  # where text is free
         self.triples: list[list[int]] = []
         self.expects: str | None = None  # a grounding token that must come next
@@ -285,7 +285,7 @@ class PointDecoder:
         if self.expects == VIT_INDEX:
             self.triples[-1][1] = self.slot = self.choose_slot(self.predictor.x_norm(h)[None])
             self.expects = VIT_LOC
-            return self.ids[VIT_INDEX], self.predictor.build_vit_embedding(self.sight.windows[self.visual_token, self.slot])
+            return self.ids[VIT_INDEX], self.predictor.build_vit_embedding(self.visual.windows[self.visual_token, self.slot])
         if self.expects == VIT_LOC:
             self.triples[-1][2] = int(self.predictor.location_scores(h).argmax())
             self.expects = None
@@ -299,11 +299,11 @@ class PointDecoder:
 
     def choose_visual_token(self, x: Tensor) -> Tensor | None:
         """Choose a visual token (its embedding is fed back) or "no more points" (nothing is, and `">` is forced)."""
-        index = self.sight.index[self.visual_token] if self.visual_token >= 0 else self.sight.index.new_zeros(())
+        index = self.visual.index[self.visual_token] if self.visual_token >= 0 else self.visual.index.new_zeros(())
         scores = self.predictor.patch_scores(x, index[None], self.keys)[0]
-        allowed = F.pad(self.sight.indexable, (0, 1), value=self.visual_token >= 0)  # the stop class is last
+        allowed = F.pad(self.visual.indexable, (0, 1), value=self.visual_token >= 0)  # the stop class is last
         allowed[:max(self.visual_token, 0)] = False
-        if self.visual_token >= 0 and not self.sight.valid[self.visual_token, self.slot + 1:].any():
+        if self.visual_token >= 0 and not self.visual.valid[self.visual_token, self.slot + 1:].any():
             allowed[self.visual_token] = False  # no slot left in it
         choice = int(scores.masked_fill(~allowed, float("-inf")).argmax())
         if choice == len(self.keys):
@@ -315,10 +315,10 @@ class PointDecoder:
             self.visual_token, self.slot = choice, -1
         self.triples.append([choice, -1, -1])
         self.expects = VIT_INDEX
-        return self.sight.embeddings[choice]
+        return self.visual.embeddings[choice]
 
     def choose_slot(self, x: Tensor) -> int:
-        scores = self.predictor.slot_scores(x, self.sight.windows[self.visual_token, None], self.sight.valid[self.visual_token, None])[0]
+        scores = self.predictor.slot_scores(x, self.visual.windows[self.visual_token, None], self.visual.valid[self.visual_token, None])[0]
         return self.slot + 1 + int(scores[self.slot + 1:].argmax())
 
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain, dropwhile, islice
+from pathlib import Path
 from typing import NamedTuple
 
 import av
@@ -32,6 +33,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+import command
 
 IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]  # no others: .eps, for one, would run Ghostscript
 # no playlists among them: these open other files
@@ -554,21 +557,16 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: floa
     first = next(frames, None)
     if first is None:
         raise MediaError(f"{path}: no frames to write")
-    folder, name = os.path.split(path)
-    unfinished = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
     try:
-        _encode(unfinished, first.shape[:2], chain([first], frames), Fraction(fps).limit_denominator(10_000))
-        os.replace(unfinished, path)
+        with command.atomic_write(path) as part:
+            _encode(part, first.shape[:2], chain([first], frames), Fraction(fps).limit_denominator(10_000))
     except MediaError:  # of the source of the frames
         raise
     except (OSError, ValueError, av.FFmpegError) as error:
         raise MediaError(f"{path}: cannot be written ({_reason(error)})") from error
-    finally:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
 
 
-def _encode(path: str, size: tuple[int, int], frames: Iterable[np.ndarray], rate: Fraction) -> None:
+def _encode(path: Path, size: tuple[int, int], frames: Iterable[np.ndarray], rate: Fraction) -> None:
     """Encode frames of `size` (h, w). Raises ValueError on a frame that is not (h, w, 3) uint8."""
     height, width = size
     with av.open(f"file:{path}", "w", format="mp4") as container:

@@ -603,8 +603,7 @@ def _cups(args: argparse.Namespace) -> None:
     made, fps, folder = cups_world(), 24, Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     frames = (made.film(np.array([time])).frames[0] for time in frame_times(fps, made.seconds))
-    with command.atomic_write(folder / "cups.mp4") as part:
-        write_video(part, frames, fps)
+    write_video(folder / "cups.mp4", frames, fps)
 
     truth = made.film(frame_times(2.0, made.seconds))
     height, width = truth.frames.shape[1:3]

@@ -180,9 +180,8 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a Hugging Face `tokenizer.json`; a file that was there is replaced only once the new one is whole."""
-        temporary = Path(f"{os.fspath(path)}.tmp")
-        temporary.write_text(json.dumps(file_layout(self), ensure_ascii=False, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
+        with command.atomic_write(path) as part:
+            part.write_text(json.dumps(file_layout(self), ensure_ascii=False, indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
@@ -249,9 +248,8 @@ class ReleasedTokenizer(Tokenizer):
         return "".join(parts)
 
     def save(self, path: str | os.PathLike) -> None:
-        temporary = Path(f"{os.fspath(path)}.tmp")
-        temporary.write_text(json.dumps(self.settings, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, path)
+        with command.atomic_write(path) as part:
+            part.write_text(json.dumps(self.settings, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | os.PathLike, base_size: int) -> "ReleasedTokenizer":

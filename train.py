@@ -83,7 +83,7 @@ class Stage:
     pool: int = 48               # examples that wait to be packed
     branches: int = 10           # questions about a synthetic record
     more: dict[str, float] = field(default_factory=dict)  # ways of asking that are more or less frequent than in the synthetic mixtures
-    vit_rests: int = 0           # steps of the whole model in which the ViT stays as it is, if the data are synthetic
+    vit_frozen_steps: int = 0    # of the whole model, if the data are synthetic
     image_crops: int | None = None  # of an image in training; None: as in inference
     drop_responses_only: bool = False  # dropout acts on what the model learns to say
 
@@ -106,20 +106,20 @@ RELEASED = {
     4: Stage(1_125, 256, 2_560, 160, 384, {"moments": 1.0}, "paper", per_part(5e-6, 5e-6, 1e-5, 5e-6), per_part(10, 10, 10, 10), image_crops=8,
              pool=1),
 }
-# The ViT, which knows more than is asked at first, forgets it if it learns from points at once: until the model reads backgrounds and
-# colours, it rests. After stage 1 the connector goes slowly: nothing bounds its product of matrices, and visual tokens that are much larger
-# than what the blocks add do not hear the blocks. In `more`, "" is what has no way of its own: captions and answers in words.
+# A ViT that learns from points at once forgets what points do not ask for: it is frozen until the language model reads backgrounds and
+# colours. After stage 1 the connector has a low rate: nothing bounds the product of its matrices, and visual tokens much larger than what
+# the blocks add are hardly changed by the blocks. In `more`, "" is what has no way of its own: captions and answers in words.
 TINY = {
     1: Stage(1160, 2, 1024, 20, 16, {"stills": 95, "text": 5}, "uniform", per_part(2e-4, 2e-3, 2e-3, 2e-3), per_part(20, 20, 20, 20),
              ("stills",), vit_steps=1240, vit_scenes=("stills",), more={"none": 0.4, "": 0.5, "size": 2, "position": 1.5},
-             vit_rests=1160),
+             vit_frozen_steps=1160),
     2: Stage(7200, 4, 1024, 20, 16, {"image points": 24, "multi-image points": 7, "screens": 13, "video points": 15, "arrivals": 10, "tracks": 14,
                                      "captions": 14, "image qa": 6, "video qa": 5, "text": 3}, "uniform",
              per_part(2e-4, 3e-4, 2e-3, 2e-3), per_part(20, 20, 20, 20), ("stills", "clips", "screens", "tracks"), vit_steps=10_000,
-             more={"none": 1.3, "position": 2.5, "size": 2}, vit_rests=2200),
-    3: Stage(1500, 2, 2048, 40, 32, {"image points": 21, "multi-image points": 7, "screens": 12, "video points": 15, "arrivals": 6, "tracks": 14,
-                                     "captions": 17, "image qa": 4, "video qa": 3, "text": 1, "long points": 3, "long tracks": 4},
-             "uniform", per_part(2e-4, 1e-4, 7e-4, 7e-4), per_part(20, 20, 20, 20), ("video points", "long points", "long tracks"),
+             more={"none": 1.3, "position": 2.5, "size": 2}, vit_frozen_steps=2200),
+    3: Stage(5200, 2, 2048, 40, 32, {"image points": 13, "multi-image points": 7, "screens": 9, "video points": 12, "arrivals": 4, "tracks": 17,
+                                     "captions": 18, "image qa": 12, "video qa": 11, "text": 1, "long points": 2, "long tracks": 5},
+             "uniform", per_part(2e-4, 1e-4, 1.2e-3, 1.2e-3), per_part(20, 20, 20, 20), ("video points", "long points", "long tracks"),
              more={"none": 1.6, "position": 2.5, "size": 2}),
     4: Stage(300, 1, 1024, 100, 32, {"moments": 1.0}, "uniform", per_part(2e-4, 8e-4, 8e-4, 8e-4), per_part(20, 20, 20, 20),
              ("moments",), branches=5),
@@ -127,13 +127,12 @@ TINY = {
 # Crops of 27x27 patches: an image of the synthetic worlds is two of them and 400 tokens. (Not yet trained: that needs a GPU.)
 SMALL = {n: replace(TINY[n], packs=packs, tokens=tokens, crops=crops)
          for n, packs, tokens, crops in ((1, 8, 2560, 32), (2, 8, 4096, 64), (3, 4, 8192, 128), (4, 4, 4096, 320))}
-STAGES = {("tiny", n): stage for n, stage in TINY.items()} | {("small", n): stage for n, stage in SMALL.items()} | {
-    (preset, n): stage for preset in PRESETS if preset not in LIGHT for n, stage in RELEASED.items()} | {
-    (preset, 2): replace(RELEASED[2], steps=22_000, packs=160) for preset in PRESETS if preset.startswith("molmopoint")} | {
-    ("molmopoint-gui-8b", 2): replace(RELEASED[2], steps=22_000, packs=160, image_crops=48),
-    ("molmopoint-gui-8b", 3): replace(RELEASED[3], image_crops=48)} | {
-    ("molmopoint-vid-4b", n): replace(RELEASED[n], steps=steps, packs=64, rates={"video pointing": 1.0})
-    for n, steps in ((2, 6_000), (3, 800))}
+POINT = RELEASED | {2: replace(RELEASED[2], steps=22_000, packs=160)}
+GUI = POINT | {n: replace(POINT[n], image_crops=48) for n in (2, 3)}
+VID = RELEASED | {n: replace(RELEASED[n], steps=steps, packs=64, rates={"video pointing": 1.0}) for n, steps in ((2, 6_000), (3, 800))}
+TABLES = {"tiny": TINY, "small": SMALL, "molmo2-4b": RELEASED, "molmo2-8b": RELEASED, "molmo2-o-7b": RELEASED,
+          "molmopoint-8b": POINT, "molmopoint-gui-8b": GUI, "molmopoint-vid-4b": VID}
+STAGES = {(preset, n): stage for preset, table in TABLES.items() for n, stage in table.items()}
 
 
 def parse(argv: list[str] | None):
@@ -264,7 +263,8 @@ class Log:
             tqdm.write(text)
 
     def draw(self):
-        """curves.png: the losses (log scale) on the left, F1 and HOTA on the right; steps below 0 are the ViT's."""
+        """curves.png: on the left the losses (log scale), on the right F1, HOTA and, of the ViT alone, the shares of patches named and of
+        screen elements read right; steps below 0 are the ViT's."""
         if self.silent:
             return
         width, height = 480, 320
@@ -341,7 +341,7 @@ class Run:
     world: World
 
     @property
-    def folder(self) -> Path:
+    def checkpoint(self) -> Path:
         return self.log.folder / "checkpoint"
 
     def save(self, module: nn.Module, optimisers: list[torch.optim.Optimizer], step: int, loader: dict | None = None, **more: np.ndarray):
@@ -360,12 +360,12 @@ class Run:
         else:
             state |= {name: value.cpu().numpy() for name, value in moments.items()}
             moments = {}
-        parallel.save(self.folder, moments, self.world, partial(weights.save, self.folder, full_model, self.tokenizer, training=state))
+        parallel.save(self.checkpoint, moments, self.world, partial(weights.save, self.checkpoint, full_model, self.tokenizer, training=state))
 
 
 def restore(module: nn.Module, optimisers: list[torch.optim.Optimizer], state: dict[str, np.ndarray], run: Run) -> int:
     """Optimisers and random numbers as they were saved, by however many processes; -> the next step."""
-    parameters, shards = dict(module.named_parameters()), run.folder / "shards"
+    parameters, shards = dict(module.named_parameters()), run.checkpoint / "shards"
     if shards.is_dir():
         moments = parallel.load(shards, parameters)
     else:  # in torch's own memory: its alignment decides how sums are grouped
@@ -467,7 +467,7 @@ def prepare(args: argparse.Namespace, world: World):
         raise ValueError("--temporal-init and --missing go with --temporal")
     if args.points_as == "tags" and args.stage in (2, 3):
         raise ValueError("--points-as tags: they mark points in one picture; stages 2 and 3 have videos and several images")
-    seed, folder = args.stage + 100 * args.seed, run_folder(args)  # every stage draws other scenes; below evaluate.EVALUATION_SEED
+    seed, folder = args.stage + 100 * args.seed, run_folder(args)  # every stage draws other examples (the ViT alone: those of --seed in each); below evaluate.EVALUATION_SEED
     state = weights.load_training(folder / "checkpoint") if args.resume else None
     weights.recover(folder / "checkpoint")  # a kill may have left it beside its name
     if not args.resume and (folder / "checkpoint").exists():
@@ -586,8 +586,8 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
     sharded = any(isinstance(p, DTensor) for p in model.parameters())  # shards are cast when they are gathered
     half = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=has_bfloat16(args.device) and not sharded)
     for step in bar:
-        if step in (first, stage.vit_rests):
-            frozen = {*args.freeze, *(("vit",) if step < stage.vit_rests and not args.data else ())}
+        if step in (first, stage.vit_frozen_steps):
+            frozen = {*args.freeze, *(("vit",) if step < stage.vit_frozen_steps and not args.data else ())}
             for part, params in parts.items():
                 for p in params.values():
                     p.requires_grad_(part not in frozen)

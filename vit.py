@@ -93,14 +93,14 @@ class ViT(nn.Module):
         return table[0].flatten(1).T
 
     def forward(self, crops: Tensor) -> Tensor:
-        """(N, S, 3P²) uint8 pixels, each patch flattened (row, column, channel) -> (N, S, v) features. For an answer
-        a few crops at a time: crops never meet here, so only the features of a long video need memory, not all its layers."""
+        """(N, S, 3P²) uint8 pixels, each patch flattened (row, column, channel) -> (N, S, v) features. In inference
+        mode a few crops at a time: they are independent, so a long video needs memory for its features, not for every layer."""
         at_once = max((CPU_PATCHES if crops.device.type == "cpu" else GPU_PATCHES) // crops.shape[1], 1)
         if not torch.is_inference_mode_enabled() or len(crops) <= at_once:
             return self.features(crops)
         features = self.positional_embedding.new_empty(*crops.shape[:2], self.config.feature_width)
-        for part, crops in zip(features.split(at_once), crops.split(at_once)):
-            part.copy_(self.features(crops))
+        for out, part in zip(features.split(at_once), crops.split(at_once)):
+            out.copy_(self.features(part))
         return features
 
     def features(self, crops: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def asked(questions: list[str], frames: int) -> Batch:
 
 def ours(model: Molmo, batch: Batch, tokens: int, mode: str = "views") -> dict[str, float]:
     speed = Speed()
-    generate(model, batch, data.spelling(TOKENIZER), tokens, lambda: never_ends, speed, mode)
+    generate(model, batch, data.control_tokens(TOKENIZER), tokens, lambda: never_ends, speed, mode)
     return {"prefill": speed.prompt / speed.prefill, "decode": speed.written / speed.decode, "read": speed.read / speed.decode}
 
 

@@ -102,7 +102,7 @@ def reference_inputs(molmo: Molmo, batch: Batch, grids: list[list[int]], video: 
         "pixel_values", "image_token_pooling", "image_grids")
     pictures = dict(zip(names, (pixels, batch.pooling, torch.tensor(grids)))) if len(pixels) else {}
     return {"input_ids": batch.tokens, "attention_mask": (batch.example_ids >= 0).long(), "position_ids": batch.positions,
-            "mm_token_type_ids": molmo.visual(batch.tokens).long(), **pictures}
+            "mm_token_type_ids": molmo.is_visual(batch.tokens).long(), **pictures}
 
 
 def grids(views, molmo: Molmo) -> list[list[int]]:

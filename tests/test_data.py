@@ -213,11 +213,11 @@ def test_learned_tokens_are_the_answers_and_their_ends():
     made = branch(TOKENIZER, [("where <|im_end|>?", pieces)], np.array([[-1, -1, -1]]))
     text = TOKENIZER.decode(made.tokens)
     assert text == '<|im_start|>user\nwhere <|im_end|>?<|im_end|>\n<|im_start|>assistant\nhere <|token_index|>"><|im_end|>'
-    assert TOKENIZER.decode(made.tokens[made.learned]) == 'here <|token_index|>"><|im_end|>' and made.tokens[-1] == TOKENIZER.eos_id
+    assert TOKENIZER.decode(made.tokens[made.loss_mask]) == 'here <|token_index|>"><|im_end|>' and made.tokens[-1] == TOKENIZER.eos_id
     made = branch(TOKENIZER, [("a", "<|im_end|>"), ("b", "c")], np.zeros((0, 3), int))
     assert TOKENIZER.decode(made.tokens) == ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<|im_end|><|im_end|>\n"
                                              "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\nc<|im_end|>")
-    assert TOKENIZER.decode(made.tokens[made.learned]) == "<|im_end|><|im_end|>c<|im_end|>"
+    assert TOKENIZER.decode(made.tokens[made.loss_mask]) == "<|im_end|><|im_end|>c<|im_end|>"
     assert (made.tokens == TOKENIZER.eos_id).sum() == 4, "the typed one is ten characters"
 
 
@@ -225,7 +225,7 @@ def test_a_later_turn_is_asked_as_it_was_learned():
     """The prompt of a chat's second turn is what training saw up to its answer, the first answer included."""
     views, turns = data.views_of(draw("stills", 0, 0, 1), VIEWS), [("What is this?", "A cup."), ("Which color?", "Red.")]
     waiting = data.prompts(TOKENIZER, views, ["Which color?", "How many?"], before=[turns[:1], []]).branches
-    assert not any(one.learned.any() for one in waiting)
+    assert not any(one.loss_mask.any() for one in waiting)
     seen = branch(TOKENIZER, turns, np.zeros((0, 3), int)).tokens
     n = len(waiting[0].tokens) - 1  # the last is never an input
     assert n > len(branch(TOKENIZER, turns[:1], np.zeros((0, 3), int)).tokens) and (waiting[0].tokens[:n] == seen[:n]).all()

@@ -17,7 +17,7 @@ from generate import Linear8, Speed, Frontier, generate, generate_slowly, sample
 from model import Cache, Molmo
 from packing import collate
 from pointing import PointPredictor
-from test_model import CONFIG, SEEN, SPELLING, TOKENIZER, babble, look, model, prompt, scrambled, script  # noqa: F401
+from test_model import CONFIG, SEEN, CONTROL, TOKENIZER, babble, look, model, prompt, scrambled, script  # noqa: F401
 
 QUESTIONS = ["where?", "what is the longest question of all that are asked here?", "and?", "how many of them are there?"]
 
@@ -33,7 +33,7 @@ KNOWN = {}  # answers of the oracle, which takes its time
 def one_by_one(model, seed: int, questions=QUESTIONS, **seen):  # noqa: F811
     for q in questions:
         if (seed, q) not in KNOWN:
-            KNOWN[seed, q] = generate_slowly(model, collate([prompt(seed, q, **seen)]), SPELLING, 30, babble(model))
+            KNOWN[seed, q] = generate_slowly(model, collate([prompt(seed, q, **seen)]), CONTROL, 30, babble(model))
     return [KNOWN[seed, q] for q in questions]
 
 
@@ -41,7 +41,7 @@ def one_by_one(model, seed: int, questions=QUESTIONS, **seen):  # noqa: F811
 @pytest.mark.parametrize("seen", SEEN)
 def test_answers_of_a_tree_are_those_to_each_question_alone(model, seen, mode):  # noqa: F811
     """Four questions about one thing, answered together, get the answers of the oracle, which is asked one by one."""
-    together = generate(model, collate([tree(SEED[seen], **SEEN[seen])]), SPELLING, 30, babble(model), mode=mode)
+    together = generate(model, collate([tree(SEED[seen], **SEEN[seen])]), CONTROL, 30, babble(model), mode=mode)
     assert together == one_by_one(model, SEED[seen], **SEEN[seen])
     assert len({len(answer.tokens) for answer in together}) > 1, "this test needs answers of different lengths"
 
@@ -50,7 +50,7 @@ def test_answers_of_a_tree_are_those_to_each_question_alone(model, seen, mode): 
 def test_trees_of_different_sizes_in_one_batch(model, mode):  # noqa: F811
     """Trees with four, one and two branches, with and without pictures, padded to one length: row by row, branch by branch."""
     asked = [(71, QUESTIONS, SEEN["image"]), (72, QUESTIONS[1:2], SEEN["text"]), (73, QUESTIONS[2:], SEEN["video"])]
-    together = generate(model, collate([tree(seed, q, **seen) for seed, q, seen in asked]), SPELLING, 30, babble(model), mode=mode)
+    together = generate(model, collate([tree(seed, q, **seen) for seed, q, seen in asked]), CONTROL, 30, babble(model), mode=mode)
     assert together == [answer for seed, q, seen in asked for answer in one_by_one(model, seed, q, **seen)]
     assert {answer.finish_reason for answer in together} == {"stop", "length"}
 
@@ -58,8 +58,8 @@ def test_trees_of_different_sizes_in_one_batch(model, mode):  # noqa: F811
 def test_sampled_answers_of_a_tree_too(model):  # noqa: F811
     """With a temperature every branch draws as if it were asked alone with the same seed, and not what its neighbours draw."""
     samplers = partial(sampler, 1.0, 0.9, 5)
-    alone = [generate_slowly(model, collate([prompt(74, q, **SEEN["image"])]), SPELLING, 12, samplers) for q in QUESTIONS]
-    assert generate(model, collate([tree(74, **SEEN["image"])]), SPELLING, 12, samplers) == alone
+    alone = [generate_slowly(model, collate([prompt(74, q, **SEEN["image"])]), CONTROL, 12, samplers) for q in QUESTIONS]
+    assert generate(model, collate([tree(74, **SEEN["image"])]), CONTROL, 12, samplers) == alone
     assert len({tuple(answer.tokens) for answer in alone}) > 1
 
 
@@ -69,9 +69,9 @@ def test_trees_of_other_models(style):
     changes = {"points_as": "text"} if style == "text" else {
         "llm": replace(CONFIG.llm, norm_after=True, norm_heads=False, kv_heads=CONFIG.llm.heads)}
     model = scrambled(4, replace(CONFIG, **changes))  # noqa: F811
-    alone = [generate_slowly(model, collate([prompt(74, q, **SEEN["image"])]), SPELLING, 20) for q in QUESTIONS]
+    alone = [generate_slowly(model, collate([prompt(74, q, **SEEN["image"])]), CONTROL, 20) for q in QUESTIONS]
     for mode in ("views", "static"):
-        assert generate(model, collate([tree(74, **SEEN["image"])]), SPELLING, 20, mode=mode) == alone
+        assert generate(model, collate([tree(74, **SEEN["image"])]), CONTROL, 20, mode=mode) == alone
 
 
 @pytest.mark.parametrize("eight", [False, True])
@@ -82,7 +82,7 @@ def test_a_compiled_step_writes_the_same(model, monkeypatch, questions, eight): 
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(generation, "compiled_blocks", lambda: torch.compile(Molmo.run_blocks, backend=counter, dynamic=False, fullgraph=True))
     model, batch = to_int8(deepcopy(model)) if eight else model, collate([tree(74, questions, **SEEN["image"])])
-    assert generate(model, batch, SPELLING, 12, mode="compiled") == generate(model, batch, SPELLING, 12)
+    assert generate(model, batch, CONTROL, 12, mode="compiled") == generate(model, batch, CONTROL, 12)
     assert counter.frame_count == 1
     nodes = [str(node.target) for node in counter.graphs[0].graph.nodes]
     assert nodes.count("sum") == (4 * len(model.blocks) if len(questions) == 1 else 0)
@@ -93,13 +93,13 @@ def test_a_trunk_without_questions_goes_on_itself(model):  # noqa: F811
     example = prompt(75)
     example.trunk, example.branches = TOKENIZER.encode("once upon a time"), []
     batch = collate([replace(example, trunk=torch.tensor(example.trunk).numpy())])
-    assert generate(model, batch, SPELLING, 9) == [generate_slowly(model, batch, SPELLING, 9)]
+    assert generate(model, batch, CONTROL, 9) == [generate_slowly(model, batch, CONTROL, 9)]
 
 
 def test_only_one_tree_a_row(model):  # noqa: F811
     """Two prompts packed into one row are refused."""
     with pytest.raises(ValueError, match="only one prompt"):
-        generate(model, collate([[prompt(76), prompt(77)]]), SPELLING, 4)
+        generate(model, collate([[prompt(76), prompt(77)]]), CONTROL, 4)
 
 
 def test_pictures_and_their_keys_are_paid_for_once(model, monkeypatch):  # noqa: F811
@@ -107,7 +107,7 @@ def test_pictures_and_their_keys_are_paid_for_once(model, monkeypatch):  # noqa:
     calls, real = [], PointPredictor.patch_keys
     monkeypatch.setattr(PointPredictor, "patch_keys", lambda *args: calls.append(1) or real(*args))
     batch, speed = collate([tree(78, **SEEN["video"])]), Speed()
-    answers = generate(model, batch, SPELLING, 12, script(TOKENIZER.encode("abcd") * 3), speed)
+    answers = generate(model, batch, CONTROL, 12, script(TOKENIZER.encode("abcd") * 3), speed)
     assert len(calls) == 1 and batch.crops.shape[0] == SEEN["video"]["frames"]
     assert speed.prompt == (batch.example_ids >= 0).sum() == batch.tokens.shape[1]
     assert speed.written == sum(len(answer.tokens) - 1 for answer in answers), "the last one is never read"
@@ -119,8 +119,8 @@ def test_a_branch_that_ends_makes_the_steps_narrower(model):  # noqa: F811
     frontier, _ = Frontier.of(collate([tree(79)]))
     assert frontier.column.tolist() == [0, 1, 2, 3] and frontier.row.tolist() == [0] * 4 and frontier.branch.tolist() == [1, 2, 3, 4]
     words, speed = TOKENIZER.encode("a"), Speed()
-    scripts = iter([words * 7] + [words + [SPELLING.eos]] * 3)
-    answers = generate(model, collate([tree(79)]), SPELLING, 7, lambda: script(next(scripts))(), speed)
+    scripts = iter([words * 7] + [words + [TOKENIZER.eos_id]] * 3)
+    answers = generate(model, collate([tree(79)]), CONTROL, 7, lambda: script(next(scripts))(), speed)
     assert [len(a.tokens) for a in answers] == [7, 1, 1, 1] and speed.written == 4 + 5
 
 
@@ -201,7 +201,7 @@ def test_a_model_in_eight_bits(tied):
     kept = dict(model.named_parameters())
     assert all(torch.equal(before[name], p) for name, p in kept.items())
     assert all(name in kept for name in before if name.startswith(("vit", "connector", "point_predictor", "wte")))
-    assert generate(model, batch, SPELLING, 20, babble(model)) == [generate_slowly(model, batch, SPELLING, 20, babble(model))]
+    assert generate(model, batch, CONTROL, 20, babble(model)) == [generate_slowly(model, batch, CONTROL, 20, babble(model))]
 
 
 # ---- pictures in parts -----------------------------------------------------------------------------------------------

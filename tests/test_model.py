@@ -33,7 +33,7 @@ CONFIG = replace(
     llm=LLMConfig(vocabulary=TOKENIZER.base_size, width=48, layers=3, heads=4, kv_heads=2, head_width=12, mlp_hidden=64, rope_theta=1e4, dropout=0.0),
     point=PointConfig(width=16),
 )
-SPELLING = data.spelling(TOKENIZER)
+CONTROL = data.control_tokens(TOKENIZER)
 
 
 def scrambled(seed: int, config: MolmoConfig = CONFIG) -> Molmo:
@@ -133,8 +133,8 @@ def test_decoder_equals_slow_loops(tied):
     model = scrambled(1, replace(CONFIG, llm=replace(CONFIG.llm, tied=tied)))
     batch = collate([tree(2, branches=2, images=1, sides=(30, 60))])
     with torch.no_grad():
-        sight = model.see(batch)
-        x, (h, _) = model.input_embeddings(batch, sight), model(batch)
+        visual = model.visual_tokens(batch)
+        x, (h, _) = model.input_embeddings(batch, visual), model(batch)
         logits = model.logits(h)
     ids = model.mask_ids(batch)
     mask = may_attend(ids, ids)[0].numpy()
@@ -148,8 +148,8 @@ def test_inputs_equal_a_loop(model):
     batch = collate([tree(3, images=2, branches=3, lists=2), tree(4), tree(5, frames=3)])
     ids = model.ids
     with torch.no_grad():
-        sight, fast = model.see(batch), None
-        fast = model.input_embeddings(batch, sight)
+        visual, fast = model.visual_tokens(batch), None
+        fast = model.input_embeddings(batch, visual)
         patches = model.vit(batch.crops).flatten(0, 1)
     words = torch.cat([model.wte.embedding, model.wte.new_embedding]).detach()
     build = model.point_predictor.build_vit_embedding
@@ -158,12 +158,12 @@ def test_inputs_equal_a_loop(model):
         for place, token in enumerate(batch.tokens[row].tolist()):
             expected = words[ids["<im_patch>"] if token == ids["<im_low>"] else token].clone()
             if token in (ids["<im_patch>"], ids["<im_low>"]):
-                expected += sight.embeddings[seen]
+                expected += visual.embeddings[seen]
                 seen += 1
             if token == ids[TOKEN_INDEX]:
                 last = next(choices)
                 kinds.add(last[0] >= 0)
-                expected += sight.embeddings[last[0]] if last[0] >= 0 else 0
+                expected += visual.embeddings[last[0]] if last[0] >= 0 else 0
             if token == ids[VIT_INDEX]:
                 expected += build.weight.detach() @ patches[batch.pooling[last[0], last[1]]] + build.bias.detach()
             torch.testing.assert_close(fast[row, place], expected, rtol=1e-5, atol=1e-5)
@@ -175,7 +175,7 @@ def test_placeholders_and_windows_must_match(model):
     batch = collate([tree(6, images=1)])
     count = len(batch.pooling)
     with pytest.raises(ValueError, match=f"{count} visual placeholder tokens, but {count - 1} pool windows"):
-        model.see(replace(batch, pooling=batch.pooling[1:]))
+        model.visual_tokens(replace(batch, pooling=batch.pooling[1:]))
 
 
 def test_initial_weights_are_a_pure_function_of_the_seed():
@@ -197,10 +197,10 @@ def test_visual_tokens_can_hear_the_blocks(kind, most):
         model.initialize(0).vit.load_state_dict(seeing)
     tree = data.example(data.draw("clips", 1, 0, 4), tokenizer, model.config, np.random.default_rng(0))
     batch = collate([tree])
-    h, sight = model(batch)
-    words = torch.ones(batch.tokens.shape, dtype=torch.bool).flatten().index_fill(0, sight.at, False)
-    added = (h - model.input_embeddings(batch, sight)).flatten(0, 1)[words]
-    assert sight.embeddings.norm(dim=-1).mean() < most * added.norm(dim=-1).mean()
+    h, visual = model(batch)
+    words = torch.ones(batch.tokens.shape, dtype=torch.bool).flatten().index_fill(0, visual.at, False)
+    added = (h - model.input_embeddings(batch, visual)).flatten(0, 1)[words]
+    assert visual.embeddings.norm(dim=-1).mean() < most * added.norm(dim=-1).mean()
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
@@ -241,8 +241,8 @@ def test_special_tokens_around_pictures_are_visual(model):
     pieces = views.layout + [TOKEN_INDEX, VIT_INDEX, VIT_LOC, "text", "<|im_end|>"]
     for piece in pieces:
         tokens = torch.tensor([TOKENIZER.encode_layout([piece])])
-        assert model.visual(tokens).all() == model.visual(tokens).any() == (piece.startswith("<im_") or piece == "<low_res_im_start>")
-    assert model.visual(torch.tensor([[model.ids["<frame_start>"], model.ids["<frame_end>"], model.ids["<|image|>"]]])).tolist() == [[True, True, False]]
+        assert model.is_visual(tokens).all() == model.is_visual(tokens).any() == (piece.startswith("<im_") or piece == "<low_res_im_start>")
+    assert model.is_visual(torch.tensor([[model.ids["<frame_start>"], model.ids["<frame_end>"], model.ids["<|image|>"]]])).tolist() == [[True, True, False]]
 
 
 # ---- what may influence what -----------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def hidden(model: Molmo, batch: Batch) -> torch.Tensor:
 
 def reached(model: Molmo, batch: Batch, start: torch.Tensor) -> torch.Tensor:
     """(B, T) bool: places whose hidden state may depend on the inputs at `start` (B, T), by walking the mask loop by loop."""
-    visual = model.visual(batch.tokens)
+    visual = model.is_visual(batch.tokens)
     changed = start.clone()
     for _ in range(model.config.llm.layers):
         before = changed.clone()
@@ -345,7 +345,7 @@ def test_packed_examples_are_as_if_in_rows_of_their_own(model):
 
 def babble(model: Molmo):
     """Samplers that look at nothing but the logits, and begin and end lists often."""
-    point, (close,), eos = model.ids[TOKEN_INDEX], SPELLING.close, SPELLING.eos
+    point, (close,), eos = model.ids[TOKEN_INDEX], CONTROL.close, TOKENIZER.eos_id
 
     def sample(logits: torch.Tensor) -> int:
         if logits[point].isfinite() and logits[1] > logits[2]:
@@ -381,8 +381,8 @@ def test_cached_equals_slow(model, seen):
     points = stops = 0
     for seed in range(3):
         batch = collate([prompt(20 + seed, **SEEN[seen])])
-        fast, = generate(model, batch, SPELLING, 40, babble(model))
-        assert fast == generate_slowly(model, batch, SPELLING, 40, babble(model))
+        fast, = generate(model, batch, CONTROL, 40, babble(model))
+        assert fast == generate_slowly(model, batch, CONTROL, 40, babble(model))
         points += sum(row[2] >= 0 for row in fast.triples)
         stops += sum(row[0] < 0 for row in fast.triples)
     assert (points >= 6 and stops >= 2) if SEEN[seen] else points == stops == 0
@@ -393,12 +393,12 @@ def test_cached_equals_slow_on_a_script(model, seen):
     """Lists written one after the other by a fixed script, up to the last token that fits, are the same in both."""
     point = model.ids[TOKEN_INDEX]
     listed = TOKENIZER.encode('<points coords="') + [t for i in range(9) for t in (point, TOKENIZER.encode(str(i))[0])]
-    tokens = listed + listed + [SPELLING.eos]
+    tokens = listed + listed + [TOKENIZER.eos_id]
     for seed in range(2):
         batch = collate([prompt(30 + seed, **SEEN[seen])])
         for room in (17, 18, 19, 120):
-            fast, = generate(model, batch, SPELLING, room, script(tokens))
-            assert fast == generate_slowly(model, batch, SPELLING, room, script(tokens))
+            fast, = generate(model, batch, CONTROL, room, script(tokens))
+            assert fast == generate_slowly(model, batch, CONTROL, room, script(tokens))
             assert fast.finish_reason == ("stop" if room == 120 else "length")
     assert len(fast.triples) == 18
 
@@ -407,8 +407,8 @@ def test_rows_of_a_batch_are_as_if_alone(model):
     """Prompts of different lengths and kinds in one batch get the answers that each gets alone."""
     prompts = [prompt(40, "hm", **SEEN["image"]), prompt(41, "what is the longest question of all?"), prompt(42, **SEEN["video"]),
                prompt(43, "and?", **SEEN["two images"]), prompt(44, "so", **SEEN["image"])]
-    together = generate(model, collate(prompts), SPELLING, 40, babble(model))
-    assert together == [generate(model, collate([p]), SPELLING, 40, babble(model))[0] for p in prompts]
+    together = generate(model, collate(prompts), CONTROL, 40, babble(model))
+    assert together == [generate(model, collate([p]), CONTROL, 40, babble(model))[0] for p in prompts]
     assert {answer.finish_reason for answer in together} == {"stop", "length"}, "this test needs answers that end early"
     assert sum(row[2] >= 0 for answer in together for row in answer.triples) >= 4
 
@@ -417,40 +417,40 @@ def test_answers_go_on_after_an_answer_with_points(model):
     """A second turn, with the points of the first among its inputs, is answered alike by both."""
     views, rng = look(50, images=1), np.random.default_rng(50)
     pieces, rows = pointed(views, rng)
-    asked = TOKENIZER.chat_prompt("where?") + TOKENIZER.encode_layout(pieces) + [SPELLING.eos] + TOKENIZER.chat_prompt("and now?")
+    asked = TOKENIZER.chat_prompt("where?") + TOKENIZER.encode_layout(pieces) + [TOKENIZER.eos_id] + TOKENIZER.chat_prompt("and now?")
     example = data.prompt(TOKENIZER, views, "")
-    example.branches[0].tokens, example.branches[0].points = np.array(asked + [SPELLING.eos]), rows
-    example.branches[0].learned = np.zeros(len(asked) + 1, bool)
+    example.branches[0].tokens, example.branches[0].points = np.array(asked + [TOKENIZER.eos_id]), rows
+    example.branches[0].loss_mask = np.zeros(len(asked) + 1, bool)
     batch = collate([example])
-    fast, = generate(model, batch, SPELLING, 30, babble(model))
-    assert fast == generate_slowly(model, batch, SPELLING, 30, babble(model))
+    fast, = generate(model, batch, CONTROL, 30, babble(model))
+    assert fast == generate_slowly(model, batch, CONTROL, 30, babble(model))
 
 
 def test_end_of_turn(model):
     """The end-of-turn token ends an answer and is not part of it; an answer that is not over ends for its length."""
     batch, words = collate([prompt(45, **SEEN["image"])]), TOKENIZER.encode("cups")
-    for run in (lambda room, tokens: generate(model, batch, SPELLING, room, script(tokens))[0],
-                lambda room, tokens: generate_slowly(model, batch, SPELLING, room, script(tokens))):
-        assert run(9, words + [SPELLING.eos]) == Answer(words, [], "stop")
-        assert run(5, words + [SPELLING.eos]) == Answer(words, [], "stop")
-        assert run(4, words + [SPELLING.eos]) == Answer(words, [], "length")
+    for run in (lambda room, tokens: generate(model, batch, CONTROL, room, script(tokens))[0],
+                lambda room, tokens: generate_slowly(model, batch, CONTROL, room, script(tokens))):
+        assert run(9, words + [TOKENIZER.eos_id]) == Answer(words, [], "stop")
+        assert run(5, words + [TOKENIZER.eos_id]) == Answer(words, [], "stop")
+        assert run(4, words + [TOKENIZER.eos_id]) == Answer(words, [], "length")
         assert run(0, []) == Answer([], [], "length")
-        assert run(3, [SPELLING.eos]) == Answer([], [], "stop")
+        assert run(3, [TOKENIZER.eos_id]) == Answer([], [], "stop")
 
 
 def test_text_models_generate_alike():
     """A model that writes its points as text has no rules to follow, and both ways agree for it too."""
     model = scrambled(2, replace(CONFIG, points_as="text"))
     batch = collate([prompt(46, **SEEN["image"])])
-    fast, = generate(model, batch, SPELLING, 30)
-    assert fast == generate_slowly(model, batch, SPELLING, 30) and len(fast.tokens) == 30 and fast.triples == []
+    fast, = generate(model, batch, CONTROL, 30)
+    assert fast == generate_slowly(model, batch, CONTROL, 30) and len(fast.tokens) == 30 and fast.triples == []
 
 
 def test_sampling_is_reproducible(model):
     """With a temperature the same seed gives the same answer, cached or not, and another seed another answer."""
     batch = collate([prompt(47, **SEEN["image"])])
-    run = lambda seed: generate(model, batch, SPELLING, 25, partial(sampler, 1.0, 0.9, seed))[0]
-    assert run(1) == run(1) == generate_slowly(model, batch, SPELLING, 25, partial(sampler, 1.0, 0.9, 1))
+    run = lambda seed: generate(model, batch, CONTROL, 25, partial(sampler, 1.0, 0.9, seed))[0]
+    assert run(1) == run(1) == generate_slowly(model, batch, CONTROL, 25, partial(sampler, 1.0, 0.9, 1))
     assert run(1) != run(2)
 
 
@@ -539,7 +539,7 @@ def test_a_few_pictures_are_learned_with_adamw():
             optimiser.zero_grad()
         history.append(loss.item())
     assert history[-1] < history[0] / 20
-    assert generate(model.eval(), collate(prompts), SPELLING, 80) == answers
+    assert generate(model.eval(), collate(prompts), CONTROL, 80) == answers
 
 
 # ---- through time --------------------------------------------------------------------------------------------------------
@@ -572,8 +572,8 @@ def test_history_never_crosses_videos(mode, missing):
     model = temporal(mode, missing)
     examples = [prompt(1, frames=6), prompt(2, images=1), moment(3, 4), moment(4, 1), prompt(5, frames=2), moment(6, 0)]
     with torch.no_grad():
-        alone = torch.cat([model.see(collate([e])).embeddings for e in examples])
-        together, packed = model.see(collate(examples)), model.see(collate([examples[:3], examples[3:]]))
+        alone = torch.cat([model.visual_tokens(collate([e])).embeddings for e in examples])
+        together, packed = model.visual_tokens(collate(examples)), model.visual_tokens(collate([examples[:3], examples[3:]]))
     near(together.embeddings, alone)
     near(packed.embeddings, alone)
 
@@ -588,7 +588,7 @@ def test_the_past_is_seen_and_only_the_four_frames_before(mode):
     def tokens(shown):
         views = video_views(shown, [0.5 * i for i in range(7)], CONFIG.views)
         with torch.no_grad():
-            return model.see(collate([data.prompt(TOKENIZER, views, "?")])).embeddings.view(7, -1, CONFIG.llm.width)[5]
+            return model.visual_tokens(collate([data.prompt(TOKENIZER, views, "?")])).embeddings.view(7, -1, CONFIG.llm.width)[5]
     plain = tokens(frames)
     swapped = lambda i: [*frames[:i], other, *frames[i + 1:]]
     assert not torch.allclose(tokens(swapped(1)), plain, atol=1e-4) and not torch.allclose(tokens(swapped(4)), plain, atol=1e-4)
@@ -604,17 +604,17 @@ def test_a_frame_alone_sees_what_it_sees_in_its_video(mode):
     frames = list(np.random.default_rng(0).integers(0, 256, (6, 70, 70, 3), dtype=np.uint8))
     with torch.no_grad():
         views = video_views(frames, [0.5 * i for i in range(6)], model.config.views)
-        video = model.see(collate([data.prompt(TOKENIZER, views, "?")])).embeddings.view(6, -1, CONFIG.llm.width)
+        video = model.visual_tokens(collate([data.prompt(TOKENIZER, views, "?")])).embeddings.view(6, -1, CONFIG.llm.width)
         for number in (0, 2, 5):
             views = image_views(frames[number:number + 1], model.config.views, frames[max(number - 4, 0):number])
-            alone = model.see(collate([data.prompt(TOKENIZER, views, "?")])).embeddings
+            alone = model.visual_tokens(collate([data.prompt(TOKENIZER, views, "?")])).embeddings
             near(alone[:len(video[0])], video[number])
 
 
 def test_without_a_module_the_past_is_not_looked_at(model):
     """Frames before an image change nothing, and the ViT is not run on them."""
     with torch.no_grad():
-        one, other = (model.see(collate([e])) for e in (moment(3, 4), data.prompt(
+        one, other = (model.visual_tokens(collate([e])) for e in (moment(3, 4), data.prompt(
             TOKENIZER, image_views([np.random.default_rng(3).integers(0, 256, (5, 60, 90, 3), dtype=np.uint8)[4]], CONFIG.views), "where?")))
     torch.testing.assert_close(one.embeddings, other.embeddings)
     torch.testing.assert_close(one.windows, other.windows)
@@ -626,12 +626,12 @@ def test_no_gradient_reaches_the_past(mode, monkeypatch):
     features as constants; the module itself learns."""
     model = temporal(mode)
     batch = collate([moment(3, 4)])
-    model.see(batch).embeddings.square().sum().backward()
+    model.visual_tokens(batch).embeddings.square().sum().backward()
     got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     calls, real = [], model.vit.forward
     monkeypatch.setattr(model.vit, "forward", lambda crops: calls.append((len(crops), torch.is_grad_enabled())) or real(crops))
     model.zero_grad()
-    model.see(batch).embeddings.square().sum().backward()
+    model.visual_tokens(batch).embeddings.square().sum().backward()
     crops = len(batch.crops) // 5
     assert sorted(calls) == sorted([(crops, True), (4 * crops, False), (1, False)])
     assert all(torch.equal(p.grad, got[name]) for name, p in model.named_parameters() if p.grad is not None)
@@ -643,9 +643,9 @@ def test_both_generates_agree_through_time(mode):
     """The cached one, on a batch of frames and a video, and the oracle, one by one."""
     model = temporal(mode)
     prompts = [moment(3, 4), prompt(1, frames=5), moment(4, 0)]
-    together = generate(model, collate(prompts), SPELLING, 12)
+    together = generate(model, collate(prompts), CONTROL, 12)
     for answer, example in zip(together, prompts):
-        assert answer == generate_slowly(model, collate([example]), SPELLING, 12)
+        assert answer == generate_slowly(model, collate([example]), CONTROL, 12)
 
 
 def test_a_module_that_starts_at_zero_changes_nothing(model):
@@ -667,7 +667,7 @@ def test_text_alone_has_no_past(mode):
     losses = model.losses(collate([words]))
     assert losses["token"] > 0
     losses["token"].backward()
-    assert len(generate(model, collate([prompt(1)]), SPELLING, 4)) == 1
+    assert len(generate(model, collate([prompt(1)]), CONTROL, 4)) == 1
 
 
 @pytest.mark.parametrize("wrong", [{"history": 0}, {"heads": 5}, {"heads": 0}])

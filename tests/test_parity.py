@@ -27,7 +27,7 @@ from differ import (  # noqa: E402
     reference_inputs,
     save_reference,
 )
-from generate import Spelling, generate  # noqa: E402
+from generate import ControlTokens, generate  # noqa: E402
 from model import PRESETS, Molmo  # noqa: E402
 from packing import collate  # noqa: E402
 from preprocess import image_views, video_views  # noqa: E402
@@ -100,7 +100,7 @@ def test_greedy_answers_are_equal_token_by_token(pair, name):
     theirs, ours, tokenizer, _ = pair
     rows = scenes(ours.config)[name]
     batch, inputs = asked(ours, tokenizer, rows)
-    answer, = generate(ours, batch, Spelling(eos=-1 % 640, close=[]), 40)
+    answer, = generate(ours, batch, ControlTokens(stops=(639,), close=[]), 40)
     expected = []
     with torch.no_grad():
         for _ in range(40):
@@ -148,7 +148,7 @@ def test_the_processor_files_give_the_same_prompt(processors, pair, tmp_path):
     assert theirs["input_ids"].tolist() == batch.tokens.tolist()
     assert np.array_equal(uint8(theirs["pixel_values"]), batch.crops.numpy())
     assert torch.equal(theirs["image_token_pooling"].long(), batch.pooling)
-    assert theirs["mm_token_type_ids"].bool().tolist() == ours.visual(batch.tokens).tolist()
+    assert theirs["mm_token_type_ids"].bool().tolist() == ours.is_visual(batch.tokens).tolist()
 
 
 def test_a_model_trained_here_speaks_there(tmp_path):

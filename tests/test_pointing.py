@@ -18,7 +18,7 @@ from pointing import (
     PointConfig,
     PointDecoder,
     PointPredictor,
-    Sight,
+    VisualTokens,
     grounded_pieces,
     grounded_points,
     grounding_targets,
@@ -253,8 +253,8 @@ def test_losses_equal_slow_loops(seed):
             expected["location"] += weights[place] * surprise(slow.location(h[place]), location)
 
     tensor = lambda values: torch.from_numpy(np.asarray(values))
-    sight = Sight.of(tensor(windows).float(), tensor(valid), torch.zeros(len(at), 10), tensor(at), tensor(owners), tensor(indexable))
-    found = made.losses(tensor(h).float(), tensor(targets), tensor(weights).float(), tensor(owner), tensor(branch), tensor(points), sight, IDS)
+    visual = VisualTokens.of(tensor(windows).float(), tensor(valid), torch.zeros(len(at), 10), tensor(at), tensor(owners), tensor(indexable))
+    found = made.losses(tensor(h).float(), tensor(targets), tensor(weights).float(), tensor(owner), tensor(branch), tensor(points), visual, IDS)
     for name in expected:
         assert found[name].item() == pytest.approx(expected[name], rel=1e-5, abs=1e-5), name
     assert (int(found["right"]), int(found["choices"])) == (right, choices) and choices >= 12
@@ -281,11 +281,11 @@ def test_sight_counts_indexable_tokens_per_example():
     owner = torch.tensor([3, 3, 3, 3, 8, 8, 5, 9, 9])
     indexable = torch.tensor([0, 1, 1, 1, 1, 1, 0, 0, 1]).bool()
     rows = torch.arange(9)
-    sight = Sight.of(torch.zeros(9, 1, 1), torch.ones(9, 1).bool(), torch.zeros(9, 1), rows, owner, indexable)
-    assert sight.index.tolist() == [0, 0, 1, 2, 0, 1, 0, 0, 0]
-    assert sight.only(owner == 8).at.tolist() == [4, 5] and sight.only(owner == 8).index.tolist() == [0, 1]
-    assert sight.index[sight.indexable & (owner == 3)].tolist() == [0, 1, 2]
-    empty = Sight.of(torch.zeros(0, 4, 1), torch.ones(0, 4).bool(), torch.zeros(0, 1), rows[:0], owner[:0], indexable[:0])
+    visual = VisualTokens.of(torch.zeros(9, 1, 1), torch.ones(9, 1).bool(), torch.zeros(9, 1), rows, owner, indexable)
+    assert visual.index.tolist() == [0, 0, 1, 2, 0, 1, 0, 0, 0]
+    assert visual.only(owner == 8).at.tolist() == [4, 5] and visual.only(owner == 8).index.tolist() == [0, 1]
+    assert visual.index[visual.indexable & (owner == 3)].tolist() == [0, 1, 2]
+    empty = VisualTokens.of(torch.zeros(0, 4, 1), torch.ones(0, 4).bool(), torch.zeros(0, 1), rows[:0], owner[:0], indexable[:0])
     assert empty.index.shape == (0,)
 
 
@@ -301,8 +301,8 @@ def decoder(seed: int, M: int = 6, K: int = 4, pointable: bool = True) -> PointD
     valid[range(M), torch.randint(0, K, (M,), generator=generator)] = True
     indexable = torch.tensor([pointable and i % 3 != 0 for i in range(M)], dtype=torch.bool)
     windows = torch.randn(M, K, 6, generator=generator) * valid[..., None]
-    sight = Sight.of(windows, valid, torch.randn(M, 10, generator=generator), torch.arange(M), torch.zeros(M, dtype=torch.long), indexable)
-    return PointDecoder(predictor(seed), torch.randn(M, 10, generator=generator), sight, IDS, CLOSE)
+    visual = VisualTokens.of(windows, valid, torch.randn(M, 10, generator=generator), torch.arange(M), torch.zeros(M, dtype=torch.long), indexable)
+    return PointDecoder(predictor(seed), torch.randn(M, 10, generator=generator), visual, IDS, CLOSE)
 
 
 def greedy(logits: torch.Tensor) -> int:
@@ -325,7 +325,7 @@ def play(writer: PointDecoder, steps: int, seed: int, eager: float = 3.0, stop: 
 
 def check(writer: PointDecoder, said: list[tuple[int, torch.Tensor | None]]) -> tuple[int, int]:
     """All rules, on what was written; returns how many lists ended in a stop and the longest list."""
-    sight, tokens, rows = writer.sight, [token for token, _ in said], iter(writer.triples)
+    visual, tokens, rows = writer.visual, [token for token, _ in said], iter(writer.triples)
     current, stops, longest, closing = [], 0, 0, []
     for place, (token, carried) in enumerate(said):
         before = tokens[place - 1] if place else None
@@ -343,13 +343,13 @@ def check(writer: PointDecoder, said: list[tuple[int, torch.Tensor | None]]) -> 
                 tokens[place] = None  # nothing but the closing follows
                 continue
             token_, slot, location = row
-            assert sight.indexable[token_]
-            assert torch.equal(carried, sight.embeddings[token_])
+            assert visual.indexable[token_]
+            assert torch.equal(carried, visual.embeddings[token_])
             if place + 1 < len(said):
-                assert sight.valid[token_, slot]
+                assert visual.valid[token_, slot]
                 assert not current or (token_, slot) > current[-1], "never backwards, never twice"
                 current.append((token_, slot))
-                fed = writer.predictor.build_vit_embedding(sight.windows[token_, slot])
+                fed = writer.predictor.build_vit_embedding(visual.windows[token_, slot])
                 assert torch.equal(said[place + 1][1], fed)
                 longest = max(longest, len(current))
             if place + 2 < len(said):
@@ -381,7 +381,7 @@ def test_exhausted_slots_force_the_stop():
     writer = decoder(0, M=3, K=2)
     said = play(writer, 200, 0, eager=50.0, stop=-100.0)
     stops, _ = check(writer, said)
-    pairs = [(t, s) for t in range(3) for s in range(2) if writer.sight.indexable[t] and writer.sight.valid[t, s]]
+    pairs = [(t, s) for t in range(3) for s in range(2) if writer.visual.indexable[t] and writer.visual.valid[t, s]]
     assert stops >= 200 / (3 * len(pairs) + 3) - 1
     lists = "".join("." if row[0] < 0 else "#" for row in writer.triples).split(".")[:-1]
     assert len(lists) == stops and len(writer.triples) > 2 * stops

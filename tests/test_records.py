@@ -49,7 +49,7 @@ def test_synthetic_records_survive_a_file(name, tmp_path):
         assert np.array_equal(one.trunk, two.trunk) and np.array_equal(one.pooling, two.pooling)
         differ = 0
         for a, b in zip(one.branches, two.branches, strict=True):
-            assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.learned, b.learned)
+            assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.loss_mask, b.loss_mask)
             assert len(a.points) == len(b.points)
             differ += (a.points[:, 0] != b.points[:, 0]).sum()
         assert differ <= 0.1 * sum(len(made.points) for made in one.branches)  # odd sides of videos grow by a pixel

@@ -260,7 +260,7 @@ def test_a_tokenizer_with_all_that_real_ones_hold(folder, tiny):
     _, tokenizer = weights.load(folder)
     ids = tokenizer.special
     assert (tokenizer.bos_id, tokenizer.eos_id) == (ids["<|endoftext|>"], ids["<|im_end|>"])
-    assert set(tokenizer.stop_ids) == {ids["<|im_end|>"], 767, 765} == set(data.spelling(tokenizer).stops)
+    assert set(tokenizer.stop_ids) == {ids["<|im_end|>"], 767, 765} == set(data.control_tokens(tokenizer).stops)
     for text in ("what is at <POINT_7> ?", "<EXTRA_TOKENS_POINT_3>", "<|im_end|><im_patch>", "cafe\u0301"):
         assert max(tokenizer.encode(text)) < tokenizer.base_size
     assert tokenizer.encode("cafe\u0301") == tokenizer.encode("caf\u00e9") == tiny[1].encode("caf\u00e9")
@@ -332,8 +332,8 @@ def test_the_released_inference_code_differs_in_four_places(tiny):
 
     tokenizer = tiny[1]
     views = data.views_of(data.draw("stills", 0, 0, 1), SMALL.views)
-    batch, spelling = collate([data.prompt(tokenizer, views, "point to the cups")]), data.spelling(tokenizer)
+    batch, control = collate([data.prompt(tokenizer, views, "point to the cups")]), data.control_tokens(tokenizer)
     with torch.no_grad():
         theirs.lm_head.new_embedding[11] += 5 * theirs.ln_f(theirs(batch)[0][0, -1])  # it wants to point
-    slow = generate_slowly(theirs, batch, spelling, 24)
-    assert slow.triples and generate(theirs, batch, spelling, 24) == [slow]
+    slow = generate_slowly(theirs, batch, control, 24)
+    assert slow.triples and generate(theirs, batch, control, 24) == [slow]

@@ -33,7 +33,7 @@ def quick(monkeypatch):
     """Stages of three small steps and one evaluated record."""
     for key, stage in STAGES.items():
         if key[0] == "tiny":
-            monkeypatch.setitem(STAGES, key, train.replace(stage, packs=2, tokens=600, pool=3, branches=2, vit_rests=min(stage.vit_rests, 3)))
+            monkeypatch.setitem(STAGES, key, train.replace(stage, packs=2, tokens=600, pool=3, branches=2, vit_frozen_steps=min(stage.vit_frozen_steps, 3)))
     monkeypatch.setattr(train, "SMALL_EVALUATION", 1)
     monkeypatch.setattr(evaluate, "LONGEST", {False: 16, True: 16})
     monkeypatch.setattr(train, "VIT_BATCH", 2)
@@ -262,7 +262,7 @@ def test_thirty_steps_learn_a_handful_of_scenes(tiny):
         train.update(optimisers, dict.fromkeys(PARTS, 5e-3))
         history.append(loss.item())
     assert history[-1] < history[0] / 1000
-    assert generate(model.eval(), collate(asked), data.spelling(tokenizer), 60) == answers and len(answers) == 6
+    assert generate(model.eval(), collate(asked), data.control_tokens(tokenizer), 60) == answers and len(answers) == 6
 
 
 def test_learning_rates_warm_up_and_end_at_a_tenth():
