@@ -27,7 +27,7 @@ import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 
 import numpy as np
@@ -123,13 +123,22 @@ def precision_recall_f1(hit: int, predicted: int, true: int) -> tuple[float, flo
     return hit / max(predicted, 1), hit / true, 2 * hit / (predicted + true)
 
 
+def told_apart(points: Sequence[Point]) -> list[Point]:
+    """An id that comes again in the same picture cannot be the same object: from the second on each gets an id of its own."""
+    seen, free, found = set(), count(max(p.id for p in points) + 1), []
+    for point in points:
+        found.append(point._replace(id=next(free)) if (point.id, point.picture) in seen else point)
+        seen.add((point.id, point.picture))
+    return found
+
+
 def hota(predicted: Sequence[Point], record: Record, true: Sequence[Point]) -> float:
     """Higher-order tracking accuracy: sqrt(detection * association), where a point is as good as its mask says: 1 or 0,
     so that one threshold is all there is. (Luiten et al., arXiv 2009.07736; matched as its reference code does: in each
     frame by similarity, of equals those whose ids go together most often in the whole clip.)"""
     if not true or not predicted:
         return float(not true and not predicted)
-    frames = sorted({p.picture for p in (*true, *predicted)})
+    predicted, frames = told_apart(predicted), sorted({p.picture for p in (*true, *predicted)})
     here = lambda points, frame: {p.id: p for p in points if p.picture == frame}
     similar = {frame: {(t, p): inside(point, record, t) for p, point in here(predicted, frame).items() for t in here(true, frame)}
                for frame in frames}
@@ -293,6 +302,7 @@ def frame_by_frame(model: Molmo, tokenizer: Tokenizer, record: Record, how: Betw
         for a in here:
             if how.oracle:
                 a.points = data.points_of(a.record, a.annotation)
+                a.text = "" if a.points else data.NONE
             a.figures |= scores(a)
             if how.oracle:
                 a.figures.pop("number differs", None)  # nothing was said
@@ -344,10 +354,10 @@ def scores(a: Asked) -> dict[str, float]:
         return {"words f1": words_f1(a.text, wanted)} | ({} if task == "transcript" else {"text exact": a.text == wanted})
     true = data.points_of(a.record, a.annotation)
     number = a.annotation.count if a.annotation.count is not None else len({p.id for p in true})
-    if not number:
-        return {"none recognised": not a.points and not re.search("[1-9]", a.text)}
-    found = {}
+    found = {} if number else {"none recognised": not a.points and says_none(a.text) and not a.figures.get("answers cut")}
     if task in TRACKS:
+        if not number:
+            return found
         seconds = {a.record.picture(n) for n in range(int(a.record.times[-1] + 1e-6) + 1)}
         at = lambda points: [p for p in points if p.picture in seconds]
         hits = sum(len(matched([p for p in a.points if p.picture == f], a.record, sorted({p.id for p in true if p.picture == f})))
@@ -358,15 +368,22 @@ def scores(a: Asked) -> dict[str, float]:
     if task != "count":
         hits = len(matched(a.points, a.record, [p.id for p in true]))
         found |= dict(zip(("precision", "recall", "f1"), precision_recall_f1(hits, len(a.points), number)))
+        found |= {"f1 present": found["f1"]} if number else {}
     if task != "point":
         written = re.findall(r"\d+", re.sub(r"<(points?|tracks) .*?</(points?|tracks)>", "", a.text))
         said = int(written[-1]) if written else 0
         counted = said if task == "count" else len({p.id for p in a.points})
         off = abs(counted - number)
-        found |= {"count exact": off == 0, "count close": off <= 1 + number // 20, "count error": off}
+        answered = task != "count" or bool(written) or says_none(a.text)  # words without a number are not a count of 0
+        found |= {"count exact": answered and off == 0, "count close": answered and off <= 1 + number // 20, "count error": off}
         if task != "count":
-            found["number differs"] = bool(a.points) and said != counted
+            found["number differs"] = bool(written or a.points) and said != counted
     return found
+
+
+def says_none(text: str) -> bool:
+    """"There are none.", "0" and the like, and no number besides."""
+    return bool(re.search(r"\b(none|no|nothing|zero|0)\b", text, re.IGNORECASE)) and not re.search("[1-9]", text)
 
 
 def words_f1(text: str, wanted: str) -> float:
@@ -394,7 +411,7 @@ def by_kind_of_question(asked: Sequence[Asked]) -> dict[str, float]:
     return {name: next(table[key] for key in first if key in table) for name, table in figures.items()}
 
 
-COLUMNS = ("questions", "f1", "track f1", "hota", "J&F", "count exact", "none recognised", "text exact", "words f1")
+COLUMNS = ("questions", "f1", "f1 present", "track f1", "hota", "J&F", "count exact", "none recognised", "text exact", "words f1")
 
 
 def table(results: dict[str, dict[str, float]]) -> str:

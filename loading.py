@@ -88,11 +88,23 @@ def synthetic_sets(names: Iterable[str], seed: int, branches: int, more: dict[st
     return {name: [SyntheticSet(one, seed, branches, more) for one in CATEGORIES.get(name, (name,))] for name in names}
 
 
+def apportioned(rates: Sequence[float], total: int, least: Sequence[int]) -> list[int]:
+    """Whole numbers that add up to `total`, in proportion to the rates as nearly as they can be, none below its `least`."""
+    exact, least = np.array(rates) / np.sum(rates) * total, np.array(least)
+    counts = np.maximum(np.floor(exact).astype(int), least)
+    while counts.sum() < total:
+        counts[(exact - counts).argmax()] += 1
+    while counts.sum() > total:
+        counts[np.where(counts > least, exact - counts, np.inf).argmin()] -= 1
+    return counts.tolist()
+
+
 @dataclass
 class Mixture(Dataset):
     """Examples from sets by rates: item n is a pure function of n, and so is how often each set was drawn before it.
 
-    Numbers come in blocks of 1000 in which each set has its exact share, in shuffled order. A category's rate is divided
+    Numbers come in blocks of 1000 (of more, if there are more than 50 sets) in which each category has its exact share, and each set
+    at least one place, in shuffled order. A category's rate is divided
     among its sets by the square root of their sizes. A finite set is gone through epoch by epoch, each in an order of its
     own. What cannot be read, or does not fit `max_tokens`, comes as a text that says why.
     """
@@ -104,24 +116,15 @@ class Mixture(Dataset):
     config: MolmoConfig
     max_tokens: int
 
-    BLOCK = 1000
-
     def __post_init__(self):
         if missing := sorted(name for name in self.rates if not self.sets.get(name)):
             raise ValueError(f"there is no set for {missing[0]!r}")
         self.all = [one for name in self.rates for one in self.sets[name]]
-        total = sum(self.rates.values())
-        shares = np.concatenate([rate / total * self._parts(self.sets[name]) for name, rate in self.rates.items()])
-        counts = np.maximum(np.floor(shares * self.BLOCK).astype(int), 1)
-        for i in np.argsort(counts - shares * self.BLOCK)[:max(self.BLOCK - counts.sum(), 0)]:
-            counts[i] += 1
-        counts[counts.argmax()] += self.BLOCK - counts.sum()
-        self.counts, self._orders = counts.tolist(), {}
-
-    @staticmethod
-    def _parts(sets: Sequence[SyntheticSet | Lines | Moments]) -> np.ndarray:
-        roots = np.sqrt([one.size or NOMINAL for one in sets])
-        return roots / roots.sum()
+        self.block = max(1000, 20 * len(self.all))
+        of_categories = apportioned(list(self.rates.values()), self.block, [len(self.sets[name]) for name in self.rates])
+        self.counts = [count for name, places in zip(self.rates, of_categories) for count in
+                       apportioned(np.sqrt([one.size or NOMINAL for one in self.sets[name]]), places, [1] * len(self.sets[name]))]
+        self._orders = {}
 
     def _order(self, *key: int) -> np.ndarray:
         """A permutation: of the sets over block key = (b,), or of set s in epoch e, key = (s, e)."""
@@ -135,7 +138,7 @@ class Mixture(Dataset):
 
     def place(self, number: int) -> tuple[int, int]:
         """Which set item `number` comes from, and its index there."""
-        block, at = divmod(number, self.BLOCK)
+        block, at = divmod(number, self.block)
         order = self._order(block)
         chosen = int(order[at])
         drawn = block * self.counts[chosen] + int((order[:at] == chosen).sum())
@@ -167,8 +170,9 @@ class Loader:
     """Batches without end: items in the order of their numbers, packed, `rows` packs a batch.
 
     `state` (the next number, and the numbers that wait in the packer) is all that decides what comes next: a loader made
-    with it goes on where that state was. Of `world` loaders number `rank` takes every world-th item. A bad item is
-    named in a warning, once; ValueError after more than MOST_SKIPPED different ones, or as many in a row.
+    with it goes on where that state was; it also says what was left out so far. Of `world` loaders number `rank` takes every
+    world-th item. A bad item is named in a warning, once; ValueError after more than MOST_SKIPPED different ones, or as many in
+    a row.
     """
 
     examples: Mixture
@@ -176,18 +180,19 @@ class Loader:
     rows: int
     weights: str
     workers: int = 0
-    state: dict[str, list[int]] | None = None
+    state: dict[str, list] | None = None
     rank: int = 0
     world: int = 1
     multiple: int = 1          # to which rows are padded
     names: Sequence[str] = ()  # of the examples in the last batch
-    left_out: set[str] = field(default_factory=set)  # what was wrong with examples that cannot be used
+    left_out: set[tuple[int, int]] = field(default_factory=set)  # set, and index there, of examples that cannot be used
 
     MOST_SKIPPED = 100
 
     def __iter__(self) -> Iterator[Batch]:
         state = self.state or {"next": [self.rank], "pool": []}
         numbers = Numbers(state["pool"], state["next"][0], self.world)
+        self.left_out = {(one, index) for one, index in state.get("left out", [])}
         items = iter(DataLoader(self.examples, batch_size=None, sampler=numbers, num_workers=self.workers,
                                 worker_init_fn=ignore_signals, generator=torch.Generator()))  # the model's own stays as it is
         for batch, self.names, self.state in prefetch(self.batches(items, state["pool"], state["next"][0])):
@@ -208,20 +213,22 @@ class Loader:
                 self.packer.add(number, item)
                 in_a_row = 0
             except ValueError as error:
-                self.left_out.add(str(error))
-                in_a_row += 1
+                place, in_a_row = self.examples.place(number), in_a_row + 1
+                if place not in self.left_out:
+                    warnings.warn(f"left out: {error}")
+                self.left_out.add(place)  # its text may be another in every epoch: the wording is drawn anew
                 if max(len(self.left_out), in_a_row) > self.MOST_SKIPPED:
                     one_after_the_other = " in a row" if len(self.left_out) <= self.MOST_SKIPPED else ""
                     raise ValueError(f"more than {self.MOST_SKIPPED} examples{one_after_the_other} cannot be used; "
                                      f"the last: {error}") from None
-                warnings.warn(f"left out: {error}")
                 continue
             if self.packer.full:
                 packs.append(self.packer.take())
             if len(packs) == self.rows:
                 names = [tree.name for pack in packs for tree in pack]
                 batch = collate(packs, self.weights, self.multiple)
-                yield batch.pinned() if torch.cuda.is_available() else batch, names, {"next": [after], "pool": self.packer.numbers + first[drawn:]}
+                state = {"next": [after], "pool": self.packer.numbers + first[drawn:], "left out": sorted(self.left_out)}
+                yield batch.pinned() if torch.cuda.is_available() else batch, names, state
                 packs = []
 
 
@@ -262,14 +269,15 @@ def prefetch(items: Iterator, most: int = 2) -> Iterator:
         thread.join(timeout=10)
 
 
-def reshard_state(states: Sequence[dict[str, list[int]]], rank: int, world: int) -> dict[str, list[int]]:
+def reshard_state(states: Sequence[dict[str, list]], rank: int, world: int) -> dict[str, list]:
     """The state of loader `rank` of `world`, from those of all loaders of a run that may have had another number of them: what
-    none of them has taken comes once."""
+    none of them has taken comes once, and all know what any of them left out."""
     if len(states) == world:
         return states[rank]
     start = max(state["next"][0] for state in states)
     waiting = [n for state in states for n in (*state["pool"], *range(state["next"][0], start, len(states)))]
-    return {"next": [start + rank], "pool": sorted(waiting)[rank::world]}
+    left_out = {tuple(place) for state in states for place in state.get("left out", [])}
+    return {"next": [start + rank], "pool": sorted(waiting)[rank::world], "left out": sorted(left_out)}
 
 
 @dataclass

@@ -41,6 +41,7 @@ from model import PRESETS, Batch, Molmo
 
 IGNORED = 0      # target where there is no loss, its weight being 0: any id would do
 CROP_VALUE = 30  # what a crop counts in tokens when the fullest pack is sought
+PATIENCE = 4     # an example that has seen so many pools of others come goes into the next pack
 STEPS = 512      # a pack's tokens are counted in about so many steps, of 32 tokens at most: a smaller table, hardly a worse pack
 
 
@@ -186,12 +187,14 @@ def knapsack(tokens: Sequence[int], crops: Sequence[int], max_tokens: int, max_c
 
 @dataclass
 class Packer:
-    """A pool of examples, by their numbers; `take` removes the fullest pack. What it will give is a function of the
-    numbers in the pool alone, so they are all that a checkpoint needs (`numbers`)."""
+    """A pool of examples, by their numbers, which ascend by `stride`; `take` removes the fullest pack. Examples that go badly with
+    others would wait for ever, until the pool holds little else: one that is overdue goes first, with the fullest that fits beside
+    it. What `take` will give is a function of the numbers in the pool alone, so they are all that a checkpoint needs (`numbers`)."""
 
     max_tokens: int
     max_crops: int
     size: int = 48
+    stride: int = 1
     pool: dict[int, Example] = field(default_factory=dict)
 
     def add(self, number: int, example: Example) -> None:
@@ -211,10 +214,13 @@ class Packer:
         return list(self.pool)
 
     def take(self) -> list[Example]:
-        numbers = self.numbers
-        examples = [self.pool[number] for number in numbers]
-        chosen = knapsack([e.length for e in examples], [len(e.crops) for e in examples], self.max_tokens, self.max_crops)
-        return [self.pool.pop(numbers[i]) for i in chosen]
+        numbers, pack, room = self.numbers, [], (self.max_tokens, self.max_crops)
+        if numbers[-1] - numbers[0] > PATIENCE * self.size * self.stride:
+            overdue = self.pool.pop(numbers.pop(0))
+            pack, room = [overdue], (self.max_tokens - overdue.length, self.max_crops - len(overdue.crops))
+        examples = list(self.pool.values())
+        chosen = knapsack([e.length for e in examples], [len(e.crops) for e in examples], *room)
+        return pack + [self.pool.pop(numbers[i]) for i in chosen]
 
 
 def packs(examples: Iterable[tuple[int, Example]], packer: Packer) -> Iterator[list[Example]]:

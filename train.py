@@ -20,6 +20,7 @@ import json
 import math
 import signal
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -473,7 +474,7 @@ def prepare(args: argparse.Namespace, world: World):
     if not args.resume and (folder / "checkpoint").exists():
         raise ValueError(f"{folder} holds a run: --resume goes on with it, --out FOLDER begins another elsewhere")
     settings = {"stage": args.stage, "preset": args.preset, "freeze": sorted(args.freeze), "seed": args.seed, "steps": steps,
-                "data": args.data, "temporal": args.temporal, "temporal-init": args.temporal_init, "missing": args.missing}
+                "data": args.data and [checked(path) for path in args.data], "temporal": args.temporal, "temporal-init": args.temporal_init, "missing": args.missing}
     if state:
         same_run(settings, json.loads(str(state["settings"])) if "loaders" in state else {}, folder)
     model, tokenizer = model_for(args, folder, state is not None)
@@ -523,6 +524,15 @@ def model_for(args: argparse.Namespace, folder: Path, resumes: bool):
     return model, tokenizer
 
 
+def checked(path: str) -> str:
+    """The name of a file, and what tells its contents from others: a run goes on with the same lines only."""
+    with open(path, "rb") as file:
+        total = 0
+        while block := file.read(1 << 20):
+            total = zlib.crc32(block, total)
+    return f"{path} ({total:08x})"
+
+
 def run_folder(args: argparse.Namespace) -> Path:
     return Path(args.out or f"runs/stage{args.stage}")
 
@@ -568,7 +578,7 @@ def make_loader(stage: Stage, seed: int, tokenizer: Tokenizer, config: MolmoConf
     mixture = loading.Mixture(sets, rates, seed, tokenizer, config, stage.tokens)
     rows = stage.packs // (accumulate * world.data_size)
     multiple = math.lcm(world.context, 128 if torch.device(args.device).type == "cuda" else 1)  # few lengths: blocks of a mask
-    return loading.Loader(mixture, Packer(stage.tokens, stage.crops, stage.pool), rows, stage.weights, args.workers,
+    return loading.Loader(mixture, Packer(stage.tokens, stage.crops, stage.pool, world.data_size), rows, stage.weights, args.workers,
                        rank=world.data_rank, world=world.data_size, multiple=multiple)
 
 
@@ -607,7 +617,7 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
         # divided by the summed weights of all processes; `average` makes gradients a mean over processes: hence world.size
         own = totals["loss"]
         totals = world.totals(totals)
-        divisor = max(totals["weights"], 1)
+        divisor = totals["weights"] or 1.0  # without any token to learn all gradients are 0
         parallel.average(model, world)
         for p in model.parameters():
             if p.grad is not None:
@@ -623,7 +633,7 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
         if totals["choices"]:  # the share of visual tokens (and of stops) chosen right
             shown["right"] = totals["right"] / totals["choices"]
         tokens += int(totals["tokens"]) // world.context
-        run.log.write(step=step, loss=totals["loss"], **shown, norms=norms)
+        run.log.write(step=step, loss=totals["loss"], **shown, norms=norms, **({"left out": len(loader.left_out)} if loader.left_out else {}))
         bar.set_postfix({"loss": totals["loss"], **shown, "tokens/s": int(tokens / (time.time() - started))})
 
         # save, evaluate, stop
@@ -643,7 +653,7 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
             world.wait()
     run.log.draw()
     if loader.left_out:
-        run.log.say(f"left out: {len(loader.left_out)}, each with its warning above")
+        run.log.say(f"left out: {len(loader.left_out)}, each with its warning when it came first")
     if graphs := compilations():
         run.log.say(f"{graphs} graphs compiled")
 

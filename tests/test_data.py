@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from data import branch, draw, example, points_of, question_text
 from generate import Answer
 from loading import Loader, Mixture
 from model import PRESETS, LLMConfig, MolmoConfig
-from packing import Packer, collate, lay_out
+from packing import Example, Packer, collate, lay_out
 from pointing import TOKEN_INDEX, Point
 from preprocess import ViewConfig
 from records import TASKS, Annotation, Lines, Object, Record
@@ -419,6 +420,33 @@ def test_sampled_shares_are_the_rates():
         assert drawn["b"] == pytest.approx(2 * drawn["a"], abs=2) and drawn["d"] == pytest.approx(1000 * 9.1 / total, abs=1)
 
 
+def test_many_sets_do_not_change_the_rates():
+    """Six hundred files in one category and one in another: half each, every file there; with more than a thousand files, too."""
+    for files in (600, 1200):
+        mix = mixture({"a": [Numbers(f"a{i}", 5) for i in range(files)], "b": [Numbers("b", 50)]}, {"a": 1, "b": 1})
+        drawn = Counter(mix.all[mix.place(n)[0]].tag for n in range(mix.block))
+        assert drawn["b"] == mix.block // 2 and len(drawn) == files + 1
+
+
+def test_what_is_packed_has_the_rates_too():
+    """The packer chooses, but cannot favour for long: what came out of 400 packs of stage 2's mixture has its rates, but for what
+    may still wait."""
+    stage, rng = train.STAGES["tiny", 2], np.random.default_rng(0)
+    sizes = {name: (int(rng.integers(100, 600)), int(rng.integers(1, 17))) for name in stage.rates}
+    mix = mixture({name: [Numbers(name, None)] for name in stage.rates}, stage.rates)
+    packer, packed, drawn = Packer(stage.tokens, stage.crops, stage.pool), Counter(), Counter()
+    for number in range(1600):
+        name = mix.all[mix.place(number)[0]].tag
+        tokens, crops = sizes[name]
+        drawn[name] += 1
+        packer.add(number, Example(np.arange(tokens), np.zeros((crops, 1, 1), np.uint8), np.zeros((0, 1), int), [], name))
+        if packer.full:
+            packed.update(example.name for example in packer.take())
+    total = sum(stage.rates.values())
+    for name, rate in stage.rates.items():
+        assert drawn[name] == pytest.approx(1600 * rate / total, abs=12) and 0 <= drawn[name] - packed[name] < 48
+
+
 def test_finite_sets_are_gone_through_epoch_by_epoch():
     """Each epoch holds every line once, in an order of its own; the place of a number does not depend on what was asked before."""
     mix = mixture({"a": [Numbers("a", 40)], "b": [Numbers("b", 7)]}, {"a": 1, "b": 1})
@@ -514,6 +542,30 @@ def test_bad_items_are_named_and_a_limit_stops(monkeypatch):
         list(islice(loader(mixture({"a": [Numbers("a", 8, bad=tuple(range(8)))]}, {"a": 1})), 1))
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="more than 5 examples in a row cannot be used; the last"):
         next(iter(loader(mixture({"a": [Numbers("a", 2, bad=(0, 1))]}, {"a": 1}))))
+
+
+class Moody(Numbers):
+    """What is wrong is said in other words each time."""
+
+    def record(self, index: int, config: ViewConfig) -> Record:
+        Moody.said += 1
+        if index in self.bad:
+            raise ValueError(f"{self.tag}.jsonl:{index + 1}: {Moody.said} tokens")
+        return super().record(index, config)
+
+
+def test_a_bad_line_counts_once(monkeypatch):
+    """Whatever the words are in which it is refused, over many epochs; and a run that goes on knows what was left out before."""
+    monkeypatch.setattr(Moody, "said", 0, raising=False)
+    monkeypatch.setattr(Loader, "MOST_SKIPPED", 5)
+    made = lambda **more: loader(mixture({"a": [Moody("a", 8, bad=(1, 4))]}, {"a": 1}), **more)
+    first = made()
+    with pytest.warns(UserWarning) as warned:
+        assert len(list(islice(first, 40))) == 40
+    assert len(warned) == 2 and first.state["left out"] == [(0, 1), (0, 4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(list(islice(made(state=first.state), 3))) == 3
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------------

@@ -176,6 +176,14 @@ def test_hota_keeps_ids_together():
     assert hota(predicted, record, true) == pytest.approx((3 / 4) ** 0.5)
 
 
+def test_an_id_twice_in_a_frame_counts_against_in_any_order():
+    """The right point and a false one under the same id: HOTA is the same whichever comes first, and lower than without."""
+    record, true = clip(3, 1), data.points_of(clip(3, 1), Annotation("track", "x", [0]))
+    right, wrong = on(0, 1, 0, 1, 2), Point(1, 1, 29.0, 29.0)
+    values = [hota(points, record, true) for points in ([*right, wrong], [wrong, *right])]
+    assert values[0] == pytest.approx(values[1]) and 0 < values[0] < hota(right, record, true) == 1
+
+
 @pytest.mark.parametrize("text, wanted, value", [("A red cup.", "a red cup", 1), ("a cup", "a red cup", 0.8), ("", "a", 0), ("", "", 1),
                                                  ("a a a", "a", 0.5)])
 def test_words_f1(text, wanted, value):
@@ -186,6 +194,16 @@ def test_words_f1(text, wanted, value):
 def asked(record: Record, said: Annotation, text: str = "", points=()) -> Asked:
     a = Asked(record, said, None, "", text, list(points))
     return replace(a, figures=scores(a))
+
+
+@pytest.mark.parametrize("text, cut, recognised", [("There are none.", False, True), ("0", False, True), ("There are none", True, False),
+                                                   ("There are three.", False, False), ("There are 10.", False, False), ("", False, False)])
+def test_nothing_is_recognised_in_words(record, text, cut, recognised):
+    """That nothing is there has to be said, and to the end; to write no point is not enough."""
+    a = Asked(record, Annotation("point", "cups", []), None, "", text, [], {"answers cut": cut})
+    assert scores(a)["none recognised"] == recognised
+    counted = scores(replace(a, annotation=Annotation("count", "cups", [])))
+    assert counted["count exact"] == (text in ("There are none.", "0", "There are none"))
 
 
 def test_the_table(record):
@@ -204,10 +222,10 @@ def test_the_table(record):
         asked(record, said("choice", answer="b", choices=["a", "b"]), "B"),
     ]
     assert summarize(answers) == pytest.approx({
-        "precision": 2 / 3, "recall": 1.5 / 3, "f1": (2 / 3 + 1) / 3, "none recognised": 0.5, "count exact": 2 / 3, "count close": 1,
-        "count error": 1 / 3, "number differs": 0.5, "text exact": 2 / 3, "words f1": (1 + 0 + 0.8 + 1) / 4, "questions": 10})
+        "precision": 3 / 5, "recall": 2.5 / 5, "f1": (2 / 3 + 1 + 1) / 5, "f1 present": (2 / 3 + 1) / 3, "none recognised": 0.5,
+        "count exact": 2 / 4, "count close": 1, "count error": 2 / 4, "number differs": 2 / 3, "text exact": 2 / 3, "words f1": (1 + 0 + 0.8 + 1) / 4, "questions": 10})
     table = evaluate.by_kind_of_question(answers)
-    assert table["point_count"] == pytest.approx(0.5) and table["choice"] == 1
+    assert table["point_count"] == pytest.approx(1 / 3) and table["choice"] == 1
 
 
 @pytest.mark.parametrize("text, differs", [
@@ -349,7 +367,7 @@ def test_true_points_score_full_marks_and_their_masks_well(tiny):
     for index in range(5):
         answers = evaluate.frame_by_frame(*tiny, vpos.record(3, index), between(oracle=True), 0)
         for a in answers:
-            wanted = {"precision", "recall", "f1", "count exact"} if a.annotation.objects else {"none recognised"}
+            wanted = {"precision", "recall", "f1", "f1 present", "count exact"} if a.annotation.objects else {"none recognised"}
             assert all(a.figures[name] == 1 for name in wanted & a.figures.keys()) and wanted & a.figures.keys()
         assert np.mean([a.figures["J&F"] for a in answers if "J&F" in a.figures]) > 0.5
 

@@ -115,16 +115,18 @@ def value(chosen, tokens, crops) -> int:
 
 
 def fits(chosen, tokens, crops, max_tokens, max_crops) -> bool:
-    step = 32 if max_tokens == 16_384 else 1
+    step = packing.step_of(max_tokens)
     return sum(-(-tokens[i] // step) for i in chosen) <= max_tokens // step and sum(crops[i] for i in chosen) <= max_crops
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_the_fullest_pack_is_the_best_of_all_subsets(seed):
-    """Against brute force on nine items, some too large, some without crops."""
+    """Against brute force on nine items, some too large, some without crops; tokens counted one by one, by fours or by 32."""
     rng = np.random.default_rng(seed)
-    tokens, crops = rng.integers(1, 400, 9).tolist(), rng.integers(0, 9, 9).tolist()
-    limits = (int(rng.integers(32, 1000)), int(rng.integers(0, 20)))
+    scale = (1, 4, 40)[seed % 3]
+    tokens, crops = rng.integers(1, 400 * scale, 9).tolist(), rng.integers(0, 9, 9).tolist()
+    limits = (int(rng.integers(32, 1000)) if scale == 1 else 512 * scale, int(rng.integers(0, 20)))
+    assert packing.step_of(limits[0]) == {1: 1, 4: 4, 40: 32}[scale]
     chosen = knapsack(tokens, crops, *limits)
     subsets = ([i for i in range(9) if bits >> i & 1] for bits in range(512))
     best = max(value(s, tokens, crops) for s in subsets if fits(s, tokens, crops, *limits))
@@ -132,23 +134,29 @@ def test_the_fullest_pack_is_the_best_of_all_subsets(seed):
 
 
 def test_the_fullest_pack_beats_greedy():
-    """On 48 items at full size it is never worse than taking the largest that still fits, and the limits hold."""
+    """On 48 items at full size it is never worse than taking the most valuable, the longest or the first that still fits, and the
+    limits hold."""
     rng = np.random.default_rng(0)
-    for _ in range(3):
+    for _ in range(20):
         tokens, crops = rng.integers(200, 9000, 48).tolist(), rng.integers(0, 100, 48).tolist()
-        greedy = []
-        for i in sorted(range(48), key=lambda i: -value([i], tokens, crops)):
-            if fits([*greedy, i], tokens, crops, 16_384, 128):
-                greedy.append(i)
         chosen = knapsack(tokens, crops, 16_384, 128)
-        assert fits(chosen, tokens, crops, 16_384, 128) and value(chosen, tokens, crops) >= value(greedy, tokens, crops)
+        assert fits(chosen, tokens, crops, 16_384, 128)
+        for order in (lambda i: -value([i], tokens, crops), lambda i: -tokens[i], lambda i: i):
+            greedy = []
+            for i in sorted(range(48), key=order):
+                if fits([*greedy, i], tokens, crops, 16_384, 128):
+                    greedy.append(i)
+            assert value(chosen, tokens, crops) >= value(greedy, tokens, crops)
+
+
+def tree_of(tokens: int, crops: int) -> Example:
+    return Example(np.arange(tokens), np.zeros((crops, 1, 1), np.uint8), np.zeros((0, 1), int), [])
 
 
 def test_every_example_is_packed_once_and_the_pool_is_all_the_state():
     """All numbers come out, each once; a packer made again from the numbers of a pool gives the same packs from there."""
     rng = np.random.default_rng(1)
-    trees = [Example(np.arange(int(rng.integers(1, 200))), np.full((int(rng.integers(1, 6)), 1, 1), i % 256, np.uint8),
-                     np.zeros((0, 1), int), []) for i in range(120)]
+    trees = [tree_of(int(rng.integers(1, 200)), int(rng.integers(1, 6))) for _ in range(120)]
     number = {id(tree): i for i, tree in enumerate(trees)}
     first = list(packs(enumerate(trees), Packer(512, 16)))
     assert sorted(number[id(e)] for pack in first for e in pack) == list(range(120))
@@ -163,9 +171,26 @@ def test_every_example_is_packed_once_and_the_pool_is_all_the_state():
     assert [[number[id(e)] for e in pack] for pack in first[4:]] == [[number[id(e)] for e in pack] for pack in rest]
 
 
+@pytest.mark.parametrize("stride", [1, 3])
+def test_no_example_waits_for_ever(stride):
+    """Of a stream with a few examples that go badly with the others none waits for more than some five pools of others, and packs stay
+    full; without that rule such examples fill the pool."""
+    rng, packer, packed, filled = np.random.default_rng(0), Packer(1024, 20, stride=stride), 0, []
+    for number in range(0, 4000 * stride, stride):
+        tokens, crops = (300, 18) if rng.random() < 0.025 else (240, 5)
+        packer.add(number, tree_of(tokens, crops))
+        if packer.full:
+            assert number - packer.numbers[0] <= 5 * 48 * stride
+            pack = packer.take()
+            packed += len(pack)
+            filled.append(max(sum(e.length for e in pack) / 1024, sum(len(e.crops) for e in pack) / 20))
+            assert sum(e.length for e in pack) <= 1024 and sum(len(e.crops) for e in pack) <= 20
+    assert packed == 4000 - len(packer.pool) and np.mean(filled[-300:]) > 0.97
+
+
 def test_what_no_pack_holds_is_named():
     """An example with too many tokens or crops is refused with its number and both figures."""
-    large = Example(np.arange(600), np.zeros((2, 1, 1), np.uint8), np.zeros((0, 1), int), [], "mine")
+    large = replace(tree_of(600, 2), name="mine")
     for limits in ((512, 16), (1024, 1)):
         with pytest.raises(ValueError, match="mine: 600 tokens and 2 crops"):
             Packer(*limits).add(7, large)
@@ -251,16 +276,21 @@ def test_a_pack_costs_and_teaches_what_its_trees_do_alone(model, trees, scheme):
             limit = 1e-7 * alone[name].abs().max() + 1e-12 * largest  # (of a key's bias it is 0)
             assert (gradient - alone[name]).abs().max() <= limit, name
     with torch.no_grad():
+        pack = collate([three], scheme)
+        for number, tree in enumerate(three):  # in the pack, with the weights of the others at 0
+            own = model.losses(replace(pack, loss_weights=pack.loss_weights * (pack.example_ids == number)))
+            for name, value in model.losses(collate([tree], scheme)).items():
+                assert name in ("right", "choices") or own[name].item() == pytest.approx(value.item(), rel=1e-6), name
         parts = [{k: v.item() for k, v in model.losses(collate([tree], scheme)).items()} for tree in three]
-        assert {k: v.item() for k, v in model.losses(collate([three], scheme)).items()} == total(parts)
+        assert {k: v.item() for k, v in model.losses(pack).items()} == total(parts)
 
 
 def test_nothing_leaks_between_trees_and_branches(model, trees):
-    """Another branch, another tree or other pixels there change not one bit of what may not see them."""
+    """Another branch, another tree, another trunk or other pixels there change not one bit of the logits of what may not see them."""
     def states(pack):
         with torch.no_grad():
             batch = collate([pack])
-            return model(batch)[0][0], batch
+            return model.logits(model(batch)[0][0]), batch
     base, batch = states(trees)
     def touched(pack) -> set[tuple[int, int]]:
         now, _ = states(pack)
@@ -274,6 +304,9 @@ def test_nothing_leaks_between_trees_and_branches(model, trees):
     assert dark == {(0, b) for b in range(len(first.branches) + 1)}
     dark = touched([first, replace(second, crops=255 - second.crops)])
     assert dark == {(1, b) for b in range(len(second.branches) + 1)}
+    spoken = first.trunk.copy()
+    spoken[0] = 65  # a letter in place of the first token
+    assert touched([replace(first, trunk=spoken), second]) == {(0, b) for b in range(len(first.branches) + 1)}
 
 
 def test_padding_changes_no_hidden_state(model, trees):
