@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from operator import attrgetter
 from pathlib import Path
 
@@ -259,6 +259,9 @@ class Log:
         self.lines.append(line)
         print(json.dumps(line), file=self.file, flush=True)
 
+    def evaluated(self, step: int) -> bool:
+        return any(line["step"] == step and "loss" not in line for line in self.lines)
+
     def say(self, text: str):
         if not self.silent:
             tqdm.write(text)
@@ -303,11 +306,12 @@ def plot(sheet: Image.Image, left: int, width: int, height: int, curves: dict[st
             draw.line([place(*p) for p in curve], fill=color, width=2)
 
 
-def small_evaluation(model: Molmo, tokenizer: Tokenizer, sets: Sequence[str]) -> dict[str, float]:
-    """The figures to watch, on fresh records: a few, so they jump about by some hundredths."""
+def small_evaluation(model: Molmo, tokenizer: Tokenizer, sets: Sequence[str], stop_signals: Sequence[int] = ()) -> dict[str, float]:
+    """The figures to watch, on fresh records: a few, so they jump about by some hundredths. After a stop signal no more are asked about."""
     figures, shown = {}, ("precision", "recall", "f1", "hota", "count exact", "none recognised")
     for name in sets:
-        result, _ = evaluate(model, tokenizer, fresh(name, SMALL_EVALUATION, model.config.views))
+        records = fresh(name, SMALL_EVALUATION, model.config.views)
+        result, _ = evaluate(model, tokenizer, takewhile(lambda record: not stop_signals, records))
         figures |= {f"{name} {k}": round(v, 3) for k, v in result.items() if k in shown}
     return figures
 
@@ -593,6 +597,9 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
     bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=f"stage {args.stage}", dynamic_ncols=True,
                disable=run.log.silent)
     started, tokens = time.time(), 0
+    watched = lambda done: stage.watch and not args.data and (done == stage.steps or done % args.eval_every == 0)
+    if first and watched(first) and world.any(not run.log.silent and not run.log.evaluated(first - 1)):
+        watch(run, first - 1)  # the run was stopped or killed while it was evaluated
     sharded = any(isinstance(p, DTensor) for p in model.parameters())  # shards are cast when they are gathered
     half = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=has_bfloat16(args.device) and not sharded)
     for step in bar:
@@ -637,25 +644,33 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
         bar.set_postfix({"loss": totals["loss"], **shown, "tokens/s": int(tokens / (time.time() - started))})
 
         # save, evaluate, stop
-        last, due, stop = step + 1 == stage.steps, lambda every: (step + 1) % every == 0, world.any(bool(run.stop_signals))
-        if last or due(args.save_every) or due(args.eval_every) or stop:  # before evaluating
+        stop, due = world.any(bool(run.stop_signals)), watched(step + 1)
+        if step + 1 == stage.steps or (step + 1) % args.save_every == 0 or due or stop:  # before evaluating
             run.save(model, optimisers, step + 1, loader.state)
+        if due and not stop:
+            watch(run, step)
+            stop = world.any(bool(run.stop_signals))
         if stop:
             run.log.say(f"stopped after step {step + 1}: --resume goes on from there")
             break
-        if (last or due(args.eval_every)) and stage.watch and not args.data:
-            if (full_model := parallel.gather_model(model, world)) is not None:
-                figures = small_evaluation(full_model.to(args.device), run.tokenizer, stage.watch)
-                run.log.write(step=step, **figures)
-                run.log.draw()
-                run.log.say(f"step {step + 1}: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()
-                                                                   if not k.endswith(("precision", "recall"))))
-            world.wait()
     run.log.draw()
     if loader.left_out:
         run.log.say(f"left out: {len(loader.left_out)}, each with its warning when it came first")
     if graphs := compilations():
         run.log.say(f"{graphs} graphs compiled")
+
+
+def watch(run: Run, step: int):
+    """The small evaluations after a step, by one process. A stop signal ends them without figures: the run begins with them when it
+    goes on."""
+    if (full_model := parallel.gather_model(run.model, run.world)) is not None:
+        figures = small_evaluation(full_model.to(run.args.device), run.tokenizer, run.stage.watch, run.stop_signals)
+        if not run.stop_signals:
+            run.log.write(step=step, **figures)
+            run.log.draw()
+            shown = ", ".join(f"{k} {v:.2f}" for k, v in figures.items() if not k.endswith(("precision", "recall")))
+            run.log.say(f"step {step + 1}: {shown}")
+    run.world.wait()
 
 
 def has_bfloat16(device: str) -> bool:

@@ -401,6 +401,27 @@ def test_a_stopped_run_goes_on_bit_for_bit(quick, stop, tmp_path, monkeypatch):
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
 
 
+def test_an_evaluation_that_was_stopped_comes_when_the_run_goes_on(quick, tmp_path, monkeypatch):
+    """SIGTERM while the figures to watch are made: what is asked at the moment is answered, the run ends without figures; --resume
+    begins with them, once."""
+    real, asked = train.evaluate, []
+
+    def stopped(model, tokenizer, records):
+        signal.raise_signal(signal.SIGTERM)
+        result = real(model, tokenizer, records)
+        asked.append(result[0]["questions"])
+        return result
+
+    figures = lambda: [line["step"] for line in lines_of(tmp_path / "run") if "loss" not in line and "naming" not in line]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", stopped)
+        train.main([*LINE, "6", "--out", str(tmp_path / "run")])
+    assert asked == [0] and figures() == []
+    for _ in range(2):
+        train.main([*LINE, "6", "--out", str(tmp_path / "run"), "--resume"])
+        assert figures() == [5]
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(quick, tmp_path, monkeypatch):
     """Killed between two saves, and in the middle of one: the steps after the last whole checkpoint are run again and
     give the same losses; a cut line of the metrics is no obstacle."""
