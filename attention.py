@@ -13,6 +13,7 @@ B sequences, T tokens (Tq of queries, Tk of keys).
 """
 
 from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -145,10 +146,10 @@ def compilations() -> int:
 
 def make_mask(ids: MaskIds) -> Mask:
     """The way for these tokens' device and number; on a GPU short rows are not worth the compilation. (On Apple's GPUs
-    FlexAttention has no backward pass.)"""
-    if ids.example.device.type != "cuda":
-        return PerExample.of(ids)
-    return Dense.of(ids, ids) if ids.example.shape[1] <= MOST_DENSE else Sparse.of(ids)
+    FlexAttention has no backward pass; on CUDA it is compiled by Triton, which not every system has.)"""
+    if ids.example.device.type == "cuda" and ids.example.shape[1] <= MOST_DENSE:
+        return Dense.of(ids, ids)
+    return Sparse.of(ids) if ids.example.device.type == "cuda" and find_spec("triton") else PerExample.of(ids)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@
 
 Points: a predicted point is a hit if it lies inside the visible mask of the object it was matched to (where no mask is
 known: within 5% of the picture's longer side of its point); predictions and objects are matched one to one by least
-total distance (Hungarian). P = hits / predicted, R = hits / true, and F1. Counting: the number of distinct ids (of a
-question for a number alone: the number), exact, or close: off by 1 + a twentieth at most. Tracks: P, R, F1 over the
-frames at whole seconds, and HOTA over all frames. "None" is recognised by an answer without points and numbers. Words:
+total distance (Hungarian). P = hits / predicted, R = hits / true, and F1; where nothing is true they are 1 if nothing was
+predicted, else 0 ("f1 present" leaves these questions out). Counting: the number of distinct ids (of a question for a number
+alone: the number), exact, or close: off by 1 + a twentieth at most. Tracks: P, R, F1 over the frames at whole seconds, and HOTA
+over all frames, of what is there. "None" is recognised by an answer that says so to its end, without points. Words:
 exact match, and F1 of the words. Masks (VideoMolmo: every so-many-th frame is asked about on its own): J, F and J&F, with the
 masks of all that is meant in one.
 
@@ -514,6 +515,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             for title, values in (("all", figures), ("by question", result[name]["by question"])):
                 line = f"{title}: " + ", ".join(f"{key} {value:.3f}" for key, value in values.items())
                 print(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="    "))
+            told = sum(len(given.line(i).record.annotations) for i in range(most[name])) if args.data else 0
+            if (away := told - len({id(a.annotation) for a in asked})) > 0:
+                result[name]["left out"] = away
+                print(f"  left out: {away} that point between the frames looked at")
             if args.json:  # after every set: what comes later may go wrong
                 with command.atomic_write(args.json) as part:
                     part.write_text(json.dumps({"settings": settings, "figures": result}, indent=1) + "\n")

@@ -63,7 +63,7 @@ def equal(world: parallel.World, config, kind: str, recompute: bool = False, cut
     parallel.shard(model, world, "cpu", recompute) if cut else parallel.replicate(model, world, "cpu")
     assert all(isinstance(p, DTensor) == cut for p in model.parameters())
     expected = backward(alone, everything, divisor)
-    own = everything if world.context > 1 else [everything[world.data_rank]]
+    own = everything if world.data_size == 1 else [everything[world.data_rank]]
     loss = world.totals({"": backward(model, own, divisor / world.size)})[""] / world.size
     parallel.average(model, world)
     assert abs(loss - expected) < 1e-6 * expected, (what, loss, expected)
@@ -81,7 +81,7 @@ def near(world: parallel.World, config, kind: str):
     everything, alone, model = batches(kind), scrambled(0, config).train(), parallel.shard(scrambled(0, config).train(), world, "cpu")
     divisor = sum(float(batch.loss_weights.sum()) for batch in everything)
     expected = backward(alone, everything, divisor)
-    own = everything if world.context > 1 else [everything[world.data_rank]]
+    own = everything if world.data_size == 1 else [everything[world.data_rank]]
     loss = world.totals({"": backward(model, own, divisor / world.size)})[""] / world.size
     parallel.average(model, world)
     assert abs(loss - expected) < 1e-5 * expected, (kind, loss, expected)
@@ -120,6 +120,14 @@ def check_equal():
         one_head = replace(CONFIG, llm=replace(CONFIG.llm, kv_heads=1))
         equal(shared, one_head, "uneven")
         muon(apart)
+
+
+def check_grid():
+    """Four processes: two groups, each of two that share a batch."""
+    with parallel.together("cpu", 2) as (world, _):
+        assert (world.data_size, world.context) == (2, 2)
+        equal(world, CONFIG, "uneven")
+        equal(world, CONFIG, "text", cut=False)
 
 
 def check_resize(source: str, target: str):
@@ -169,4 +177,4 @@ def check_train(model: str, vit_steps: str, dies: str, *words: str):
 
 torch.set_num_threads(1)
 if __name__ == "__main__":
-    {"equal": check_equal, "resize": check_resize, "train": check_train}[sys.argv[1]](*sys.argv[2:])
+    {"equal": check_equal, "grid": check_grid, "resize": check_resize, "train": check_train}[sys.argv[1]](*sys.argv[2:])

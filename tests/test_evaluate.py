@@ -270,6 +270,23 @@ def test_every_turn_of_a_chat_is_asked(tiny):
         assert scores(a)["text exact"]
 
 
+def test_questions_between_the_frames_are_counted(tiny, tmp_path, capsys, monkeypatch):
+    """What points to a moment that is not looked at is not asked, and the figures say how many such there were."""
+    model, tokenizer = tiny
+    model.config, before = replace(model.config, views=replace(model.config.views, max_frames=2)), model.config
+    monkeypatch.setattr(evaluate.weights, "load", lambda *where: (model, tokenizer))
+    data.write_video(tmp_path / "v.mp4", [np.full((40, 60, 3), n, np.uint8) for n in range(21)], 10)
+    said = [{"task": "point", "label": "dots", "points": [{"x": 30, "y": 30, "time": t}]} for t in (0.7, 2)]
+    (tmp_path / "v.jsonl").write_text(json.dumps({"video": "v.mp4", "annotations": said}))
+    try:
+        evaluate.main(["--data", str(tmp_path / "v.jsonl"), "--json", str(tmp_path / "figures.json")])
+    finally:
+        model.config = before
+    out = capsys.readouterr().out
+    assert ", 1 questions" in out and "left out: 1 that point between the frames" in out
+    assert json.loads((tmp_path / "figures.json").read_text())["figures"][str(tmp_path / "v.jsonl")]["left out"] == 1
+
+
 def test_the_command_writes_its_settings(tmp_path, capsys, monkeypatch):
     """Figures of a JSONL file and every setting are printed, the figures as a table, and go to the JSON; a bad line is named and ends
     the command."""

@@ -43,6 +43,11 @@ def test_two_processes_do_what_one_does():
     processes(2, "equal")
 
 
+def test_groups_that_share_their_batches_do_what_one_process_does():
+    """Two groups of two processes, data on one side of the grid and context on the other, in shards and whole: likewise."""
+    processes(4, "grid")
+
+
 def test_a_checkpoint_is_read_by_another_number_of_processes(tmp_path):
     """Written by two processes, read and written by one, read by two: every parameter bit for bit, every moment, the next loss and
     the loss after a step stay the same. Of shards that are damaged one line says so."""
