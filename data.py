@@ -145,9 +145,19 @@ def answer_pieces(annotation: Annotation, record: Record, views: Views, config: 
     return [before + pieces[0], *pieces[1:-1], pieces[-1] + after] if len(pieces) > 1 else [before + pieces[0] + after], rows
 
 
+def turns_of(annotation: Annotation, record: Record, views: Views, config: MolmoConfig, rng: np.random.Generator) -> tuple[list, np.ndarray]:
+    """-> question and answer (as `answer_pieces`) of every turn, and the rows (G, 3) of the grounding tokens in all of them."""
+    turns, rows = [], [np.zeros((0, 3), int)]
+    for asked, said in annotation.messages or [(question_text(annotation, record, rng), annotation)]:
+        answered, more = (said, rows[0]) if isinstance(said, str) else answer_pieces(said, record, views, config)
+        turns.append((asked, answered))
+        rows.append(more)
+    return turns, np.concatenate(rows)
+
+
 def category(annotation: Annotation, record: Record) -> str:
     """What the loss weight of an answer goes by."""
-    if TASKS[annotation.task].answer and annotation.task != "count":
+    if any(TASKS[part.task].answer and part.task != "count" for part in annotation.parts):
         return "pointing"
     return "video caption" if annotation.task in ("caption", "transcript") and record.medium == "video" else "other"
 
@@ -203,9 +213,7 @@ def example(record: Record, tokenizer: Tokenizer, config: MolmoConfig, rng: np.r
     """The message tree of a record: a branch per annotation, worded by `rng`."""
     views, branches = views_of(record, config.views, config.temporal.memory), []
     for annotation in record.annotations:
-        answered, rows = answer_pieces(annotation, record, views, config)
-        turns = annotation.messages or [(question_text(annotation, record, rng), answered)]
-        branches.append(branch(tokenizer, turns, rows, category(annotation, record)))
+        branches.append(branch(tokenizer, *turns_of(annotation, record, views, config, rng), category(annotation, record)))
     return Example(trunk(tokenizer, views, record.subtitles), views.crops, views.pooling, branches, record.name, views.n_past)
 
 
@@ -224,12 +232,12 @@ def trim_to_fit(tree: Example, max_tokens: int) -> Example:
 
 
 def prompts(tokenizer: Tokenizer, views: Views, questions: Sequence[str], subtitles: str = "",
-            before: Sequence[Sequence[tuple[str, str]]] = ()) -> Example:
-    """Questions about the same pictures, each in a branch that waits for its answer, after the turns of its chat `before` it,
-    if there are any. (The last token of a branch is never an input, hence the end token in place of an answer.)"""
+            before: Sequence[tuple[list, np.ndarray]] = ()) -> Example:
+    """Questions about the same pictures, each in a branch that waits for its answer, after the turns of its chat `before` it (as
+    `turns_of` makes them), if there are any. (The last token of a branch is never an input, hence the end token in place of an answer.)"""
     waiting = []
-    for question, turns in zip(questions, before or [()] * len(questions), strict=True):
-        asked = branch(tokenizer, [*turns, (question, "")], np.zeros((0, 3), int))
+    for question, (turns, rows) in zip(questions, before or [([], np.zeros((0, 3), int))] * len(questions), strict=True):
+        asked = branch(tokenizer, [*turns, (question, "")], rows)
         waiting.append(replace(asked, loss_mask=np.zeros_like(asked.loss_mask)))
     return Example(trunk(tokenizer, views, subtitles), views.crops, views.pooling, waiting, n_past=views.n_past)
 
@@ -375,7 +383,7 @@ def check(path: str, tokenizer: Tokenizer, config: MolmoConfig, max_tokens: int,
             away += len(lines.line(i).record.annotations) - len(record.annotations)
             tree = example(record, tokenizer, config, np.random.default_rng(0))
             cut += len(tree.branches) - len(trim_to_fit(tree, max_tokens).branches)
-            merged += sum(len(points_of(record, said)) - int((one.points[:, 0] >= 0).sum())
+            merged += sum(sum(len(points_of(record, part)) for part in said.parts if part.task != "count") - int((one.points[:, 0] >= 0).sum())
                           for said, one in zip(record.annotations, tree.branches) if len(one.points))
             if len(tree.crops) > max_crops:
                 raise ValueError(f"{path}:{lines.at[i][0]}: {len(tree.crops)} crops, there is room for {max_crops}")
@@ -500,7 +508,7 @@ def corpus(n: int, seed: int) -> Iterator[str]:
     def texts(record: Record) -> Iterator[str]:
         for said in record.annotations:
             alone = (question_text(said, record, rng), "" if TASKS[said.task].answer else in_words(said))
-            for asked, answered in said.messages or [alone]:
+            for asked, answered in said.messages or [alone]:  # (no chat here points)
                 yield from ("user", asked, "assistant", answered)
             if said.label and said.task != "count":
                 tag = "tracks" if said.task in TRACKS else "points"

@@ -27,7 +27,7 @@ import re
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, groupby
 from pathlib import Path
 
@@ -212,6 +212,12 @@ class Asked:
     figures: dict[str, float] = field(default_factory=dict)
     turn: int = 0  # of a chat
 
+    @property
+    def said(self) -> Annotation:
+        """What is to be answered: of a chat what its turn points at, if it does."""
+        wanted = self.annotation.messages[self.turn][1] if self.annotation.messages else self.annotation
+        return wanted if isinstance(wanted, Annotation) else self.annotation
+
 
 def questions(records: Iterator[Record], model: Molmo, seed: int) -> Iterator[Asked]:
     """All that is said about the records, as questions; of a chat every turn, after the true ones before it."""
@@ -231,13 +237,21 @@ def longest(model: Molmo, tracks: bool) -> int:
     return LONGEST[tracks] * frames * (1 + (model.config.points_as != "tokens"))
 
 
+def turns_before(a: Asked, model: Molmo) -> tuple[list, np.ndarray]:
+    """Of a chat, as `data.prompts` takes them."""
+    if not a.turn:
+        return [], np.zeros((0, 3), int)
+    chat = replace(a.annotation, messages=a.annotation.messages[:a.turn])
+    return data.turns_of(chat, a.record, a.views, model.config, np.random.default_rng(0))
+
+
 def ask(model: Molmo, tokenizer: Tokenizer, asked: list[Asked]) -> None:
     """Answers a batch of questions in place, all of them with tracks or none; neighbours about one record as one tree."""
     device = next(model.parameters()).device
     trees = [list(group) for _, group in groupby(asked, key=lambda a: id(a.views))]
     batch = collate([data.prompts(tokenizer, tree[0].views, [a.question for a in tree], tree[0].record.subtitles,
-                                  [a.annotation.messages[:a.turn] for a in tree]) for tree in trees]).to(device)
-    answers = generate(model, batch, data.control_tokens(tokenizer), longest(model, asked[0].annotation.task in TRACKS))
+                                  [turns_before(a, model) for a in tree]) for tree in trees]).to(device)
+    answers = generate(model, batch, data.control_tokens(tokenizer), longest(model, asked[0].said.task in TRACKS))
     for a, answer in zip(asked, answers, strict=True):
         a.text, a.points = data.read_answer(answer, tokenizer, a.views)
         a.figures = {"answers cut": answer.finish_reason == "length"}
@@ -259,7 +273,7 @@ def evaluate(model: Molmo, tokenizer: Tokenizer, records: Iterator[Record], seed
     model.eval()
     for a in questions(records, model, seed):
         asked.append(a)
-        some = waiting[a.annotation.task in TRACKS]
+        some = waiting[a.said.task in TRACKS]
         some.append(a)
         if len(some) == batch:
             answered(some)
@@ -349,6 +363,8 @@ MASK_SETS = {"vpos-synthetic": vpos.record, "occlusions": vpos.occlusions}
 
 def scores(a: Asked) -> dict[str, float]:
     """The figures of one question."""
+    if a.said is not a.annotation:
+        return scores(replace(a, annotation=a.said))
     task = a.annotation.task
     if not TASKS[task].answer:
         wanted = a.annotation.messages[a.turn][1] if a.annotation.messages else data.in_words(a.annotation)

@@ -17,7 +17,10 @@ One line of a JSONL file is one record, paths are relative to the file:
                      {"task": "track_from", "label": "the dog", "objects": [1], "start": 1.5,    seconds: where it is given
                       "about": "pets"},                          a kind of question, which evaluate.py lists on its own
                      {"task": "choice", "question": "Which?", "choices": ["a", "b"], "answer": "b"},
-                     {"task": "chat", "messages": [{"role": "user", "content": "Hi. What is this?"}, ...]}]}
+                     {"task": "chat", "messages": [{"role": "user", "content": "Hi. What is this?"},
+                                                   {"role": "assistant", "content": "My desk."},
+                                                   {"role": "user", "content": "Where are the cups?"},
+                                                   {"role": "assistant", "task": "point", "label": "cups", "objects": [1]}, ...]}]}
 
 An object that has no point at some moment is out of view then. What points between the frames that are looked at (those of a long
 video lie far apart) is left out. `TASKS` names all tasks and what they need.
@@ -108,10 +111,15 @@ class Annotation:
     question: str = ""                                      # in place of the task's own wordings
     answer: str = ""
     choices: list[str] = field(default_factory=list)
-    messages: list[tuple[str, str]] = field(default_factory=list)  # turns of user and assistant
+    messages: "list[tuple[str, str | Annotation]]" = field(default_factory=list)  # turns of user and assistant, who may point
     fps: float = 2.0                                        # of tracks
     start: float | None = None                              # track_from: the moment of the given point; None: the first
     about: str = ""                                         # a word by which evaluation groups its figures
+
+    @property
+    def parts(self) -> "list[Annotation]":
+        """Itself, or the turns of its chat that point or count."""
+        return [turn for _, turn in self.messages if isinstance(turn, Annotation)] if self.messages else [self]
 
     @property
     def by_frame(self) -> bool:
@@ -154,7 +162,7 @@ class Record:
     def answerable(self) -> list[Annotation]:
         """Those annotations all of whose objects are in view in some picture."""
         seen = {identity for identity, thing in self.objects.items() if self.seen(thing.points or thing.masks)}
-        return [said for said in self.annotations if seen.issuperset(said.objects)]
+        return [said for said in self.annotations if all(seen.issuperset(part.objects) for part in said.parts)]
 
     def moment(self, frame: int, history: int) -> "Record":
         """One frame of a video as an image that has frames before it. What was asked about the video is asked about this
@@ -375,7 +383,8 @@ def _annotation(said: dict, objects: dict[int, Object], named: frozenset[int], m
         raise ValueError(f"{task}: an object is named twice")
     if made.count is not None and (task != "count" or made.count < 0 or made.objects):
         raise ValueError(f"'count' {made.count}: only the task count has one, of 0 or more, where no objects are given")
-    turns = [(take(only(m, "role", "content"), "role", str), take(m, "content", str)) for m in take(said, "messages", list, [])]
+    turn = lambda values: _annotation(values, objects, named, moment, video)
+    turns = [(take(m if isinstance(m, dict) else only(m), "role", str), _turn(m, turn)) for m in take(said, "messages", list, [])]
     if [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2):
         raise ValueError("'messages' must go from user to assistant and end with the assistant")
     if turns and task != "chat":
@@ -404,6 +413,28 @@ def _annotation(said: dict, objects: dict[int, Object], named: frozenset[int], m
     return made
 
 
+def _turn(message: dict, annotation: Callable[[dict], Annotation]) -> str | Annotation:
+    """What one side of a chat says: words, or what the assistant points at or counts."""
+    if "task" not in message:
+        return take(only(message, "role", "content"), "content", str)
+    said = annotation({key: value for key, value in message.items() if key != "role"})
+    if message["role"] != "assistant" or not TASKS[said.task].answer:
+        raise ValueError(f"a turn of a chat with the task {said.task}: words are 'content', and only the assistant points or counts")
+    return said
+
+
+def _written(said: Annotation) -> dict:
+    written = {key: value for key, value in vars(said).items() if value not in ("", [], None) or key == "objects"}
+    if not TASKS[said.task].answer:
+        written.pop("objects")
+    if said.task not in TRACKS:
+        written.pop("fps")
+    if said.messages:
+        side = lambda role, turn: {"role": role} | (_written(turn) if isinstance(turn, Annotation) else {"content": turn})
+        written["messages"] = [side(role, turn) for turns in said.messages for role, turn in zip(("user", "assistant"), turns)]
+    return written
+
+
 def dump(record: Record, images: Sequence[str] = (), video: str | None = None, before: Sequence[str] | None = None) -> str:
     """A record as a line of JSON, with the names of its files: the inverse of `parse`."""
     place = (lambda moment: {"time": moment}) if video else lambda moment: {"image": int(moment) + 1}
@@ -413,21 +444,10 @@ def dump(record: Record, images: Sequence[str] = (), video: str | None = None, b
         masks = [place(moment) | {"size": list(runs.size), "counts": list(runs.counts)} for moment, runs in thing.masks.items()]
         objects.append({"id": identity, "points": points} | ({"masks": masks} if masks else {})
                        | ({} if thing.shown is None else {"shown": thing.shown}))
-    annotations = []
-    for said in record.annotations:
-        written = {key: value for key, value in vars(said).items() if value not in ("", [], None) or key == "objects"}
-        if not TASKS[said.task].answer:
-            written.pop("objects")
-        if said.task not in TRACKS:
-            written.pop("fps")
-        if said.messages:
-            roles = ("user", "assistant")
-            written["messages"] = [{"role": role, "content": text} for turn in said.messages for role, text in zip(roles, turn)]
-        annotations.append(written)
     media = {"video": video} if video else {"images": list(images)} if images else {}
     extra = ({} if before is None else {"before": list(before)}) | ({"subtitles": record.subtitles} if record.subtitles else {})
     seen = {"objects": objects} if objects else {}
-    return json.dumps({"id": record.name} | media | extra | seen | {"annotations": annotations})
+    return json.dumps({"id": record.name} | media | extra | seen | {"annotations": [_written(said) for said in record.annotations]})
 
 
 

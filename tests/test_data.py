@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from model import PRESETS, LLMConfig, MolmoConfig
 from packing import Example, Packer, collate, lay_out
 from pointing import TOKEN_INDEX, Point
 from preprocess import ViewConfig
-from records import TASKS, Annotation, Lines, Object, Record
+from records import TASKS, Annotation, Lines, Object, Record, dump
 from tokenizer import Tokenizer
 from vit import ViTConfig
 
@@ -225,13 +226,44 @@ def test_learned_tokens_are_the_answers_and_their_ends():
 def test_a_later_turn_is_asked_as_it_was_learned():
     """The prompt of a chat's second turn is what training saw up to its answer, the first answer included."""
     views, turns = data.views_of(draw("stills", 0, 0, 1), VIEWS), [("What is this?", "A cup."), ("Which color?", "Red.")]
-    waiting = data.prompts(TOKENIZER, views, ["Which color?", "How many?"], before=[turns[:1], []]).branches
+    none = np.zeros((0, 3), int)
+    waiting = data.prompts(TOKENIZER, views, ["Which color?", "How many?"], before=[(turns[:1], none), ([], none)]).branches
     assert not any(one.loss_mask.any() for one in waiting)
     seen = branch(TOKENIZER, turns, np.zeros((0, 3), int)).tokens
     n = len(waiting[0].tokens) - 1  # the last is never an input
     assert n > len(branch(TOKENIZER, turns[:1], np.zeros((0, 3), int)).tokens) and (waiting[0].tokens[:n] == seen[:n]).all()
     assert TOKENIZER.decode(seen[n:]) == "Red.<|im_end|>"
     assert waiting[1].tokens.tolist()[:-1] == TOKENIZER.chat_prompt("How many?")
+
+
+@pytest.mark.parametrize("form", ["tokens", "text"])
+def test_a_chat_may_point(form, tmp_path, capsys):
+    """Turns of a chat that point or count survive the file and a pack, are asked one by one behind the true answers before them, and
+    are measured as what they are."""
+    config, record = replace(PRESETS["tiny"], points_as=form), draw("stills", 9, 0, 3)
+    ids = list(record.objects)
+    turns = [("Hi.", "Hello."), ("Where?", Annotation("point", "first things", ids[:1])), ("How many?", Annotation("count", "things", ids)),
+             ("And all?", Annotation("point_count", "things", ids)), ("Bye.", "Bye.")]
+    record.annotations = [Annotation("chat", messages=turns)]
+    assert [part.task for part in record.annotations[0].parts] == ["point", "count", "point_count"]
+    Image.fromarray(record.pictures[0]).save(tmp_path / "a.png")
+    (tmp_path / "a.jsonl").write_text(dump(record, ["a.png"]))
+    again = Lines(tmp_path / "a.jsonl").record(0, VIEWS)
+    assert again.annotations == record.annotations
+    made, views = example(again, TOKENIZER, config, RNG()).branches[0], data.views_of(again, VIEWS)
+    assert data.check(str(tmp_path / "a.jsonl"), TOKENIZER, config, 1024, 20) == 0 and "same patch" not in capsys.readouterr().out
+    assert made.category == "pointing" and len(made.points) == (1 + 1 + len(ids) + 1 if form == "tokens" else 0)
+    answers, rows = TOKENIZER.decode(made.tokens[made.loss_mask]).split("<|im_end|>")[:-1], iter(made.points.tolist())
+    for turn, ((_, said), text) in enumerate(zip(turns, answers, strict=True)):
+        own = [next(rows) for _ in range(text.count(TOKEN_INDEX))]
+        tokens = TOKENIZER.encode_layout(re.split(r"(<\|\w+\|>)", text))
+        text, points = data.read_answer(Answer(tokens, own, "stop"), TOKENIZER, views)
+        figures = evaluate.scores(evaluate.Asked(again, again.annotations[0], views, "", text, points, {}, turn))
+        assert figures["text exact" if isinstance(said, str) else "count exact" if said.task == "count" else "f1"] == 1, (turn, text)
+    asked = evaluate.Asked(again, again.annotations[0], views, "And all?", turn=3)
+    waiting = data.prompts(TOKENIZER, views, ["And all?"], before=[evaluate.turns_before(asked, SimpleNamespace(config=config))]).branches[0]
+    n = len(waiting.tokens) - 1
+    assert (made.tokens[:n] == waiting.tokens[:n]).all() and len(waiting.points) == (2 if form == "tokens" else 0)
 
 
 def test_a_prompt_is_the_example_up_to_the_answer():

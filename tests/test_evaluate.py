@@ -270,6 +270,15 @@ def test_every_turn_of_a_chat_is_asked(tiny):
         assert scores(a)["text exact"]
 
 
+def test_a_chat_that_points_is_asked_turn_by_turn(tiny):
+    """Behind a first answer that points the second turn is asked; each has the figures of what it is."""
+    record = data.draw("stills", 0, 0, 1)
+    everything = list(record.objects)
+    record.annotations = [Annotation("chat", messages=[("Where?", Annotation("point", "things", everything)), ("So?", "Yes.")])]
+    _, asked = evaluate.evaluate(*tiny, iter([record]))
+    assert [a.turn for a in asked] == [0, 1] and "f1" in asked[0].figures and "text exact" in asked[1].figures
+
+
 def test_questions_between_the_frames_are_counted(tiny, tmp_path, capsys, monkeypatch):
     """What points to a moment that is not looked at is not asked, and the figures say how many such there were."""
     model, tokenizer = tiny

@@ -106,6 +106,12 @@ VIDEO = {"images": None, "video": "a.mp4", "objects": [{"id": 4, "points": [{"x"
     ({"annotations": [{"task": "caption"}]}, "caption needs 'answer'"),
     ({"annotations": [{"task": "choice", "question": "?", "choices": ["a"], "answer": "b"}]}, "'b' is none of the choices"),
     ({"annotations": [{"task": "chat", "messages": [{"role": "user", "content": "Hi"}]}]}, "must go from user to assistant"),
+    ({"annotations": [{"task": "chat", "messages": [{"role": "user", "task": "point", "label": "a", "points": []}]}]}, "only the assistant points"),
+    ({"annotations": [{"task": "chat", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "task": "caption", "answer": "a"}]}]},
+     "words are 'content'"),
+    ({"annotations": [{"task": "chat", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "task": "point", "label": "a",
+                                                                                         "objects": [99]}]}]}, "no object with id 99"),
+    ({"annotations": [{"task": "chat", "messages": ["Hi"]}]}, "'Hi' is not an object in braces"),
     ({"annotations": [{"task": "point", "label": "cups", "objects": [], "messages": [
         {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}]}, "point: 'messages' are for the task chat"),
     ({"annotations": [{"task": "track", "label": "x", "objects": [4]}]}, "track needs a video"),
