@@ -48,7 +48,7 @@ import weights
 from attention import compilations
 from connector import TEMPORAL
 from evaluate import evaluate, fresh
-from model import POINTS_AS, PRESETS, Molmo, MolmoConfig
+from model import POINTS_AS, PRESETS, Batch, Molmo, MolmoConfig
 from packing import Packer
 from parallel import World
 from records import Lines
@@ -613,13 +613,7 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
         totals, names = Counter(), []
         for batch in islice(batches, accumulate):
             names += loader.names
-            with half:
-                losses = model.losses(batch.to(args.device), stage.drop_responses_only)
-            loss = sum(losses[name] for name in LOSSES if name in losses) + Z_LOSS * losses["z"]
-            loss.backward()
-            totals.update({name: value.item() for name, value in losses.items()} | {"loss": loss.item()})
-            totals["weights"] += model.context.own(batch.loss_weights).sum().item()
-            totals["tokens"] += int((batch.example_ids >= 0).sum())
+            totals.update(backward(model, batch.to(args.device), half, stage.drop_responses_only))
 
         # divided by the summed weights of all processes; `average` makes gradients a mean over processes: hence world.size
         own = totals["loss"]
@@ -658,6 +652,16 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
         run.log.say(f"left out: {len(loader.left_out)}, each with its warning when it came first")
     if graphs := compilations():
         run.log.say(f"{graphs} graphs compiled")
+
+
+def backward(model: Molmo, batch: Batch, half: torch.autocast, drop_responses_only: bool) -> dict[str, float]:
+    """Adds the gradients of a batch's summed losses; -> the sums: losses, loss weights, tokens, choices."""
+    with half:
+        losses = model.losses(batch, drop_responses_only)
+    loss = sum(losses[name] for name in LOSSES if name in losses) + Z_LOSS * losses["z"]
+    loss.backward()
+    sums = {name: value.item() for name, value in losses.items()} | {"loss": loss.item()}
+    return sums | {"weights": model.context.own(batch.loss_weights).sum().item(), "tokens": int((batch.example_ids >= 0).sum())}
 
 
 def watch(run: Run, step: int):
