@@ -60,7 +60,7 @@ from preprocess import (
     image_views,
     is_video,
     read_image,
-    read_video,
+    read_video_and_times,
     sample_times,
     video_views,
     write_video,
@@ -155,8 +155,8 @@ class Media:
 def read_media(paths: list[str], config: ViewConfig) -> tuple[Media, Views]:
     """Read one or several images, or one video. Raises MediaError."""
     if is_video(paths[0]):
-        views = video_views(*read_video(paths[0], config.fps, config.max_frames), config)
-        return Media(paths, [], frame_times(paths[0]), views.times), views
+        frames, times, of_all = read_video_and_times(paths[0], config.fps, config.max_frames)
+        return Media(paths, [], of_all, times), video_views(frames, times, config)
     images = [read_image(path) for path in paths]
     return Media(paths, images, [], []), image_views(images, config)
 
@@ -218,7 +218,7 @@ class FrameByFrame:
     def __init__(self, model: Molmo, tokenizer: Tokenizer, config: ViewConfig, args: argparse.Namespace, speed: Speed):
         self.model, self.tokenizer, self.config, self.args, self.speed = model, tokenizer, config, args, speed
         self.memory = model.config.temporal.memory
-        times = frame_times(args.media[0], every=True)
+        times = frame_times(args.media[0])
         most = args.max_frames or int(times[-1] * config.fps) + 2
         sampled = sorted(set(displayed_at(times, sample_times(times[-1], config.fps, most))))
         self.picture = {number: picture for picture, number in enumerate(sampled)}  # frame of the file -> of the sampled ones

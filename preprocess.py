@@ -325,13 +325,9 @@ def frames_of(path: str | os.PathLike) -> Iterator[tuple[float, np.ndarray]]:
         yield seconds, picture
 
 
-def frame_times(path: str | os.PathLike, every: bool = False) -> list[float]:
-    """The seconds of all frames of a video since the first. Raises MediaError; warns about a file that ends early.
-    Of a long file only the two ends are decoded: what is said of leaps at `read_video` goes for the part between. With
-    `every` all of it is, so that the times are those of `frames_of` even if the file is damaged."""
-    if every:
-        return [seconds for seconds, _ in _decode(path)]
-    return _pick(path, lambda times: [])[1]
+def frame_times(path: str | os.PathLike) -> list[float]:
+    """The seconds of all frames of a video since the first, all of them decoded. Raises MediaError; warns about a file that ends early."""
+    return [seconds for seconds, _ in _decode(path)]
 
 
 def read_video(path: str | os.PathLike, fps: float, max_frames: int) -> tuple[list[np.ndarray], list[float]]:
@@ -342,8 +338,13 @@ def read_video(path: str | os.PathLike, fps: float, max_frames: int) -> tuple[li
     hold the frames that its packets announce, if each of these has a time and arrives whole; damage inside them goes
     unseen, and the clip goes on behind it. Any other damage ends the clip.
     """
+    return read_video_and_times(path, fps, max_frames)[:2]
+
+
+def read_video_and_times(path: str | os.PathLike, fps: float, max_frames: int) -> tuple[list[np.ndarray], list[float], list[float]]:
+    """The same, and the seconds of all frames of the file."""
     frames, times, wanted = _pick(path, lambda times: displayed_at(times, sample_times(times[-1], fps, max_frames)))
-    return frames, [times[number] for number in wanted]
+    return frames, [times[number] for number in wanted], times
 
 
 Picked = tuple[list[np.ndarray], list[float], list[int]]  # frames (H, W, 3), seconds of all frames, numbers of the picked

@@ -572,16 +572,16 @@ def counted(monkeypatch):
 
 
 def test_little_is_decoded_where_little_is_wanted(tmp_path, counted):
-    """Of 600 frames with a key frame every 30: each at most once, only the wanted made pictures, and for a few of them,
-    or the times alone, no more than lie between a key frame and the frame after it that is looked at."""
+    """Of 600 frames with a key frame every 30: each at most once, only the wanted made pictures, and for a few of them no more than
+    lie between a key frame and the frame after it that is looked at; the seconds of all come along."""
     path = write_clip(tmp_path / "long.mp4", [40 * n for n in range(600)], encoder={"g": "30", "sc_threshold": "0"}, shade=lambda n: n % 250)
     assert counted(preprocess.read_video, path, 25, 600) == (600, 600)
     decoded, pictures = counted(preprocess.read_video, path, 2, 5)  # 0, 149, 299, 449, 599
     assert pictures == 5 and decoded == 1 + 4 * 30
-    assert counted(preprocess.frame_times, path) == (1 + 30, 0)
-    assert counted(preprocess.read_video, path, 2, 1) == (1 + 30, 1)
+    assert counted(preprocess.read_video_and_times, path, 2, 1) == (1 + 30, 1)
+    assert preprocess.read_video_and_times(path, 2, 1)[2] == preprocess.frame_times(path)
     one_run = write_clip(tmp_path / "one run.mp4", STEADY)  # nowhere to leap to
-    assert counted(preprocess.read_video, one_run, 2, 5) == (42, 5) and counted(preprocess.frame_times, one_run) == (42, 0)
+    assert counted(preprocess.read_video, one_run, 2, 5) == (42, 5)
 
 
 @pytest.mark.parametrize("lie", ["one too few", "one too many", "one moved", "last left out", "one after the end"])
@@ -623,7 +623,8 @@ def test_what_packets_leave_open(tmp_path, counted):
     time or is cut off."""
     path = trap(tmp_path, "trimmed.mp4")
     listed = preprocess._list_frames(path)
-    assert counted(preprocess.frame_times, path) == (len(listed.times), 0) and listed.times == preprocess.frame_times(path)
+    assert counted(preprocess.read_video, path, 2, 3)[0] == len(listed.times) and listed.times == preprocess.frame_times(path)
+    assert preprocess.read_video_and_times(path, 2, 3)[2] == listed.times
     assert preprocess._list_frames(write_clip(tmp_path / "raw.h264", STEADY)) is None
     path = write_clip(tmp_path / "cut.mp4", STEADY, movflags="faststart")
     path.write_bytes(path.read_bytes()[:-10])
