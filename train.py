@@ -141,7 +141,8 @@ def parse(argv: list[str] | None):
     parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), required=True)
     parser.add_argument("--preset", default="tiny", choices=sorted({name for name, _ in STAGES}))
     parser.add_argument("--points-as", choices=POINTS_AS, help="how a new model writes points (default: tokens)")
-    parser.add_argument("--init", help="checkpoint to start from: of the stage before, assets/tiny, or a folder of released weights")
+    parser.add_argument("--init", help="checkpoint to start from: of the stage before, assets/tiny, or a folder of released weights "
+                                       "(default: without --out runs/stage<N-1>/checkpoint, if there is one)")
     parser.add_argument("--data", nargs="+", metavar="FILE.jsonl",
                         help="of your own, in place of the stage's synthetic sets; several in shares by the square roots of their lengths")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the run folder, if there is one")
@@ -472,6 +473,11 @@ def prepare(args: argparse.Namespace, world: World):
         raise ValueError("--temporal-init and --missing go with --temporal")
     if args.points_as == "tags" and args.stage in (2, 3):
         raise ValueError("--points-as tags: they mark points in one picture; stages 2 and 3 have videos and several images")
+    before = Path(f"runs/stage{args.stage - 1}/checkpoint")
+    if not (args.init or args.resume or args.out) and before.is_dir():
+        args.init = str(before)
+        if world.rank == 0:
+            print(f"begins with {args.init}")
     seed, folder = args.stage + 100 * args.seed, run_folder(args)  # every stage draws other examples (the ViT alone: those of --seed in each); below evaluate.EVALUATION_SEED
     state = weights.load_training(folder / "checkpoint") if args.resume else None
     weights.recover(folder / "checkpoint")  # a kill may have left it beside its name

@@ -290,6 +290,19 @@ def test_the_loss_does_not_depend_on_how_a_step_is_cut(quick, form, tmp_path):
     assert (one - two).norm() < 0.02 * (one - start).norm()  # Muon rounds to bfloat16
 
 
+def test_a_stage_goes_on_from_the_one_before(quick, tmp_path, monkeypatch, capsys):
+    """In the folder `runs` the next stage begins with the checkpoint of the stage before, and says so; with --out it does not."""
+    monkeypatch.chdir(tmp_path)
+    train.main(["--stage", "1", *quick])
+    train.main(["--stage", "2", "--freeze", "llm", *quick])
+    assert "begins with runs/stage1/checkpoint" in capsys.readouterr().out
+    train.main(["--stage", "2", "--freeze", "llm", "--out", "elsewhere", *quick])
+    assert "begins with" not in capsys.readouterr().out
+    one, two, other = (weights.load(folder)[0].blocks.state_dict() for folder in ("runs/stage1/checkpoint", "runs/stage2/checkpoint",
+                                                                                  "elsewhere/checkpoint"))
+    assert all(torch.equal(one[name], two[name]) for name in one) and not all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_own_points_are_learned_from_files(quick, tmp_path, capsys):
     """--data trains on JSONL files in place of the stage's sets, epoch after epoch; a bad line is named and left out."""
     path, more = (data.write_set(name, tmp_path, 5, 0, 2) for name in ("image points", "video points"))
