@@ -416,7 +416,7 @@ def sheet(record: Record, tokenizer: Tokenizer, config: MolmoConfig) -> Image.Im
         image = Image.fromarray(picture)
         pen = ImageDraw.Draw(image)
         for color, said in zip(COLORS, record.annotations):
-            for point in points_of(record, said) if TASKS[said.task].answer else []:
+            for point in chain.from_iterable(points_of(record, part) for part in said.parts if TASKS[part.task].answer):
                 if point.picture == number:
                     pen.circle((point.x, point.y), 4 + 2 * COLORS.index(color), outline=color, width=2)
         shown.append(image)

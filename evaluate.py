@@ -400,7 +400,8 @@ def scores(a: Asked) -> dict[str, float]:
 
 def says_none(text: str) -> bool:
     """"There are none.", "0" and the like, and no number besides."""
-    return bool(re.search(r"\b(none|no|nothing|zero|0)\b", text, re.IGNORECASE)) and not re.search("[1-9]", text)
+    found = lambda words: re.search(rf"\b({words})\b", text, re.IGNORECASE)
+    return bool(found("none|no|nothing|zero|0")) and not found("[0-9]*[1-9][0-9]*|one|two|three|four|five|six|seven|eight|nine|ten|several|many")
 
 
 def words_f1(text: str, wanted: str) -> float:
@@ -422,7 +423,8 @@ def by_kind_of_question(asked: Sequence[Asked]) -> dict[str, float]:
     """F1, or what comes nearest to it, per way of asking: where does the model fail?"""
     groups = defaultdict(list)
     for a in asked:
-        groups["/".join(filter(None, (a.annotation.task, a.annotation.about)))].append(a)
+        turn = a.said.task if a.said is not a.annotation else ""  # of a chat that points
+        groups["/".join(filter(None, (a.annotation.task, turn, a.annotation.about)))].append(a)
     first = ("J&F", "f1", "hota", "count exact", "text exact", "words f1", "none recognised")
     figures = {name: summarize(group) for name, group in sorted(groups.items())}
     return {name: next(table[key] for key in first if key in table) for name, table in figures.items()}

@@ -147,6 +147,11 @@ class Mixture(Dataset):
         epoch, at = divmod(drawn, size)
         return chosen, int(self._order(chosen, epoch)[at])
 
+    def source(self, number: int) -> tuple[int, int]:
+        """Which set item `number` comes from, and which line of it."""
+        chosen, index = self.place(number)
+        return chosen, index // Moments.FRAMES if isinstance(self.all[chosen], Moments) else index
+
     def __len__(self) -> int:
         return 1 << 40  # endless
 
@@ -185,7 +190,7 @@ class Loader:
     world: int = 1
     multiple: int = 1          # to which rows are padded
     names: Sequence[str] = ()  # of the examples in the last batch
-    left_out: set[tuple[int, int]] = field(default_factory=set)  # set, and index there, of examples that cannot be used
+    left_out: set[tuple[int, int]] = field(default_factory=set)  # set, and line there, of examples that cannot be used
 
     MOST_SKIPPED = 100
 
@@ -213,11 +218,12 @@ class Loader:
                 self.packer.add(number, item)
                 in_a_row = 0
             except ValueError as error:
-                place, in_a_row = self.examples.place(number), in_a_row + 1
-                if place not in self.left_out:
+                source, in_a_row = self.examples.source(number), in_a_row + 1
+                new = source not in self.left_out  # the text may be another in every epoch: the wording is drawn anew
+                if new:
                     warnings.warn(f"left out: {error}")
-                self.left_out.add(place)  # its text may be another in every epoch: the wording is drawn anew
-                if max(len(self.left_out), in_a_row) > self.MOST_SKIPPED:
+                    self.left_out.add(source)
+                if new and len(self.left_out) > self.MOST_SKIPPED or in_a_row > self.MOST_SKIPPED:
                     one_after_the_other = " in a row" if len(self.left_out) <= self.MOST_SKIPPED else ""
                     raise ValueError(f"more than {self.MOST_SKIPPED} examples{one_after_the_other} cannot be used; "
                                      f"the last: {error}") from None

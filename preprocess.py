@@ -492,9 +492,10 @@ def _seconds_missing(container: av.container.InputContainer, stream: av.VideoStr
     if last.time is None:
         return 0.0
     if stream.duration:
-        promised = ((stream.start_time or 0) + stream.duration) * stream.time_base
+        start = 0 if "asf" in container.format.name else stream.start_time or 0  # in asf counted from 0, wherever the track starts
+        promised = (start + stream.duration) * stream.time_base
     else:
-        promised = (container.duration or 0) / av.time_base  # in mkv counted from 0, wherever the track starts
+        promised = (container.duration or 0) / av.time_base  # in mkv from 0, too
     return float(promised - last.duration * last.time_base) - last.time
 
 

@@ -417,10 +417,11 @@ def _turn(message: dict, annotation: Callable[[dict], Annotation]) -> str | Anno
     """What one side of a chat says: words, or what the assistant points at or counts."""
     if "task" not in message:
         return take(only(message, "role", "content"), "content", str)
-    said = annotation({key: value for key, value in message.items() if key != "role"})
-    if message["role"] != "assistant" or not TASKS[said.task].answer:
-        raise ValueError(f"a turn of a chat with the task {said.task}: words are 'content', and only the assistant points or counts")
-    return said
+    task = take(message, "task", str)
+    if message["role"] != "assistant" or task in TASKS and not TASKS[task].answer:
+        raise ValueError(f"a turn of a chat with the task {task}: words are 'content', and only the assistant points or counts")
+    only(message, "role", "task", "label", "objects", "points", "count", "fps", "start")
+    return annotation({key: value for key, value in message.items() if key != "role"})
 
 
 def _written(said: Annotation) -> dict:

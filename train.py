@@ -59,6 +59,7 @@ PARTS = ("vit", "connector", "llm", "point")
 LIGHT = ("tiny", "small")  # presets that need no care for memory: whole in every process, all activations kept
 LOSSES = ("token", "patch", "slot", "location")
 SMALL_EVALUATION = 40  # records of each set
+FORMAT = 2             # of what a checkpoint says about its run: the loader's numbers mean the same examples
 Z_LOSS = 1e-4          # weight of the squared log-normaliser of the head, which keeps it from drifting
 VIT_BATCH, VIT_LR, VIT_WARMUP = 10, 3e-3, 20  # of the ViT alone: scenes a step, peak rate, steps
 
@@ -473,18 +474,18 @@ def prepare(args: argparse.Namespace, world: World):
         raise ValueError("--temporal-init and --missing go with --temporal")
     if args.points_as == "tags" and args.stage in (2, 3):
         raise ValueError("--points-as tags: they mark points in one picture; stages 2 and 3 have videos and several images")
-    before = Path(f"runs/stage{args.stage - 1}/checkpoint")
-    if not (args.init or args.resume or args.out) and before.is_dir():
-        args.init = str(before)
-        if world.rank == 0:
-            print(f"begins with {args.init}")
     seed, folder = args.stage + 100 * args.seed, run_folder(args)  # every stage draws other examples (the ViT alone: those of --seed in each); below evaluate.EVALUATION_SEED
     state = weights.load_training(folder / "checkpoint") if args.resume else None
+    before = Path(f"runs/stage{args.stage - 1}/checkpoint")
+    if state is None and not (args.init or args.out) and weights.standing(before).is_dir():
+        args.init = str(before)
+        if world.rank == 0:
+            print(f"begins with {args.init}: --init names another")
     weights.recover(folder / "checkpoint")  # a kill may have left it beside its name
     if not args.resume and (folder / "checkpoint").exists():
         raise ValueError(f"{folder} holds a run: --resume goes on with it, --out FOLDER begins another elsewhere")
     settings = {"stage": args.stage, "preset": args.preset, "freeze": sorted(args.freeze), "seed": args.seed, "steps": steps,
-                "data": args.data and [checked(path) for path in args.data], "temporal": args.temporal, "temporal-init": args.temporal_init, "missing": args.missing}
+                "data": args.data, "contents of the data": [checksum(path) for path in args.data or []], "format": FORMAT, "temporal": args.temporal, "temporal-init": args.temporal_init, "missing": args.missing}
     if state:
         same_run(settings, json.loads(str(state["settings"])) if "loaders" in state else {}, folder)
     model, tokenizer = model_for(args, folder, state is not None)
@@ -534,13 +535,16 @@ def model_for(args: argparse.Namespace, folder: Path, resumes: bool):
     return model, tokenizer
 
 
-def checked(path: str) -> str:
-    """The name of a file, and what tells its contents from others: a run goes on with the same lines only."""
-    with open(path, "rb") as file:
-        total = 0
-        while block := file.read(1 << 20):
-            total = zlib.crc32(block, total)
-    return f"{path} ({total:08x})"
+def checksum(path: str) -> str:
+    """Tells the contents of a file from others: a run goes on with the same lines only. ValueError if it cannot be read."""
+    total = 0
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                total = zlib.crc32(block, total)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    return f"{total:08x}"
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -572,7 +576,7 @@ def start(args: argparse.Namespace, world: World):
 
 def same_run(settings: dict, before: dict, folder: Path):
     """ValueError if --resume is asked to go on with another run than the one in the folder."""
-    if not before:
+    if before.get("format") != settings["format"]:
         raise ValueError(f"--resume: the run in {folder} was written by an older version: begin another with --init {folder}/checkpoint")
     for name, value in settings.items():
         if before.get(name, value) != value:
@@ -606,6 +610,8 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
     watched = lambda done: stage.watch and not args.data and (done == stage.steps or done % args.eval_every == 0)
     if first and watched(first) and world.any(not run.log.silent and not run.log.evaluated(first - 1)):
         watch(run, first - 1)  # the run was stopped or killed while it was evaluated
+        if world.any(bool(run.stop_signals)):
+            return run.log.say(f"stopped after step {first}: --resume goes on from there")
     sharded = any(isinstance(p, DTensor) for p in model.parameters())  # shards are cast when they are gathered
     half = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=has_bfloat16(args.device) and not sharded)
     for step in bar:
@@ -640,7 +646,7 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
         if totals["choices"]:  # the share of visual tokens (and of stops) chosen right
             shown["right"] = totals["right"] / totals["choices"]
         tokens += int(totals["tokens"]) // world.context
-        run.log.write(step=step, loss=totals["loss"], **shown, norms=norms, **({"left out": len(loader.left_out)} if loader.left_out else {}))
+        run.log.write(step=step, loss=totals["loss"], **shown, norms=norms, **({"left out": len(gone)} if (gone := loader.state["left out"]) else {}))
         bar.set_postfix({"loss": totals["loss"], **shown, "tokens/s": int(tokens / (time.time() - started))})
 
         # save, evaluate, stop
@@ -654,8 +660,8 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
             run.log.say(f"stopped after step {step + 1}: --resume goes on from there")
             break
     run.log.draw()
-    if loader.left_out:
-        run.log.say(f"left out: {len(loader.left_out)}, each with its warning when it came first")
+    if gone := {tuple(place) for places in world.collect((loader.state or {}).get("left out", [])) for place in places}:
+        run.log.say(f"left out: {len(gone)}, each with its warning when it came first")
     if graphs := compilations():
         run.log.say(f"{graphs} graphs compiled")
 

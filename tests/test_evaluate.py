@@ -197,7 +197,7 @@ def asked(record: Record, said: Annotation, text: str = "", points=()) -> Asked:
 
 
 @pytest.mark.parametrize("text, cut, recognised", [("There are none.", False, True), ("0", False, True), ("There are none", True, False),
-                                                   ("There are three.", False, False), ("There are 10.", False, False), ("", False, False)])
+                                                   ("There are three.", False, False), ("There is no doubt: two.", False, False), ("There are 10.", False, False), ("", False, False)])
 def test_nothing_is_recognised_in_words(record, text, cut, recognised):
     """That nothing is there has to be said, and to the end; to write no point is not enough."""
     a = Asked(record, Annotation("point", "cups", []), None, "", text, [], {"answers cut": cut})

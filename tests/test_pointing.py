@@ -276,7 +276,7 @@ def test_scores_equal_slow_loops():
     np.testing.assert_allclose(locations, slow.location(h), atol=1e-5)
 
 
-def test_sight_counts_indexable_tokens_per_example():
+def test_visual_tokens_are_counted_per_example():
     """The index of a key counts the indexable tokens of its own example before it."""
     owner = torch.tensor([3, 3, 3, 3, 8, 8, 5, 9, 9])
     indexable = torch.tensor([0, 1, 1, 1, 1, 1, 0, 0, 1]).bool()

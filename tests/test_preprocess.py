@@ -394,6 +394,15 @@ def test_cut_off_file_gives_what_is_there(tmp_path, ending, options):
     assert frames[-1].mean() == pytest.approx(6 * round(times[-1] / 0.033), abs=2.5)
 
 
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "ts", "wmv", "avi", "mov"])
+def test_a_whole_file_is_not_called_cut_wherever_its_clock_starts(tmp_path, ending):
+    """Containers count their duration from the first frame or from 0; none of them is taken for a file that ends early."""
+    path = write_clip(tmp_path / f"late.{ending}", [5000 + 100 * n for n in range(20)], size=(48, 64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert preprocess.read_video(path, 2, 16)[1][-1] == pytest.approx(1.9, abs=0.11)
+
+
 @pytest.mark.parametrize("start", [0, 5000])
 def test_a_file_that_stops_between_two_packets_is_noticed(tmp_path, start):
     """Nothing fails to decode there: only the header tells, wherever its clock starts."""

@@ -111,6 +111,8 @@ VIDEO = {"images": None, "video": "a.mp4", "objects": [{"id": 4, "points": [{"x"
      "words are 'content'"),
     ({"annotations": [{"task": "chat", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "task": "point", "label": "a",
                                                                                          "objects": [99]}]}]}, "no object with id 99"),
+    ({"annotations": [{"task": "chat", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "task": "count", "count": 2, "label": "a",
+                                                                                         "answer": "7"}]}]}, "unknown key 'answer'"),
     ({"annotations": [{"task": "chat", "messages": ["Hi"]}]}, "'Hi' is not an object in braces"),
     ({"annotations": [{"task": "point", "label": "cups", "objects": [], "messages": [
         {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}]}, "point: 'messages' are for the task chat"),

@@ -294,7 +294,7 @@ def test_a_stage_goes_on_from_the_one_before(quick, tmp_path, monkeypatch, capsy
     """In the folder `runs` the next stage begins with the checkpoint of the stage before, and says so; with --out it does not."""
     monkeypatch.chdir(tmp_path)
     train.main(["--stage", "1", *quick])
-    train.main(["--stage", "2", "--freeze", "llm", *quick])
+    train.main(["--stage", "2", "--freeze", "llm", "--resume", *quick])  # there is nothing to go on with yet
     assert "begins with runs/stage1/checkpoint" in capsys.readouterr().out
     train.main(["--stage", "2", "--freeze", "llm", "--out", "elsewhere", *quick])
     assert "begins with" not in capsys.readouterr().out
@@ -426,13 +426,15 @@ def test_an_evaluation_that_was_stopped_comes_when_the_run_goes_on(quick, tmp_pa
         return result
 
     figures = lambda: [line["step"] for line in lines_of(tmp_path / "run") if "loss" not in line and "naming" not in line]
+    words = ["--stage", "1", "--steps", "4", "--eval-every", "2", "--workers", "0", "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate", stopped)
-        train.main([*LINE, "6", "--out", str(tmp_path / "run")])
-    assert asked == [0] and figures() == []
+        train.main(words)
+        train.main([*words, "--resume"])  # stopped there again, before a step
+    assert asked == [0, 0] and figures() == [] and len(losses_of(tmp_path / "run")) == 4 + 2
     for _ in range(2):
-        train.main([*LINE, "6", "--out", str(tmp_path / "run"), "--resume"])
-        assert figures() == [5]
+        train.main([*words, "--resume"])
+        assert figures() == [1, 3]
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(quick, tmp_path, monkeypatch):
