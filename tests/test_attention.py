@@ -169,11 +169,14 @@ def test_one_compilation_serves_all_lengths(monkeypatch):
 
 
 def test_the_way_goes_by_device_and_length():
-    """The mask is cut by example; on a GPU by CUDA rows of up to 4096 tokens are dense and no longer row ever is."""
+    """The mask is cut by example; on a GPU by CUDA rows of up to 4096 tokens are dense and no longer row ever is: it is sparse, or cut by
+    example where there is no Triton to compile that."""
     ids = lambda device, length: MaskIds(*[SimpleNamespace(device=torch.device(device), shape=(1, length))] * 4)
     assert isinstance(attention.make_mask(packed(np.random.default_rng(4), 1, 50)), PerExample)
     with pytest.MonkeyPatch.context() as patch:
         for way in (Dense, PerExample, Sparse):
             patch.setattr(way, "of", classmethod(lambda cls, *ids: cls))
-        assert attention.make_mask(ids("cuda", 4096)) is Dense and attention.make_mask(ids("cuda", 4097)) is Sparse
+        for triton, way in ((object(), Sparse), (None, PerExample)):
+            patch.setattr(attention, "find_spec", lambda name: triton)
+            assert attention.make_mask(ids("cuda", 4096)) is Dense and attention.make_mask(ids("cuda", 4097)) is way
         assert attention.make_mask(ids("mps", 4097)) is PerExample
