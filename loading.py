@@ -198,9 +198,9 @@ class Loader:
         state = self.state or {"next": [self.rank], "pool": []}
         numbers = Numbers(state["pool"], state["next"][0], self.world)
         self.left_out = {(one, index) for one, index in state.get("left out", [])}
-        items = iter(DataLoader(self.examples, batch_size=None, sampler=numbers, num_workers=self.workers,
-                                worker_init_fn=ignore_signals, generator=torch.Generator()))  # the model's own stays as it is
-        for batch, self.names, self.state in prefetch(self.batches(items, state["pool"], state["next"][0])):
+        items = lambda: iter(DataLoader(self.examples, batch_size=None, sampler=numbers, num_workers=self.workers,
+                                        worker_init_fn=ignore_signals, generator=torch.Generator()))  # the model's own stays as it is
+        for batch, self.names, self.state in prefetch(self.batches(items(), state["pool"], state["next"][0])):
             yield batch
 
     def batches(self, items: Iterator[tuple[int, Example | str]], first: list[int], start: int) -> Iterator[tuple[Batch, list[str], dict]]:
@@ -257,6 +257,9 @@ def prefetch(items: Iterator, most: int = 2) -> Iterator:
                 if over.is_set():
                     return
             hand((None, StopIteration()))
+        except ValueError as error:  # without the frames of this thread: they hold worker processes, which end when nobody does
+            error.__context__ = None
+            hand((None, error.with_traceback(None)))
         except Exception as error:
             hand((None, error))
 

@@ -314,6 +314,14 @@ def test_own_points_are_learned_from_files(quick, tmp_path, capsys):
     assert weights.load(tmp_path / "run/checkpoint")
 
 
+def test_data_without_a_good_line_end_the_program(tmp_path):
+    """With a worker process, too: one line says why, the status is 2, and nothing is left waiting."""
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    words = ["--stage", "2", "--init", "assets/tiny", "--workers", "1", "--data", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "bad.jsonl:1" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
 def test_stage_table_holds_the_papers_numbers():
     """As published: steps, tokens, frames, learning rates, the mixture of stage 1; every preset has its three stages."""
     assert STAGES["molmopoint-8b", 2].steps == 22_000 and STAGES["molmopoint-8b", 2].packs == 160
