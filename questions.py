@@ -6,6 +6,7 @@ A label is a noun phrase ("red cups", "leftmost star"); the things it means are 
 pixels. Some of the questions are about what is not there. Everything is a pure function of a scene and a generator.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -44,9 +45,11 @@ def _medium(scene: Scene) -> str:
     return "video" if scene.is_video else "image"
 
 
-def _by_name(scene: Scene) -> list[Thing]:
-    """All things, each as often as it is there: what is written next depends on no number that has to be known before."""
-    return sorted(scene.things, key=lambda thing: thing.name)
+def _phrases(scene: Scene) -> list[str]:
+    """Everything that is there, by name: "a blue ball", or "blue balls" for all of them. What is written next depends on no
+    number that would have to be known before."""
+    number = Counter((thing.color, thing.kind) for thing in scene.things)
+    return [_plural(kind, color) if number[color, kind] > 1 else _article(f"{color} {kind}") for color, kind in sorted(number)]
 
 
 def _listed(parts: list[str]) -> str:
@@ -57,14 +60,14 @@ def _listed(parts: list[str]) -> str:
 
 
 def describe(scene: Scene) -> str:
-    """The caption: "A blue ball, a blue ball, a green star and a red cup on a striped background." """
-    return f"{_listed([_article(thing.name) for thing in _by_name(scene)])} on {_article(scene.background)} background."
+    """The caption: "Blue balls, a green star and a red cup on a striped background." """
+    return f"{_listed(_phrases(scene))} on {_article(scene.background)} background."
 
 
 def talk(scene: Scene, rng: np.random.Generator) -> str:
     """What somebody might say who looks at the scene: the caption's facts, spoken."""
     said = [str(rng.choice(["So", "Okay, so", "Well,"])) + f" this {_medium(scene)} has {_article(scene.background)} background."]
-    said += [str(rng.choice(["I see", "There is, uh,", "And then", "Um, I can see"])) + f" {_article(thing.name)}." for thing in _by_name(scene)]
+    said += [str(rng.choice(["I see", "There we have, uh,", "And then", "Um, I can see"])) + f" {phrase}." for phrase in _phrases(scene)]
     return " ".join([*said, str(rng.choice(["And that's it.", "That is all I see."]))])
 
 
@@ -161,9 +164,9 @@ def _ask_qa(scene: Scene, rng: np.random.Generator) -> Query | None:
 
 
 def _ask_colors(scene: Scene) -> Query:
-    """A longer answer: the colour of each thing, in the order of captions."""
-    answer = _listed([thing.color for thing in _by_name(scene)])
-    return Query("qa", "Which color is each thing?", "", _match(scene), f"{answer}.", "colors")
+    """A longer answer: all colours of things, in the order of captions."""
+    answer = _listed(sorted({thing.color for thing in scene.things}))
+    return Query("qa", "Which colors do the things have?", "", _match(scene), f"{answer}.", "colors")
 
 
 def _ask_choice(scene: Scene, rng: np.random.Generator) -> Query | None:
