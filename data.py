@@ -74,7 +74,7 @@ def question_text(annotation: Annotation, record: Record, rng: np.random.Generat
         fps = f"{annotation.fps:g}"
         timed = [w for w in task.wordings if "{fps}" in w] if annotation.fps != DEFAULT_FPS else []
         wordings = timed or task.wordings
-        given = write_text(points_of(record, annotation)[:1], places(record.times, len(record.pictures)), sizes(record),
+        given = write_text(given_point(record, annotation), places(record.times, len(record.pictures)), sizes(record),
                            annotation.label) if annotation.task == "track_from" else ""
         words = wordings[rng.integers(len(wordings))].format(
             label=annotation.label, medium=record.medium, fps=fps, question=annotation.question,
@@ -84,7 +84,7 @@ def question_text(annotation: Annotation, record: Record, rng: np.random.Generat
 
 def points_of(record: Record, annotation: Annotation) -> list[Point]:
     """What an annotation marks. In images all points of its objects, in a video one point each, where it is shown;
-    in tracks a point per object and frame (at `fps`), or of these the first and last, or those from a given one on."""
+    in tracks a point per object and frame (at `fps`), or of these the first and last, or those after a given one."""
     points, frames = [], range(len(record.pictures))
     if annotation.fps != DEFAULT_FPS and record.times:
         frames = {record.picture(n / annotation.fps) for n in range(int(record.times[-1] * annotation.fps + 1e-6) + 1)}
@@ -98,13 +98,20 @@ def points_of(record: Record, annotation: Annotation) -> list[Point]:
             at = {shown: at[shown]}
         elif annotation.task == "track_from":
             first = nearest(record, at, annotation.start)
-            at = {frame: at[frame] for frame in at if frame == first or frame > first and frame in frames}
+            at = {frame: at[frame] for frame in at if frame > first and frame in frames}
         elif record.times is not None:
             at = {frame: at[frame] for frame in at if frame in frames}
             if annotation.task == "track_ends" and at:
                 at = {frame: at[frame] for frame in (min(at), max(at))}
         points += [Point(identity, picture, x, y) for picture, (x, y) in at.items()]
     return points
+
+
+def given_point(record: Record, annotation: Annotation) -> list[Point]:
+    """Where `track_from` starts, as a list; [] if its object is in none of the frames that are looked at."""
+    identity, = annotation.objects
+    at = record.seen(record.objects[identity].points)
+    return [Point(identity, frame := nearest(record, at, annotation.start), *at[frame])] if at else []
 
 
 def nearest(record: Record, frames: Iterable[int], moment: float | None) -> int:
@@ -192,8 +199,8 @@ def views_of(record: Record, config: ViewConfig, history: int = HISTORY) -> View
 
 
 def trunk(tokenizer: Tokenizer, views: Views, subtitles: str = "") -> np.ndarray:
-    """What all branches share: pictures, then subtitles from a new line on."""
-    heard = "\n" + subtitles.lstrip("\n") if subtitles else ""
+    """What all branches share: pictures, then subtitles."""
+    heard = "subtitle\n" + subtitles.lstrip("\n") if subtitles else ""
     return np.array([tokenizer.bos_id] + tokenizer.encode_layout(views.layout) + tokenizer.encode(heard))
 
 

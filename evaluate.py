@@ -368,7 +368,8 @@ def scores(a: Asked) -> dict[str, float]:
     task = a.annotation.task
     if not TASKS[task].answer:
         wanted = a.annotation.messages[a.turn][1] if a.annotation.messages else data.in_words(a.annotation)
-        return {"words f1": words_f1(a.text, wanted)} | ({} if task == "transcript" else {"text exact": a.text == wanted})
+        text = a.text.partition(".")[0] if task == "choice" else a.text  # "B. a red cup" is as good as "B"
+        return {"words f1": words_f1(text, wanted)} | ({} if task == "transcript" else {"text exact": text == wanted})
     true = data.points_of(a.record, a.annotation)
     number = a.annotation.count if a.annotation.count is not None else len({p.id for p in true})
     found = {} if number else {"none recognised": not a.points and says_none(a.text) and not a.figures.get("answers cut")}
@@ -461,6 +462,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--records", type=command.number(int, 1, 10**6),
                         help="of each set (default: 300, three questions each, with masks 50; of a file all)")
     parser.add_argument("--seed", type=command.number(int, 0, 2**32), default=EVALUATION_SEED)
+    parser.add_argument("--image-crops", type=command.number(int, 1, 10_000), help="high-resolution crops of an image, at most")
     parser.add_argument("--batch", type=command.number(int, 1, 10**4), default=24, help="questions at a time")
     parser.add_argument("--json", help="also write figures and settings to this file")
     parser.add_argument("--device", type=command.device, default="cuda" if torch.cuda.is_available() else "cpu")
@@ -513,6 +515,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             given.line(i)  # a bad line is found before the first question
         between = Between(Sam2(args.sam2, args.device) if args.sam2 else Growing(), args.every, args.fusion, args.oracle)
         model, tokenizer = weights.load(args.checkpoint, args.device)
+        if args.image_crops:
+            model.config = replace(model.config, views=replace(model.config.views, max_crops=args.image_crops))
         settings, result = settings_of(args, model, most), {}
         print(", ".join(f"{name} {value}" for name, value in settings.items()))
         for name in names:

@@ -87,6 +87,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--per-frame", action="store_true", help="ask about every sampled frame of a video on its own")
     parser.add_argument("--masks", action="store_true", help="the same, and a mask of every object in every frame of the video")
     parser.add_argument("--sam2", metavar="FOLDER", help="for masks: SAM 2 with these weights (default: colour and motion)")
+    parser.add_argument("--image-crops", type=command.number(int, 1, 10_000), help="high-resolution crops of an image, at most")
     parser.add_argument("--max-frames", type=command.number(int, 1, 10_000), help="at most so many are sampled from a video")
     parser.add_argument("--fps", type=command.number(float, 0.001, 1000), help="frames sampled per second of a video")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: as in the checkpoint)")
@@ -434,7 +435,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, tokenizer = weights.load(args.checkpoint, args.device, args.dtype and getattr(torch, args.dtype), args.released_inference)
         model = to_int8(model) if args.int8 else model
         propagate = Sam2(args.sam2, args.device) if args.sam2 else Growing()
-        given = {"max_frames": args.max_frames, "fps": args.fps}
+        given = {"max_crops": args.image_crops, "max_frames": args.max_frames, "fps": args.fps}
         config = replace(model.config.views, **{name: value for name, value in given.items() if value is not None})
         timing["load"] = lap()
 

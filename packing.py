@@ -78,9 +78,10 @@ class Example:
 
 # category, answer tokens n, branches of its tree -> weight of every one of the n tokens. (Molmo2, on token
 # weights; "released": its code. Without them long captions drown short answers.)
+FIXED = {"video caption": 0.1, "pointing": 0.2}
 WEIGHTS: dict[str, Callable[[str, int, int], float]] = {
-    "paper": lambda category, n, branches: {"video caption": 0.1, "pointing": 0.2}.get(category, 4 / math.sqrt(n)),
-    "released": lambda category, n, branches: 2 / math.sqrt(n) / math.sqrt(branches),
+    "paper": lambda category, n, branches: FIXED.get(category, 4 / math.sqrt(n)),
+    "released": lambda category, n, branches: FIXED.get(category, 2 / math.sqrt(n) / math.sqrt(branches)),
     "uniform": lambda category, n, branches: 1.0,
 }
 
@@ -111,7 +112,8 @@ def lay_out(pack: Sequence[Example], weights: str = "uniform") -> Row:
         parts.append((example.trunk, pad, np.zeros(n), np.arange(n), np.full(n, number), np.zeros(n, int)))
         for b, branch in enumerate(example.branches, start=1):
             t, loss_mask = len(branch.tokens) - 1, branch.loss_mask[1:]
-            weight = WEIGHTS[weights](branch.category, max(int(loss_mask.sum()), 1), len(example.branches))
+            learned = int(loss_mask.sum()) - (len(example.branches) > 1)  # the EOS that ends one branch of several is not counted
+            weight = WEIGHTS[weights](branch.category, max(learned, 1), len(example.branches))
             parts.append((branch.tokens[:-1], branch.tokens[1:], weight * loss_mask, n + np.arange(t), np.full(t, number),
                           np.full(t, b)))
     return Row(*(np.concatenate(field) for field in zip(*parts)))

@@ -14,7 +14,7 @@ One line of a JSONL file is one record, paths are relative to the file:
                      {"task": "point", "label": "pens", "points": [{"x": 9, "y": 8}]},           objects without a name
                      {"task": "count", "label": "ants", "count": 12},                            of what has no objects
                      {"task": "track", "label": "the dog", "objects": [1], "fps": 1},
-                     {"task": "track_from", "label": "the dog", "objects": [1], "start": 1.5,    seconds: where it is given
+                     {"task": "track_from", "label": "the dog", "objects": [1], "start": 1.5,    seconds: where it is given; the answer comes after
                       "about": "pets"},                          a kind of question, which evaluate.py lists on its own
                      {"task": "choice", "question": "Which?", "choices": ["a", "b"], "answer": "b"},
                      {"task": "chat", "messages": [{"role": "user", "content": "Hi. What is this?"},
@@ -218,7 +218,7 @@ TASKS = {
                                   "What would somebody say who looks at this {medium}?")),
     "qa": Task("question answer", ("{question}",)),
     "short_answer": Task("question answer", ("{question}",), style="short_answer"),
-    "choice": Task("question choices answer", OPTIONS, style="multiple_choice"),
+    "choice": Task("question choices answer", OPTIONS),
     "chat": Task("messages", ("{question}",)),
 }
 TRACKS = ("track", "track_ends", "track_from")

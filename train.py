@@ -98,7 +98,7 @@ def per_part(*values):
 # the paper prints 2e-4.)
 #         steps, packs, tokens, crops, frames, rates, weights, lr and warm-up of (ViT, connector, LLM, point), watch
 RELEASED = {
-    1: Stage(32_000, 128, 2_560, 32, 1, {"image captions": 60, "image pointing": 30, "text": 10}, "paper",
+    1: Stage(32_000, 128, 2_560, 16, 1, {"image captions": 60, "image pointing": 30, "text": 10}, "uniform",
              per_part(6e-6, 2e-4, 2e-5, 1e-4), per_part(2000, 200, 2000, 200), image_crops=8, drop_responses_only=True),
     2: Stage(30_000, 128, 16_384, 128, 128, data.RATES, "paper", per_part(5e-6, 5e-6, 1e-5, 5e-6), per_part(200, 200, 200, 200),
              image_crops=8),
@@ -224,8 +224,9 @@ def update(optimisers: list[torch.optim.Optimizer], rates: dict[str, float]):
 
 
 def schedule(peak: float, warmup: int, step: int, steps: int) -> float:
-    """Linear warm-up, times a cosine from the peak to a tenth of it."""
-    return peak * min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+    """Linear warm-up to the peak, then a cosine to a tenth of it."""
+    done = (step + 1 - warmup) / max(steps - warmup, 1)
+    return peak * ((step + 1) / warmup if done < 0 else 0.55 + 0.45 * math.cos(math.pi * done))
 
 
 def learning_rates(stage: Stage, step: int) -> dict[str, float]:

@@ -153,7 +153,7 @@ def film() -> Record:
                   '2.0 1 300 100 3 750 800;2.5 1 350 100;3.0 1 400 100">cups</tracks>'),
     ("track", {"fps": 1.0}, '<tracks coords="0.0 1 100 100;1.0 1 200 100 2 750 700;2.0 1 300 100 2 750 800;3.0 1 400 100">cups</tracks>'),
     ("track_ends", {}, '<tracks coords="0.0 1 100 100;0.5 2 500 500;1.0 3 750 700;2.0 3 750 800;3.0 1 400 100">cups</tracks>'),
-    ("track_from", {"objects": [1], "start": 2.0}, '<tracks coords="2.0 1 300 100;2.5 1 350 100;3.0 1 400 100">cups</tracks>'),
+    ("track_from", {"objects": [1], "start": 2.0}, '<tracks coords="2.5 1 350 100;3.0 1 400 100">cups</tracks>'),
 ])
 def test_answers_by_hand(task, extra, text):
     """Every way of pointing in a video, as text: sorted by time, ids by first appearance, what is out of view left out; and
@@ -188,9 +188,9 @@ def test_styles_that_are_not_for_chat_say_their_name():
             assert text.startswith(f"{row.style}: ") if row.style else ":" not in text.split()[0]
             assert "{" not in text and ("cups" in text) == ("label" in row.needs)
         seen[bool(row.style)] += 1
-    assert seen[True] >= 4 and seen[False] >= 6
+    assert seen[True] == 4 and seen[False] >= 6
     choice = question_text(Annotation("choice", question="Which?", answer="b", choices=["a", "b"]), record, RNG())
-    assert choice.startswith("multiple_choice: Which?") and "A. a\nB. b" in choice
+    assert choice.startswith("Which?") and "A. a\nB. b" in choice
     given = question_text(Annotation("track_from", "cup", [1], start=1.0, fps=1.0), record, RNG())
     assert '<points coords="1.0 1 200 100">cup</points> at 1 fps' in given
     at_one = {question_text(Annotation(task, "cup", [1], fps=1.0), record, np.random.default_rng(i)) for task in ("track", "track_ends") for i in range(9)}
@@ -342,9 +342,9 @@ def test_tracking_questions_are_answered_by_what_is_in_view():
             seen[said.task, said.fps] += 1
             for p in points:
                 assert record.times[p.picture] in record.objects[p.id].points
-                assert said.fps == 2 or record.times[p.picture] == int(record.times[p.picture]) or said.task == "track_from"
+                assert said.fps == 2 or record.times[p.picture] == int(record.times[p.picture])
             if said.task == "track_from":
-                assert len({p.id for p in points}) == 1 and min(record.times[p.picture] for p in points) == said.start
+                assert len({p.id for p in points}) <= 1 and all(record.times[p.picture] > said.start for p in points)
             if said.task == "track_ends":
                 assert max(Counter(p.id for p in points).values(), default=0) <= 2
     assert all(seen[task, fps] for task in ("track", "track_from") for fps in (1, 2)) and seen["track_ends", 2]

@@ -301,10 +301,11 @@ def test_the_command_writes_its_settings(tmp_path, capsys, monkeypatch):
     the command."""
     monkeypatch.setattr(evaluate, "LONGEST", {False: 8, True: 8})
     path = data.write_set("screens", tmp_path, 2, 0, 2)
-    evaluate.main(["--data", str(path), "--json", str(tmp_path / "figures.json")])
+    evaluate.main(["--data", str(path), "--json", str(tmp_path / "figures.json"), "--image-crops", "3"])
     said, made = capsys.readouterr().out.splitlines(), json.loads((tmp_path / "figures.json").read_text())
     assert {"checkpoint", "sets", "seed", "records", "questions a record", "decoding", "prompts", "points read from", "crops", "frames", "fps",
             "batch", "longest answer", "dtype", "device"} <= set(made["settings"])
+    assert made["settings"]["crops"] == 3
     assert said[0] == ", ".join(f"{name} {value}" for name, value in made["settings"].items())
     figures = made["figures"][str(path)]["all"]
     columns = [name for name in evaluate.COLUMNS if name in figures]

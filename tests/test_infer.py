@@ -210,9 +210,13 @@ def test_readable_spells_points_out_wherever_they_stand(tiny):
     assert infer.readable(text, points, views).startswith(f"a {listed} ")
 
 
-def test_flags_reach_the_sampling_of_frames(run, media, tiny, monkeypatch):
-    """--max-frames and --fps replace what the checkpoint says."""
+def test_flags_reach_the_views(run, media, tiny, monkeypatch):
+    """--image-crops, --max-frames and --fps replace what the checkpoint says."""
     asked = will_write(monkeypatch, Answer([], [], "stop"))
+    for flags in ([], ["--image-crops", 1]):
+        assert run(media / "wide.png", "Hello.", *flags)[0] == 0
+    assert len(asked[0].crops) > len(asked[1].crops) == 2  # the whole image, and one crop
+    asked.clear()
     for flags in ([], ["--max-frames", 2], ["--fps", 1]):
         assert run(media / "clip.mp4", "Hello.", *flags)[0] == 0
     assert [len(batch.crops) for batch in asked] == [7, 2, 4]  # seconds 0, 0.5, ... 2.5, 2.9; 0, 2.9; 0, 1, 2, 2.9

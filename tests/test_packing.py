@@ -97,14 +97,15 @@ def test_the_mask_is_the_one_drawn():
 
 @pytest.mark.parametrize("scheme, category, n, branches, weight", [
     ("paper", "video caption", 50, 3, 0.1), ("paper", "pointing", 9, 3, 0.2), ("paper", "other", 16, 3, 1.0),
-    ("released", "pointing", 16, 4, 0.25), ("released", "other", 4, 1, 1.0), ("uniform", "other", 7, 2, 1.0)])
+    ("released", "pointing", 16, 4, 0.2), ("released", "other", 16, 4, 0.25), ("released", "other", 4, 1, 1.0), ("uniform", "other", 7, 2, 1.0)])
 def test_weights_are_the_formulas(scheme, category, n, branches, weight):
-    """By the formula, and on every learned token of the row, which therefore sums to n times it."""
+    """By the formula, and on every learned token of the row: n answer tokens, and an EOS that counts as one only in a tree of one branch."""
     assert WEIGHTS[scheme](category, n, branches) == pytest.approx(weight)
-    one = Branch(np.arange(n + 3), np.arange(n + 3) >= 3, np.zeros((0, 3), int), category)
+    learned = n + (branches > 1)
+    one = Branch(np.arange(learned + 3), np.arange(learned + 3) >= 3, np.zeros((0, 3), int), category)
     tree = Example(np.array([1, 2]), np.zeros((0, 1, 1), np.uint8), np.zeros((0, 1), int), [one] * branches)
     row = lay_out([tree], scheme)
-    assert row.loss_weights.sum() == pytest.approx(weight * n * branches) and set(row.loss_weights) == {0.0, weight}
+    assert row.loss_weights.sum() == pytest.approx(weight * learned * branches) and set(row.loss_weights) == {0.0, weight}
 
 
 # ---- which trees go together -----------------------------------------------------------------------------------------
