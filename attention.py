@@ -157,7 +157,7 @@ def make_mask(ids: MaskIds) -> Mask:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x), computed in float32, times a weight in x's own dtype."""
+    """x / rms(x) over the last dimension, computed in float32 and rounded to x's own dtype, times a learned weight."""
 
     def __init__(self, width: int, eps: float = 1e-6):
         super().__init__()
@@ -165,12 +165,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.eps) * self.weight
-
-
-def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """x / rms(x) over the last dimension, computed in float32."""
-    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
 CosSin = tuple[Tensor, Tensor]
@@ -182,8 +177,8 @@ def rope_frequencies(width: int, theta: float, device=None) -> Tensor:
 
 
 def rope_cos_sin(positions: Tensor, frequencies: Tensor, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> CosSin:
-    """Cosines and signed sines for `apply_rope`, each (..., c): positions (...), frequencies (c/2,); angles in float32. `scale`
-    is YaRN's."""
+    """positions (...), frequencies (c/2,) -> cosines and signed sines for `apply_rope`, each (..., c). Angles are computed in
+    float32; `scale` is YaRN's attention factor."""
     angle = positions[..., None].float() * frequencies
     cos, sin = (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)

@@ -57,17 +57,19 @@ class TemporalConfig:
 
 
 def mean_past(features: Tensor, black: Tensor, n_past: Tensor, c: TemporalConfig) -> tuple[Tensor, Tensor]:
-    """features (N, S, v), black (S, v) those of a black frame, n_past (N,) how many crops right before each one show the
-    same place earlier -> the mean over the frames before each, (N, S, v), and (N,) bool whether it counts.
+    """For every crop the mean of the same patches in the frames before it: features (N, S, v), those of a black frame (S, v), and
+    n_past (N,), how many crops right before each show the same place earlier -> (N, S, v), and (N,) bool: is there a past?
     No gradient goes to the frames before."""
-    features, total, number = features.detach(), torch.zeros_like(features), torch.arange(len(features), device=features.device)
-    seen = torch.zeros_like(n_past)
+    features = features.detach()
+    missing = black if c.missing == "black" else torch.zeros_like(black)
+    crop = torch.arange(len(features), device=features.device)
+    total, seen = torch.zeros_like(features), torch.zeros_like(n_past)  # sum over the frames before, and how many there are
     for back in range(1, c.history + 1):
-        there = n_past >= back
-        earlier = features[torch.where(there, number - back, 0)]
-        total = total + torch.where(there[:, None, None], earlier, black if c.missing == "black" else torch.zeros_like(black))
+        there = n_past >= back  # (N,)
+        earlier = features[(crop - back).clamp(min=0)]
+        total = total + torch.where(there[:, None, None], earlier, missing)
         seen = seen + there
-    if c.missing == "black":
+    if c.missing == "black":  # black frames count like any other
         return total / c.history, torch.ones_like(n_past, dtype=torch.bool)
     return total / seen.clamp(min=1)[:, None, None].to(total.dtype), seen > 0
 
@@ -108,8 +110,8 @@ class AttentionPooling(nn.Module):
         self.wo = nn.Linear(c.width, c.width) if c.output_layer else nn.Identity()
 
     def forward(self, windows: Tensor, valid: Tensor, more: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """windows (M, K, v) with zeros in empty slots, valid (M, K) bool -> (M, p). `more` (windows, valid) of further slots serve
-        as keys and values, but do not enter the mean."""
+        """windows (M, K, v) with zeros in empty slots, valid (M, K) bool -> (M, p). `more`: windows and valid of further slots,
+        which serve as keys and values but do not enter the mean (the query)."""
         mean = windows.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None].to(windows.dtype)
         if more is not None:
             windows, valid = torch.cat([windows, more[0]], dim=1), torch.cat([valid, more[1]], dim=1)

@@ -171,12 +171,12 @@ def to_int8(model: Molmo) -> Molmo:
 class Speed:
     """What generating cost, summed over all calls that were given it."""
 
-    prompt: int = 0       # tokens that were read at once,
-    prefill: float = 0.0  # and the seconds that took, pictures included
-    written: int = 0      # tokens that were written one after the other, of all branches,
-    decode: float = 0.0   # the seconds,
-    read: int = 0         # and the bytes those had to read: in every step all weights and what the cache holds
-    since: float = 0.0
+    prompt: int = 0       # tokens of the prompts
+    prefill: float = 0.0  # seconds they took, pictures included
+    written: int = 0      # tokens that went through the model one after the other, of all branches
+    decode: float = 0.0   # seconds they took
+    read: int = 0         # bytes they had to read: in every step all weights and what the cache holds
+    since: float = 0.0    # when `lap` was last called
 
     def lap(self, device: torch.device) -> float:
         """Seconds since the last call; all that the device was told to do is done."""
@@ -217,7 +217,7 @@ class Frontier(NamedTuple):
     def of(cls, batch: Batch) -> tuple["Frontier", Tensor]:
         """Of all branches (of the trunk, where there are none), and the place (W,) of their last tokens."""
         if batch.example_ids.max() > 0:
-            raise ValueError("only one prompt can wait for answers in a row")
+            raise ValueError("a row of the batch can hold only one prompt")
         found = []
         for row, (example, branch) in enumerate(zip(batch.example_ids, batch.branch_ids)):
             branch = branch[example >= 0]
@@ -239,9 +239,9 @@ def rank_in_row(row: Tensor) -> Tensor:
 
 
 @functools.cache
-def compiled_blocks():
+def compiled_hidden_states():
     """For every shape of a grid and of a cache once; on a GPU a CUDA graph. (Not yet run on a GPU.)"""
-    return torch.compile(Molmo.run_blocks, mode="reduce-overhead", dynamic=False)
+    return torch.compile(Molmo.hidden_states, mode="reduce-overhead", dynamic=False)
 
 
 class TreeDecoding:
@@ -254,7 +254,7 @@ class TreeDecoding:
 
     def __init__(self, model: Molmo, cache: Cache, ids: MaskIds, frontier: Frontier, mode: str):
         self.model, self.cache, self.frontier, self.static = model, cache, frontier, mode != "views"
-        self.run_blocks = compiled_blocks() if mode == "compiled" else Molmo.run_blocks
+        self.hidden_states = compiled_hidden_states() if mode == "compiled" else Molmo.hidden_states
         empty = lambda field, fill: F.pad(field, (0, cache.room - field.shape[1]), value=fill)
         index = torch.arange(cache.room, device=frontier.row.device).expand(len(ids.index), -1)
         self.ids = MaskIds(empty(ids.example, -1), empty(ids.branch, 0), index, empty(ids.visual, False))
@@ -289,7 +289,7 @@ class TreeDecoding:
         used, frontier = self.cache.used, self.frontier
         self.cache.reserve(self.shape[1])
         mask = DenseDecode(None if self.unmasked else may_attend(self.among(used, self.cache.used), self.among(0, self.cache.end)))
-        h = self.run_blocks(self.model, frontier.grid(x, self.shape), self.position, mask, self.cache)
+        h = self.hidden_states(self.model, frontier.grid(x, self.shape), self.position, mask, self.cache)
         self.position = self.position + 1
         return h.flatten(0, 1) if h.shape[:2].numel() == len(x) else h[frontier.row, frontier.column]
 
@@ -307,6 +307,7 @@ def generate(model: Molmo, batch: Batch, control: ControlTokens, max_new_tokens:
     ids, visual = model.mask_ids(batch), model.visual_tokens(batch)
     x = model.input_embeddings(batch, visual)
     cache = Cache(model.config.llm, len(x), room if mode == "views" else -(-room // STATIC_ROOM) * STATIC_ROOM, like=x)
+    cache.reserve(x.shape[1])
     h = model.hidden_states(x, batch.positions, make_mask(ids), cache)
     owners = model.owners(batch)[frontier.row, place].tolist()
     first = {owner: start_decoder(model, h, visual, owner, control.close) for owner in set(owners)}
@@ -318,26 +319,30 @@ def generate(model: Molmo, batch: Batch, control: ControlTokens, max_new_tokens:
     speed.prefill += speed.lap(device)
 
     # 2. Grow: in every step a token for each branch that has not ended.
-    answers, reasons, active = [[] for _ in decoders], ["length"] * len(decoders), range(len(decoders))
+    answers, reasons = [[] for _ in decoders], ["length"] * len(decoders)
     spoken, weights = speakable(model, device), step_bytes(model)
+    active = list(range(len(decoders)))  # branches that have not ended: row i of h and of the logits is branch active[i]
     for step in range(max_new_tokens):
-        logits, alive = model.logits(h).where(spoken, float("-inf")), []
-        for at, w in enumerate(active):
-            token, carried = decoders[w].step(logits[at], h[at], choose[w])
+        logits = model.logits(h).where(spoken, float("-inf"))
+        alive, tokens, carried = [], [], []  # rows that go on, their new tokens, what is added to the embeddings of those
+        for i, branch in enumerate(active):
+            token, vector = decoders[branch].step(logits[i], h[i], choose[branch])
             if token in control.stops:
-                reasons[w] = "stop"
-            else:
-                answers[w].append(token)
-                alive.append((at, w, token, carried))
+                reasons[branch] = "stop"
+                continue
+            answers[branch].append(token)
+            alive.append(i)
+            tokens.append(token)
+            carried.append(vector)
         if not alive or step + 1 == max_new_tokens:
             break
         if len(alive) < len(active):
-            trees.keep([at for at, *_ in alive])
-        active = [w for _, w, *_ in alive]
-        x = model.embed(torch.tensor([token for _, _, token, _ in alive], device=device))
-        for row, (*_, carried) in zip(x, alive):
-            if carried is not None:
-                row += carried
+            trees.keep(alive)
+        active = [active[i] for i in alive]
+        x = model.embed(torch.tensor(tokens, device=device))  # (W, d)
+        for i, vector in enumerate(carried):
+            if vector is not None:
+                x[i] += vector
         h = trees.step(x)
         speed.written += len(alive)
         speed.read += weights + cache.bytes_read

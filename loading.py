@@ -41,13 +41,13 @@ NOMINAL = 100_000  # what an endless set counts for beside a finite one of its c
 
 @dataclass
 class SyntheticSet:
-    """A synthetic set."""
+    """Records drawn by code, without end: record i is a function of the fields and i. (`data.draw`)"""
 
-    name: str
+    name: str      # one of data.SETS
     seed: int
-    branches: int
-    more: dict[str, float] = field(default_factory=dict)
-    size: int | None = None  # endless
+    branches: int  # questions about a record
+    more: dict[str, float] = field(default_factory=dict)  # ways of asking that are more or less frequent: `train.Stage.more`
+    size: None = None  # endless; sets from files have a number here
 
     def record(self, index: int, config: ViewConfig) -> Record:
         record = draw(self.name, self.seed, index, self.branches, more=self.more).limited(config)
@@ -103,10 +103,10 @@ def apportioned(rates: Sequence[float], total: int, least: Sequence[int]) -> lis
 class Mixture(Dataset):
     """Examples from sets by rates: item n is a pure function of n, and so is how often each set was drawn before it.
 
-    Numbers come in blocks of 1000 (of more, if there are more than 50 sets) in which each category has its exact share, and each set
-    at least one place, in shuffled order. A category's rate is divided
-    among its sets by the square root of their sizes. A finite set is gone through epoch by epoch, each in an order of its
-    own. What cannot be read, or does not fit `max_tokens`, comes as a text that says why.
+    Numbers come in blocks of 1000 (more, if there are more than 50 sets). In a block, in shuffled order, each category has its
+    exact share and each set at least one place; inside a category the shares go by the square roots of the sets' sizes. A finite
+    set is gone through epoch by epoch, each in an order of its own. What cannot be read, or does not fit into `max_tokens`,
+    comes as a text that says why.
     """
 
     sets: dict[str, list[SyntheticSet | Lines | Moments]]   # by category
@@ -189,8 +189,9 @@ class Loader:
     rank: int = 0
     world: int = 1
     multiple: int = 1          # to which rows are padded
-    names: Sequence[str] = ()  # of the examples in the last batch
-    left_out: set[tuple[int, int]] = field(default_factory=set)  # set, and line there, of examples that cannot be used
+    # what the loader says about itself
+    names: Sequence[str] = field(default=(), init=False)  # of the examples in the last batch
+    left_out: set[tuple[int, int]] = field(default_factory=set, init=False)  # set, and line there, of examples that cannot be used
 
     MOST_SKIPPED = 100
 
@@ -198,9 +199,10 @@ class Loader:
         state = self.state or {"next": [self.rank], "pool": []}
         numbers = Numbers(state["pool"], state["next"][0], self.world)
         self.left_out = {(one, index) for one, index in state.get("left out", [])}
-        items = lambda: iter(DataLoader(self.examples, batch_size=None, sampler=numbers, num_workers=self.workers,
-                                        worker_init_fn=ignore_signals, generator=torch.Generator()))  # the model's own stays as it is
-        for batch, self.names, self.state in prefetch(self.batches(items(), state["pool"], state["next"][0])):
+        items = DataLoader(self.examples, batch_size=None, sampler=numbers, num_workers=self.workers, worker_init_fn=ignore_signals,
+                           generator=torch.Generator())  # its own: the global one, from which dropout draws, stays as it is
+        # no name for iter(items) here: it holds the worker processes, which end when nobody holds it
+        for batch, self.names, self.state in prefetch(self.batches(iter(items), state["pool"], state["next"][0])):
             yield batch
 
     def batches(self, items: Iterator[tuple[int, Example | str]], first: list[int], start: int) -> Iterator[tuple[Batch, list[str], dict]]:
@@ -313,6 +315,7 @@ def ignore_signals(worker: int):
 
 ELEMENTS = [(sort, word) for sort, words in screens.USES.items() for word in words]  # of screens: "the Save button"
 PATCH_CLASSES = (1 + len(synthetic.KINDS), 1 + len(synthetic.COLORS), 1 + len(synthetic.KINDS), 1 + len(ELEMENTS), len(synthetic.BACKGROUNDS))
+KIND, COLOR, POINT, ELEMENT, BACKGROUND = range(5)  # what the labels of a patch are, as in PATCH_CLASSES
 UNKNOWN = -100  # what cross entropy leaves out
 FILMED = {"clips": synthetic.world, "tracks": synthetic.crowd}
 
@@ -354,13 +357,13 @@ def patch_labels(scene: Scene, boxes: np.ndarray) -> np.ndarray:
     _, left, top, width, height = boxes.T
     rows, columns = (top + height / 2).astype(int), (left + width / 2).astype(int)
     labels = np.zeros((len(boxes), 5), int)
-    labels[:, 4] = synthetic.BACKGROUNDS.index(scene.background) if scene.background in synthetic.BACKGROUNDS else UNKNOWN
+    labels[:, BACKGROUND] = synthetic.BACKGROUNDS.index(scene.background) if scene.background in synthetic.BACKGROUNDS else UNKNOWN
     for thing, mask, (x, y) in zip(scene.things, scene.masks[0], scene.points[0]):
         here = mask[rows, columns]
         if isinstance(thing, screens.Element):
-            labels[here, 3] = 1 + ELEMENTS.index((thing.sort, thing.word))
+            labels[here, ELEMENT] = 1 + ELEMENTS.index((thing.sort, thing.word))
             continue
         kind = 1 + synthetic.KINDS.index(thing.kind)
-        labels[here, :2] = kind, 1 + list(synthetic.COLORS).index(thing.color)
-        labels[(left <= x) & (x < left + width) & (top <= y) & (y < top + height), 2] = kind
+        labels[here, KIND], labels[here, COLOR] = kind, 1 + list(synthetic.COLORS).index(thing.color)
+        labels[(left <= x) & (x < left + width) & (top <= y) & (y < top + height), POINT] = kind
     return labels

@@ -52,10 +52,14 @@ class Yarn:
     layers: tuple[int, ...] = ()   # which ones
 
     def frequencies(self, width: int, theta: float, device=None) -> Tensor:
+        """As `rope_frequencies`: radians per position of the width / 2 channel pairs."""
+        def pair(turns: float) -> float:
+            """The channel pair (a fraction) that turns so often over the original length: theta^(-2i/width) solved for i."""
+            return width * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
         plain = rope_frequencies(width, theta, device)
-        pair = lambda turns: width * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
         low, high = max(math.floor(pair(self.beta_fast)), 0), min(math.ceil(pair(self.beta_slow)), width - 1)
-        stretched = ((torch.arange(width // 2, device=device) - low) / max(high - low, 0.001)).clamp(0, 1)
+        stretched = ((torch.arange(width // 2, device=device) - low) / max(high - low, 0.001)).clamp(0, 1)  # 0: as it is, 1: in full
         return plain * (1 - stretched) + plain / self.factor * stretched
 
 
@@ -207,12 +211,12 @@ class Cache:
         shape = (batch, c.kv_heads, room, c.head_width)
         self.keys, self.values = ([like.new_empty(shape) for _ in range(c.layers)] for _ in range(2))
         self.room, self.used, self.whole = room, 0, False
-        self.at: slice | Tensor = slice(0)  # where the tokens go that are being added,
-        self.end = 0                        # and where reading ends
+        self.at: slice | Tensor = slice(0)  # the places reserved last: `add` writes there
+        self.end = 0                        # `add` returns keys and values up to here
 
     @property
     def bytes_read(self) -> int:
-        """In a step."""
+        """Bytes of keys and values that one step reads."""
         return 2 * len(self.keys) * self.keys[0][:, :, :self.end].nbytes
 
     def read_whole(self) -> None:
@@ -268,9 +272,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cos_sin: CosSin, mask: Mask, cache: Cache | None) -> Tensor:
         c = self.c
-        q, k, v = self.att_proj(x).unflatten(-1, (-1, c.head_width)).split([c.heads, c.kv_heads, c.kv_heads], dim=2)
+        qkv = self.att_proj(x).unflatten(-1, (-1, c.head_width))  # (B, T, heads + 2 * kv_heads, head_width)
+        q, k, v = qkv.split([c.heads, c.kv_heads, c.kv_heads], dim=2)
         q, k = (apply_rope(a, cos_sin).to(v.dtype) for a in self.qk_norm(q, k))  # under autocast the norms make them float32
-        q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # (B, heads, T, head_width)
+        q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # (B, heads or kv_heads, T, head_width)
         if cache is not None:
             k, v = cache.add(self.layer, k, v)
         return self.attn_out(mask.attend(q, k, v).transpose(1, 2).flatten(2))
@@ -384,7 +389,8 @@ class Molmo(nn.Module):
                 p.normal_(0, 0.2, generator=generator)
             else:
                 # w2 of the connector too: visual tokens much larger than words would not hear what the blocks add to them
-                residual = name.endswith(("wo.weight", "w2.weight", "attn_out.weight", "ff_out.weight"))
+                # (the connector's own wo does not write there: it feeds the projector, which multiplies its input by itself)
+                residual = name.endswith(("attention.wo.weight", "w2.weight", "attn_out.weight", "ff_out.weight"))
                 gain = 0.1 if residual else 2.0 if name.endswith("patch_embedding.weight") else 1.0
                 p.normal_(0, gain * p.shape[1] ** -0.5, generator=generator)
         if self.connector.adapter is not None:
@@ -395,8 +401,8 @@ class Molmo(nn.Module):
         """The same model with another temporal module; attention that it did not have before is new
         (`TemporalAttention.initialize`)."""
         made = Molmo(replace(self.config, temporal=temporal))
-        made.load_state_dict({name: p for name, p in self.state_dict().items() if made.connector.adapter is not None
-                              or ".adapter." not in name}, strict=False)
+        kept = {name: p for name, p in self.state_dict().items() if name in made.state_dict()}
+        made.load_state_dict(kept, strict=False)  # all but the adapter, which only one of the two may have
         if made.connector.adapter is not None and self.connector.adapter is None:
             made.connector.adapter.initialize(init, seed)
         return made.to(self.wte.embedding.device, self.wte.embedding.dtype).train(self.training)
@@ -455,32 +461,29 @@ class Molmo(nn.Module):
 
     def input_embeddings(self, batch: Batch, visual: VisualTokens) -> Tensor:
         """Word embeddings, plus what visual and grounding tokens carry: (B, T, d)."""
-        x = self.embed(batch.tokens).flatten(0, 1).index_add(0, visual.at, visual.embeddings.to(self.wte.embedding.dtype))
+        x = self.embed(batch.tokens).flatten(0, 1)  # (B*T, d)
+        x = x.index_add(0, visual.at, visual.embeddings.to(x.dtype))
         if self.point_predictor is not None:
-            chosen = batch.points[:, 0] >= 0  # "no more points" carries nothing
             at_token, at_patch = ((batch.tokens.flatten() == self.ids[n]).nonzero()[:, 0] for n in (TOKEN_INDEX, VIT_INDEX))
+            chosen = batch.points[:, 0] >= 0  # "no more points" carries nothing
             token, slot, _ = batch.points[chosen].T
             x = x.index_add(0, at_token[chosen], visual.embeddings[token].to(x.dtype))
-            token, slot = token[:len(at_patch)], slot[:len(at_patch)]  # an answer being written may end between the two
-            patch = self.point_predictor.build_vit_embedding(visual.windows[token, slot])
+            n = len(at_patch)  # one less than there are tokens if an answer, while it is written, ends with <|token_index|>
+            patch = self.point_predictor.build_vit_embedding(visual.windows[token[:n], slot[:n]])
             x = x.index_add(0, at_patch, patch.to(x.dtype))
         return x.view(*batch.tokens.shape, -1)
 
     def hidden_states(self, x: Tensor, positions: Tensor, mask: Mask, cache: Cache | None = None, drop: Tensor | None = None) -> Tensor:
-        """x (B, T, d) -> hidden states after the last block, before the final norm; `drop` (B, T) says where dropout acts."""
-        if cache is not None:
-            cache.reserve(x.shape[1])
-        return self.run_blocks(x, positions, mask, cache, drop)
-
-    def run_blocks(self, x: Tensor, positions: Tensor, mask: Mask, cache: Cache | None, drop: Tensor | None = None) -> Tensor:
-        """`hidden_states` with its places in the cache reserved: all of it runs on the device."""
+        """x (B, T, d), positions (B, T) -> hidden states (B, T, d) after the last block, before the final norm. With a cache, the
+        caller has reserved T places in it (`Cache.reserve`, which counts in Python: all that is left here can be one compiled graph).
+        `drop` (B, T) bool says where dropout acts (None: everywhere)."""
         ropes = {yarn: self.rope(positions, yarn, x.dtype) for yarn in {block.self_attn.yarn for block in self.blocks}}
         for block in self.blocks:
             x = block(x, ropes[block.self_attn.yarn], mask, cache, drop)
         return x
 
     def rope(self, positions: Tensor, yarn: Yarn | None, dtype: torch.dtype) -> CosSin:
-        """For every head: each (B, T, 1, head_width)."""
+        """positions (B, T) -> cosines and sines, each (B, T, 1, head_width): the same for every head."""
         width, theta = self.config.llm.head_width, self.config.llm.rope_theta
         if yarn is None:
             return rope_cos_sin(positions[..., None], rope_frequencies(width, theta, positions.device), dtype=dtype)
@@ -502,11 +505,12 @@ class Molmo(nn.Module):
 
     def forward(self, batch: Batch, drop: Tensor | None = None) -> tuple[Tensor, VisualTokens]:
         """-> hidden states (B, T, d) and what was seen."""
-        visual = self.visual_tokens(batch)
-        x, share = self.input_embeddings(batch, visual), self.context
-        mask = share.mask(make_mask(self.mask_ids(batch)))
-        h = self.hidden_states(share.part(x), share.part(batch.positions), mask, drop=share.part(drop))
-        return share.whole(h), visual
+        visual = self.visual_tokens(batch)        # ViT and connector
+        x = self.input_embeddings(batch, visual)  # (B, T, d)
+        mask = make_mask(self.mask_ids(batch))
+        context = self.context                    # alone: part, mask and whole change nothing
+        h = self.hidden_states(context.part(x), context.part(batch.positions), context.mask(mask), drop=context.part(drop))
+        return context.whole(h), visual
 
     def losses(self, batch: Batch, drop_responses_only: bool = False) -> dict[str, Tensor]:
         """Weighted sums: `token`, `z` (the squared log-normaliser of the head), `patch`, `slot`, `location`; and counts

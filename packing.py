@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -90,8 +91,7 @@ WEIGHTS: dict[str, Callable[[str, int, int], float]] = {
 # Rows and batches
 
 
-@dataclass
-class Row:
+class Row(NamedTuple):
     """A pack laid out in a row; fields as in `Batch`, each (T,)."""
 
     tokens: np.ndarray
@@ -108,15 +108,16 @@ def lay_out(pack: Sequence[Example], weights: str = "uniform") -> Row:
     as branches."""
     parts = []
     for number, example in enumerate(pack):
-        n, pad = len(example.trunk), np.append(example.trunk[1:], IGNORED)
-        parts.append((example.trunk, pad, np.zeros(n), np.arange(n), np.full(n, number), np.zeros(n, int)))
+        n = len(example.trunk)
+        parts.append(Row(tokens=example.trunk, targets=np.append(example.trunk[1:], IGNORED), loss_weights=np.zeros(n),
+                         positions=np.arange(n), example_ids=np.full(n, number), branch_ids=np.zeros(n, int)))
         for b, branch in enumerate(example.branches, start=1):
             t, loss_mask = len(branch.tokens) - 1, branch.loss_mask[1:]
             learned = int(loss_mask.sum()) - (len(example.branches) > 1)  # the EOS that ends one branch of several is not counted
             weight = WEIGHTS[weights](branch.category, max(learned, 1), len(example.branches))
-            parts.append((branch.tokens[:-1], branch.tokens[1:], weight * loss_mask, n + np.arange(t), np.full(t, number),
-                          np.full(t, b)))
-    return Row(*(np.concatenate(field) for field in zip(*parts)))
+            parts.append(Row(tokens=branch.tokens[:-1], targets=branch.tokens[1:], loss_weights=weight * loss_mask,
+                             positions=n + np.arange(t), example_ids=np.full(t, number), branch_ids=np.full(t, b)))
+    return Row(*(np.concatenate(values) for values in zip(*parts)))
 
 
 def collate(packs: Sequence[Example | Sequence[Example]], weights: str = "uniform", multiple: int = 1) -> Batch:

@@ -15,9 +15,10 @@ exchanges parts of the row with all heads for the whole row with a part of the h
 parameter, gradient and optimiser state is cut over all processes; of a small model each process keeps the whole. A process
 without pictures runs ViT, connector and pointing head on nothing, so that nobody waits for it in vain.
 
-    whole loss = sum over processes of their weighted sums / (mean over processes of the summed weights)
+    loss of a process = its weighted sum of losses / (mean over processes of the summed weights)
 
-which the mean of gradients over processes turns into the gradient of (all weighted sums) / (all weights).
+so that the mean of the gradients over processes is the gradient of (all weighted sums) / (all weights), whoever holds how many
+tokens. (`train.py` divides the gradients after they are averaged, which is the same: then all weights of the step are known.)
 
 B sequences, T tokens, C processes in a context group.
 """
@@ -75,7 +76,7 @@ class World:
         return self.size // self.context
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over all processes."""
+        """The sum over all processes, in place."""
         if self.mesh is not None:
             dist.all_reduce(values)
         return values
@@ -88,11 +89,11 @@ class World:
         return values
 
     def totals(self, values: dict[str, float]) -> Counter:
-        """The sums over all processes of numbers by name, the same names everywhere."""
+        """Numbers by name -> their sums over all processes. Every process has the same names in the same order."""
         if self.mesh is None:
             return Counter(values)
-        device = "cuda" if self.mesh.device_type == "cuda" else "cpu"
-        return Counter(dict(zip(values, self.sum(torch.tensor([*values.values()], dtype=torch.float64, device=device)).tolist())))
+        sums = self.sum(torch.tensor([*values.values()], dtype=torch.float64, device=self.mesh.device_type))
+        return Counter(dict(zip(values, sums.tolist())))
 
     def any(self, here: bool) -> bool:
         """Is it so anywhere?"""

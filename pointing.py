@@ -17,7 +17,8 @@ The choice is then fed back: <|token_index|> carries the chosen token's connecto
     PointDecoder      the rules that hold while an answer is being written
     write_text ...    the same points as text, and the strict reader
 
-B sequences, T tokens, d LLM width, M visual tokens, K slots of a pool window, v ViT feature width, G points, w width of the pointing queries and keys.
+B sequences, T tokens, d LLM width, M visual tokens, K slots of a pool window, v ViT feature width, w width of the pointing queries
+and keys, G <|token_index|> tokens (points and stops).
 """
 
 import re
@@ -59,17 +60,19 @@ class PatchMap:
 
     def __init__(self, patch_boxes: np.ndarray, pooling: np.ndarray, indexable: np.ndarray):
         self.patch_boxes, self.pooling = patch_boxes, pooling
+        # every patch that may be pointed at: its visual token, its slot there, its box
         self.tokens, self.slots = np.nonzero((pooling >= 0) & indexable[:, None])
         self.boxes = patch_boxes[pooling[self.tokens, self.slots]]
 
     def target(self, picture: int, x: float, y: float) -> tuple[int, int, int]:
         """Pixel -> (visual token, slot, location 3 * column + row); the nearest patch if the point lies outside."""
-        number, left, top, width, height = self.boxes.T
-        column, row = (x - left) / width, (y - top) / height  # 0..1 inside the box
-        if not (number == picture).any():
+        here = self.boxes[:, 0] == picture
+        if not here.any():
             raise ValueError(f"picture {picture} has no patch that can be pointed at")
-        distance = np.maximum(abs(column - 0.5), abs(row - 0.5))
-        i = np.where(number == picture, distance, np.inf).argmin()
+        left, top, width, height = self.boxes[:, 1:].T
+        column, row = (x - left) / width, (y - top) / height  # of every patch: 0..1 inside its box
+        distance = np.maximum(abs(column - 0.5), abs(row - 0.5))  # at most 0.5 inside
+        i = np.where(here, distance, np.inf).argmin()
         third = lambda position: min(max(int(3 * position), 0), 2)
         return int(self.tokens[i]), int(self.slots[i]), 3 * third(column[i]) + third(row[i])
 
@@ -200,34 +203,36 @@ class PointPredictor(nn.Module):
         are; `right`: in how many of them (stops included) the right choice scores highest.
 
         h (B*T, d); targets, weights, owner (example) and branch (B*T,); points (G, 3): visual token, slot and location
-        of every <|token_index|>, in order; visual token -1 is the "no more points" choice.
+        of every <|token_index|>, in order; visual token -1 is the "no more points" choice. P of the G are points, not stops.
         """
-        ask, at_slot, at_location = ((targets == ids[name]).nonzero()[:, 0] for name in (TOKEN_INDEX, VIT_INDEX, VIT_LOC))
-        triples = points[points[:, 0] >= 0]
-        chosen = points[:, 0]
-        previous = previous_choices(chosen, owner[ask], branch[ask])
-
-        keys = self.patch_keys(self.x_norm(h[visual.at]), visual.index)
-        index = torch.where(previous < 0, 0, _take(visual.index, previous))
-        scores = self.patch_scores(self.x_norm(h[ask]), index, keys)
-        number = torch.arange(len(visual.at), device=h.device)
-        allowed = (visual.owner == owner[ask, None]) & visual.indexable & (number >= previous[:, None])
-        scores = scores.masked_fill(~F.pad(allowed, (0, 1), value=True), float("-inf"))
-        target = torch.where(chosen < 0, len(number), chosen)
-
-        window = triples[:, 0]
-        slots = self.slot_scores(self.x_norm(h[at_slot]), visual.windows[window], visual.valid[window])
-        locations = self.location_scores(h[at_location])
-
         def loss(scores, target, at):
             return (F.cross_entropy(scores.float(), target, reduction="none") * weights[at]).sum()
 
+        # the places (in B*T) that predict the three tokens, and the truth there
+        at_token, at_slot, at_location = ((targets == ids[name]).nonzero()[:, 0] for name in (TOKEN_INDEX, VIT_INDEX, VIT_LOC))
+        chosen = points[:, 0]                            # (G,), -1 = stop
+        token, slot, location = points[chosen >= 0].T    # each (P,)
+
+        # 1. Which visual token? One of the own example, none before the last choice of the same list; or the stop class.
+        previous = previous_choices(chosen, owner[at_token], branch[at_token])  # (G,), -1 where a list begins
+        keys = self.patch_keys(self.x_norm(h[visual.at]), visual.index)         # (M, w)
+        index = F.pad(visual.index, (0, 1))[previous]                           # RoPE position; -1 reads the 0 at the end
+        scores = self.patch_scores(self.x_norm(h[at_token]), index, keys)       # (G, M + 1)
+        number = torch.arange(len(keys), device=h.device)
+        allowed = (visual.owner == owner[at_token, None]) & visual.indexable & (number >= previous[:, None])  # (G, M)
+        scores = scores.masked_fill(~F.pad(allowed, (0, 1), value=True), float("-inf"))
+        target = torch.where(chosen < 0, len(keys), chosen)                     # the stop class is last
+
+        # 2. Which patch of its window?  3. Which ninth of that patch?
+        slots = self.slot_scores(self.x_norm(h[at_slot]), visual.windows[token], visual.valid[token])  # (P, K)
+        locations = self.location_scores(h[at_location])                                               # (P, 9)
+
         return {
-            "patch": loss(scores, target, ask),
-            "slot": loss(slots, triples[:, 1], at_slot),
-            "location": loss(locations, triples[:, 2], at_location),
+            "patch": loss(scores, target, at_token),
+            "slot": loss(slots, slot, at_slot),
+            "location": loss(locations, location, at_location),
             "right": (scores.argmax(-1) == target).sum(),
-            "choices": torch.tensor(len(ask), device=h.device),
+            "choices": torch.tensor(len(at_token), device=h.device),
         }
 
 
@@ -237,11 +242,6 @@ def previous_choices(chosen: Tensor, owner: Tensor, branch: Tensor) -> Tensor:
     begins = (owner != owner.roll(1)) | (branch != branch.roll(1))
     begins[:1] = True
     return chosen.roll(1).masked_fill(begins, -1)  # a stop ends its list: the next one in the branch begins after a -1
-
-
-def _take(values: Tensor, at: Tensor) -> Tensor:
-    """values[at] where `at` may be -1 (any value then) and `values` may be empty."""
-    return values[at.clamp(min=0)] if len(values) else torch.zeros_like(at)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ class PointDecoder:
 
     def choose_visual_token(self, x: Tensor) -> Tensor | None:
         """Choose a visual token (its embedding is fed back) or "no more points" (nothing is, and `">` is forced)."""
-        index = self.visual.index[self.visual_token] if self.visual_token >= 0 else self.visual.index.new_zeros(())
+        index = F.pad(self.visual.index, (0, 1))[self.visual_token]  # 0 where a list begins, at -1
         scores = self.predictor.patch_scores(x, index[None], self.keys)[0]
         allowed = F.pad(self.visual.indexable, (0, 1), value=self.visual_token >= 0)  # the stop class is last
         allowed[:max(self.visual_token, 0)] = False

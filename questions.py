@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from synthetic import COLORS, KINDS, PLURALS, Scene, Thing
+from synthetic import COLORS, KINDS, PLURALS, Scene
 
 # {is} agrees with the label. Labels are plural, except those that name one thing ("largest cup", "leftmost star").
 POINT = ("Point to the {label}.", "point to the {label}", "Where {is} the {label}?", "Show me the {label}.",
@@ -33,7 +33,7 @@ class Query:
     targets: list[int]  # indices of the things meant; [] if there is none ("There are none.")
     answer: str         # in words; "" where points are the answer
     about: str          # how the targets were picked: "kind", "color", "color+kind", "all", "size", "position", "motion",
-    #                     "none"; for words: "caption", "color-of", "kind-of", "exists", "colors", "subtitle", "words"
+    #                     "given", "none"; for words: "caption", "color-of", "kind-of", "exists", "colors", "subtitle", "words"
     choices: list[str] = field(default_factory=list)  # "choice": what to choose from
 
 
@@ -255,7 +255,7 @@ ANSWERS = {("qa", ""): 6, ("choice", ""): 4, ("count", "kind"): 1, ("count", "co
 POINTING = {key: share for key, share in MIXTURE.items() if key[0].startswith("point")} | {
     ("count_point", "kind"): 3, ("count_point", "color+kind"): 3, ("count_point", "none"): 1}
 TRACKING = {("track", "kind"): 6, ("track", "color+kind"): 6, ("track", "all"): 1, ("track", "motion"): 5, ("track", "none"): 2,
-            ("track_ends", "kind"): 2, ("track_ends", "color+kind"): 2, ("track_ends", "motion"): 1, ("track_from", "all"): 3}
+            ("track_ends", "kind"): 2, ("track_ends", "color+kind"): 2, ("track_ends", "motion"): 1, ("track_from", "given"): 3}
 
 MOVING = {("point", "motion"): 1}
 WAYS = {about for mixture in (MIXTURE, CAPTIONS, ANSWERS, POINTING, TRACKING, MOVING) for _, about in mixture}
@@ -277,7 +277,7 @@ def _query(scene: Scene, rng: np.random.Generator, more: dict[str, float], mixtu
         return _ask_choice(scene, rng)
     if task == "track_from":
         thing = int(rng.integers(len(scene.things)))
-        return Query(task, "", scene.things[thing].name, [thing], "", "all")
+        return Query(task, "", scene.things[thing].name, [thing], "", "given")
     if about == "motion":
         return _ask_motion(scene, rng, task)
     if about in ("size", "position"):

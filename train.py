@@ -59,7 +59,7 @@ PARTS = ("vit", "connector", "llm", "point")
 LIGHT = ("tiny", "small")  # presets that need no care for memory: whole in every process, all activations kept
 LOSSES = ("token", "patch", "slot", "location")
 SMALL_EVALUATION = 40  # records of each set
-FORMAT = 2             # of what a checkpoint says about its run: the loader's numbers mean the same examples
+FORMAT = 3             # of what a checkpoint says about its run: the loader's numbers mean the same examples
 Z_LOSS = 1e-4          # weight of the squared log-normaliser of the head, which keeps it from drifting
 VIT_BATCH, VIT_LR, VIT_WARMUP = 10, 3e-3, 20  # of the ViT alone: scenes a step, peak rate, steps
 
@@ -119,10 +119,10 @@ TINY = {
                                      "captions": 14, "image qa": 6, "video qa": 5, "text": 3}, "uniform",
              per_part(2e-4, 3e-4, 2e-3, 2e-3), per_part(20, 20, 20, 20), ("stills", "clips", "screens", "tracks"), vit_steps=10_000,
              more={"none": 1.3, "position": 2.5, "size": 2}, vit_frozen_steps=2200),
-    3: Stage(6000, 2, 2048, 40, 32, {"image points": 11, "multi-image points": 6, "screens": 9, "video points": 11, "arrivals": 3, "tracks": 20,
-                                     "captions": 17, "image qa": 15, "video qa": 12, "text": 1, "long points": 2, "long tracks": 6},
+    3: Stage(5200, 2, 2048, 40, 32, {"image points": 10, "multi-image points": 8, "screens": 9, "video points": 12, "arrivals": 3, "tracks": 22,
+                                     "captions": 16, "image qa": 10, "video qa": 13, "text": 1, "long points": 2, "long tracks": 6},
              "uniform", per_part(2e-4, 1e-4, 1.2e-3, 1.2e-3), per_part(20, 20, 20, 20), ("video points", "long points", "long tracks"),
-             more={"none": 1.6, "position": 2.5, "size": 2}),
+             more={"none": 1.6, "position": 2.5, "size": 2, "all": 3}),
     4: Stage(300, 1, 1024, 100, 32, {"moments": 1.0}, "uniform", per_part(2e-4, 8e-4, 8e-4, 8e-4), per_part(20, 20, 20, 20),
              ("moments",), branches=5),
 }
@@ -395,8 +395,9 @@ def restore(module: nn.Module, optimisers: list[torch.optim.Optimizer], state: d
 
 def pretrain_vit(run: Run, state: dict[str, np.ndarray] | None):
     """Where the papers load SigLIP 2, `tiny` and `small` train their ViT alone at the beginning of a stage: a linear layer on the
-    features, thrown away afterwards, names for each patch the kind and colour of the thing at its middle, of which kind of
-    thing it holds the point, the element of a screen, and the background. Steps count up to 0, where the model takes over."""
+    features, thrown away afterwards, classifies every patch in five ways (`loading.PatchSet`): the kind and the colour of the thing
+    at its middle, the kind of the thing whose point lies in it, the element of a screen at its middle, and the background of the
+    picture. Its steps are numbered from -vit_steps up to 0, where the whole model takes over."""
     model, stage, args, world = run.model, run.stage, run.args, run.world
     probe = nn.Linear(model.config.vit.feature_width, sum(loading.PATCH_CLASSES), device=args.device)
     nn.init.zeros_(probe.weight), nn.init.zeros_(probe.bias)
@@ -417,9 +418,13 @@ def pretrain_vit(run: Run, state: dict[str, np.ndarray] | None):
         truth = labels.to(args.device).flatten(0, 1)
         loss = sum(F.cross_entropy(s, t, reduction="sum") for s, t in zip(scores, truth.T))
         right = torch.stack([s.argmax(-1) for s in scores], dim=-1) == truth
-        measured = {"named": (0, truth[:, 0] > 0), "read": (3, truth[:, 3] > 0), "background": (4, truth[:, 4] >= 0)}
+        measured = {  # a column of the labels, and the patches where it counts: those that show something
+            "named": (loading.KIND, truth[:, loading.KIND] > 0),
+            "read": (loading.ELEMENT, truth[:, loading.ELEMENT] > 0),
+            "background": (loading.BACKGROUND, truth[:, loading.BACKGROUND] != loading.UNKNOWN),
+        }
         sums = {"naming": loss.item(), "patches": len(truth)}
-        for name, (column, where) in measured.items():  # a column of the labels, and the patches where it counts
+        for name, (column, where) in measured.items():
             sums[name], sums[f"all {name}"] = right[where, column].sum().item(), where.sum().item()
         totals = world.totals(sums)
         (loss / totals["patches"] * world.size).backward()
@@ -475,18 +480,20 @@ def prepare(args: argparse.Namespace, world: World):
         raise ValueError("--temporal-init and --missing go with --temporal")
     if args.points_as == "tags" and args.stage in (2, 3):
         raise ValueError("--points-as tags: they mark points in one picture; stages 2 and 3 have videos and several images")
-    seed, folder = args.stage + 100 * args.seed, run_folder(args)  # every stage draws other examples (the ViT alone: those of --seed in each); below evaluate.EVALUATION_SEED
+    # every stage draws other examples (but the ViT alone learns from those of --seed in each); all below evaluate.EVALUATION_SEED
+    seed, folder = args.stage + 100 * args.seed, run_folder(args)
     state = weights.load_training(folder / "checkpoint") if args.resume else None
+    weights.recover(folder / "checkpoint")  # a kill may have left it beside its name
+    if not args.resume and (folder / "checkpoint").exists():
+        raise ValueError(f"{folder} holds a run: --resume goes on with it, --out FOLDER begins another elsewhere")
     before = Path(f"runs/stage{args.stage - 1}/checkpoint")
     if state is None and not (args.init or args.out) and weights.standing(before).is_dir():
         args.init = str(before)
         if world.rank == 0:
             print(f"begins with {args.init}: --init names another")
-    weights.recover(folder / "checkpoint")  # a kill may have left it beside its name
-    if not args.resume and (folder / "checkpoint").exists():
-        raise ValueError(f"{folder} holds a run: --resume goes on with it, --out FOLDER begins another elsewhere")
     settings = {"stage": args.stage, "preset": args.preset, "freeze": sorted(args.freeze), "seed": args.seed, "steps": steps,
-                "data": args.data, "contents of the data": [checksum(path) for path in args.data or []], "format": FORMAT, "temporal": args.temporal, "temporal-init": args.temporal_init, "missing": args.missing}
+                "data": args.data, "contents of the data": [checksum(path) for path in args.data or []], "format": FORMAT,
+                "temporal": args.temporal, "temporal-init": args.temporal_init, "missing": args.missing}
     if state:
         same_run(settings, json.loads(str(state["settings"])) if "loaders" in state else {}, folder)
     model, tokenizer = model_for(args, folder, state is not None)
@@ -608,13 +615,13 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
     bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=f"stage {args.stage}", dynamic_ncols=True,
                disable=run.log.silent)
     started, tokens = time.time(), 0
-    watched = lambda done: stage.watch and not args.data and (done == stage.steps or done % args.eval_every == 0)
-    if first and watched(first) and world.any(not run.log.silent and not run.log.evaluated(first - 1)):
+    evaluation_due = lambda done: stage.watch and not args.data and (done == stage.steps or done % args.eval_every == 0)
+    if first and evaluation_due(first) and world.any(not run.log.silent and not run.log.evaluated(first - 1)):
         watch(run, first - 1)  # the run was stopped or killed while it was evaluated
         if world.any(bool(run.stop_signals)):
             return run.log.say(f"stopped after step {first}: --resume goes on from there")
     sharded = any(isinstance(p, DTensor) for p in model.parameters())  # shards are cast when they are gathered
-    half = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=has_bfloat16(args.device) and not sharded)
+    autocast = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=has_bfloat16(args.device) and not sharded)
     for step in bar:
         if step in (first, stage.vit_frozen_steps):
             frozen = {*args.freeze, *(("vit",) if step < stage.vit_frozen_steps and not args.data else ())}
@@ -626,7 +633,7 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
         totals, names = Counter(), []
         for batch in islice(batches, accumulate):
             names += loader.names
-            totals.update(backward(model, batch.to(args.device), half, stage.drop_responses_only))
+            totals.update(backward(model, batch.to(args.device), autocast, stage.drop_responses_only))
 
         # divided by the summed weights of all processes; `average` makes gradients a mean over processes: hence world.size
         own = totals["loss"]
@@ -647,11 +654,12 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
         if totals["choices"]:  # the share of visual tokens (and of stops) chosen right
             shown["right"] = totals["right"] / totals["choices"]
         tokens += int(totals["tokens"]) // world.context
-        run.log.write(step=step, loss=totals["loss"], **shown, norms=norms, **({"left out": len(gone)} if (gone := loader.state["left out"]) else {}))
+        left_out = loader.state["left out"]
+        run.log.write(step=step, loss=totals["loss"], **shown, norms=norms, **({"left out": len(left_out)} if left_out else {}))
         bar.set_postfix({"loss": totals["loss"], **shown, "tokens/s": int(tokens / (time.time() - started))})
 
         # save, evaluate, stop
-        stop, due = world.any(bool(run.stop_signals)), watched(step + 1)
+        stop, due = world.any(bool(run.stop_signals)), evaluation_due(step + 1)
         if step + 1 == stage.steps or (step + 1) % args.save_every == 0 or due or stop:  # before evaluating
             run.save(model, optimisers, step + 1, loader.state)
         if due and not stop:
@@ -661,15 +669,16 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
             run.log.say(f"stopped after step {step + 1}: --resume goes on from there")
             break
     run.log.draw()
-    if gone := {tuple(place) for places in world.collect((loader.state or {}).get("left out", [])) for place in places}:
-        run.log.say(f"left out: {len(gone)}, each with its warning when it came first")
+    left_out = world.collect((loader.state or {}).get("left out", []))  # by every process its own
+    if count := len({tuple(place) for places in left_out for place in places}):
+        run.log.say(f"left out: {count} examples, each with its warning when it came first")
     if graphs := compilations():
         run.log.say(f"{graphs} graphs compiled")
 
 
-def backward(model: Molmo, batch: Batch, half: torch.autocast, drop_responses_only: bool) -> dict[str, float]:
+def backward(model: Molmo, batch: Batch, autocast: torch.autocast, drop_responses_only: bool) -> dict[str, float]:
     """Adds the gradients of a batch's summed losses; -> the sums: losses, loss weights, tokens, choices."""
-    with half:
+    with autocast:
         losses = model.losses(batch, drop_responses_only)
     loss = sum(losses[name] for name in LOSSES if name in losses) + Z_LOSS * losses["z"]
     loss.backward()

@@ -48,7 +48,8 @@ class Attention(nn.Module):
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(c.width, c.width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (w(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (w(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, heads, S, e / heads)
+                   for w in (self.wq, self.wk, self.wv))
         return self.wo(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (N, S, e)
 
 
@@ -87,7 +88,7 @@ class ViT(nn.Module):
         """The position table (S, e), resized when crops have another (square) grid than it was made for."""
         if patches == self.config.grid**2:
             return self.positional_embedding
-        table = self.positional_embedding.unflatten(0, (self.config.grid, -1)).permute(2, 0, 1)[None]
+        table = self.positional_embedding.unflatten(0, (self.config.grid, -1)).permute(2, 0, 1)[None]  # (1, e, grid, grid)
         side = round(patches**0.5)
         table = F.interpolate(table, size=(side, side), mode="bicubic", align_corners=False, antialias=True)
         return table[0].flatten(1).T
@@ -104,9 +105,10 @@ class ViT(nn.Module):
         return features
 
     def features(self, crops: Tensor) -> Tensor:
+        """`forward` on all crops at once: (N, S, 3P²) uint8 -> (N, S, v)."""
         dtype = self.patch_embedding.weight.dtype
         pixels = (crops.to(torch.promote_types(dtype, torch.float32)) / 255 - 0.5) / 0.5  # rounded to bf16 only after that
-        x = self.patch_embedding(pixels.to(dtype)) + self.positions(crops.shape[1])
+        x = self.patch_embedding(pixels.to(dtype)) + self.positions(crops.shape[1])  # (N, S, e)
         tapped = {}
         for i, block in enumerate(self.blocks):
             x = block(x)

@@ -80,7 +80,8 @@ def test_a_compiled_step_writes_the_same(model, monkeypatch, questions, eight): 
     """Captured as one graph (and run without a compiler's back end), the step gives the same answers, to many questions and to
     one, for which products are loops over rows, in eight bits too; and that one graph serves all tokens."""
     counter = CompileCounterWithBackend("eager")
-    monkeypatch.setattr(generation, "compiled_blocks", lambda: torch.compile(Molmo.run_blocks, backend=counter, dynamic=False, fullgraph=True))
+    step = torch.compile(Molmo.hidden_states, backend=counter, dynamic=False, fullgraph=True)
+    monkeypatch.setattr(generation, "compiled_hidden_states", lambda: step)
     model, batch = to_int8(deepcopy(model)) if eight else model, collate([tree(74, questions, **SEEN["image"])])
     assert generate(model, batch, CONTROL, 12, mode="compiled") == generate(model, batch, CONTROL, 12)
     assert counter.frame_count == 1
@@ -146,11 +147,13 @@ def test_a_full_cache_says_so():
 
 
 def test_the_model_refuses_what_does_not_fit(model):  # noqa: F811
-    """A prompt longer than the cache ends in an error, not in overwritten keys."""
+    """More tokens than were reserved end in an error, not in overwritten keys."""
     batch = collate([prompt(80)])
     x, length = model.embed(batch.tokens), batch.tokens.shape[1]
-    with pytest.raises(ValueError, match=f"do not fit into a cache of {length - 1}"):
-        model.hidden_states(x, batch.positions, make_mask(model.mask_ids(batch)), Cache(model.config.llm, 1, length - 1, x))
+    cache = Cache(model.config.llm, 1, length, x)
+    cache.reserve(length - 1)
+    with pytest.raises(RuntimeError):
+        model.hidden_states(x, batch.positions, make_mask(model.mask_ids(batch)), cache)
 
 
 @pytest.mark.parametrize("queries", [1, 3])
