@@ -203,6 +203,17 @@ def test_visual_tokens_can_hear_the_blocks(kind, most):
     assert visual.embeddings.norm(dim=-1).mean() < most * added.norm(dim=-1).mean()
 
 
+def test_both_forms_of_points_begin_with_equally_large_visual_tokens():
+    """The output layer of the pooling attention, which only Molmo2 has, makes the visual tokens of a new model neither larger nor smaller."""
+    size = {}
+    for layer in (False, True):
+        config = replace(PRESETS["tiny"], connector=replace(PRESETS["tiny"].connector, output_layer=layer))
+        connector = Molmo(config).initialize(0).connector
+        windows = torch.randn(50, 4, config.vit.feature_width, generator=torch.Generator().manual_seed(0))
+        size[layer] = connector(windows, torch.ones(50, 4, dtype=torch.bool)).norm(dim=-1).mean()
+    assert 0.5 < size[True] / size[False] < 2
+
+
 # ---- configuration ---------------------------------------------------------------------------------------------------
 
 
