@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 MOST_DENSE = 4096  # tokens of a row on a GPU that still get a mask of all pairs
+MOST_COMPILED = 64  # graphs of a function: torch gives up after 8, silently, and FlexAttention would then hold all scores
 # cuDNN's attention, which H100s take first, builds and keeps a plan for every new shape; here nearly every call has one.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -134,8 +135,10 @@ Mask = Dense | DenseDecode | PerExample | Sparse
 
 @cache
 def compiled(function):
-    """Once for rows of all lengths."""
-    return torch.compile(function, dynamic=True)
+    """For the first length of rows, and once more for all others. (A kernel for one length is the faster one: it needs fewer
+    registers. Rows of training have one length.)"""
+    torch._dynamo.config.recompile_limit = MOST_COMPILED
+    return torch.compile(function)
 
 
 def compilations() -> int:

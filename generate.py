@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import DenseDecode, MaskIds, make_mask, may_attend
-from model import Batch, Cache, Embedding, Molmo, linear
+from attention import MOST_COMPILED, DenseDecode, MaskIds, make_mask, may_attend
+from model import Batch, Cache, Embedding, LLMConfig, Molmo, compiling_one_token, row_by_row
 from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, PointDecoder, VisualTokens
 from tokenizer import RESERVED
 
@@ -128,7 +128,7 @@ def _with_token(batch: Batch, token: int, triples: list[list[int]]) -> Batch:
 class Linear8(nn.Module):
     """A matrix without bias in whole numbers from -127 to 127 and a scale for every output: a byte a weight. No weight is off
     by more than half a scale, which is 1/254 of the largest weight of its output. Arithmetic stays in the dtype of x: the
-    matrix is widened for every call."""
+    matrix is widened for every call, in a compiled step of one token inside its loop."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -137,7 +137,11 @@ class Linear8(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight.to(x.dtype)) * self.scale
+        weight = self.weight.to(x.dtype)
+        if compiling_one_token(x):
+            return row_by_row(x, weight) * self.scale
+        scale = self.scale.float() if x.is_cuda else self.scale  # on CUDA the compiler has a product of bytes, slower than widening
+        return (F.linear(x, weight) * scale).to(x.dtype)
 
 
 class Head8(nn.Module):
@@ -238,9 +242,20 @@ def rank_in_row(row: Tensor) -> Tensor:
     return (row[:, None] == row).tril(-1).sum(1)
 
 
+@functools.lru_cache(1)
+def _last_cache(c: LLMConfig, batch: int, room: int, dtype: torch.dtype, device: torch.device) -> Cache:
+    return Cache(c, batch, room, torch.empty(0, dtype=dtype, device=device))
+
+
+def static_cache(c: LLMConfig, batch: int, room: int, like: Tensor) -> Cache:
+    """The last cache again, if it fits exactly: a CUDA graph belongs to the memory on which it was recorded."""
+    return _last_cache(c, batch, room, like.dtype, like.device)
+
+
 @functools.cache
 def compiled_hidden_states():
     """For every shape of a grid and of a cache once; on a GPU a CUDA graph. (Not yet run on a GPU.)"""
+    torch._dynamo.config.recompile_limit = MOST_COMPILED
     return torch.compile(Molmo.hidden_states, mode="reduce-overhead", dynamic=False)
 
 
@@ -306,7 +321,8 @@ def generate(model: Molmo, batch: Batch, control: ControlTokens, max_new_tokens:
     room = batch.tokens.shape[1] + max_new_tokens * (int(frontier.column.max()) + 1)
     ids, visual = model.mask_ids(batch), model.visual_tokens(batch)
     x = model.input_embeddings(batch, visual)
-    cache = Cache(model.config.llm, len(x), room if mode == "views" else -(-room // STATIC_ROOM) * STATIC_ROOM, like=x)
+    made = static_cache if mode == "compiled" else Cache
+    cache = made(model.config.llm, len(x), room if mode == "views" else -(-room // STATIC_ROOM) * STATIC_ROOM, like=x).empty()
     cache.reserve(x.shape[1])
     h = model.hidden_states(x, batch.positions, make_mask(ids), cache)
     owners = model.owners(batch)[frontier.row, place].tolist()

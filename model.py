@@ -210,9 +210,15 @@ class Cache:
     def __init__(self, c: LLMConfig, batch: int, room: int, like: Tensor):
         shape = (batch, c.kv_heads, room, c.head_width)
         self.keys, self.values = ([like.new_empty(shape) for _ in range(c.layers)] for _ in range(2))
-        self.room, self.used, self.whole = room, 0, False
+        self.room = room
+        self.empty()
+
+    def empty(self) -> "Cache":
+        """As it was when it was new."""
+        self.used, self.whole = 0, False
         self.at: slice | Tensor = slice(0)  # the places reserved last: `add` writes there
         self.end = 0                        # `add` returns keys and values up to here
+        return self
 
     @property
     def bytes_read(self) -> int:
@@ -242,12 +248,20 @@ class Cache:
         return keys[:, :, :self.end], values[:, :, :self.end]
 
 
+def compiling_one_token(x: Tensor) -> bool:
+    """Is x (..., i) a single token, in a step that is being compiled?"""
+    return torch.compiler.is_compiling() and x.numel() == x.shape[-1]
+
+
+def row_by_row(x: Tensor, weight: Tensor) -> Tensor:
+    """x (1, ..., 1, i), weight (o, i) -> (1, ..., 1, o) as sums, of which a compiler makes a loop over the rows."""
+    return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., i), weight (o, i) -> (..., o). Compiled for a single token on a CPU it becomes a loop over the rows, which reads the
-    matrix as fast as the memory delivers it; BLAS is tuned for many tokens and reaches down to a quarter of that."""
-    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.shape[-1]:
-        return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
-    return F.linear(x, weight)
+    """x (..., i), weight (o, i) -> (..., o). A compiled step of one token on a CPU goes row by row, which reads the matrix as fast as
+    the memory delivers it; BLAS is tuned for many tokens and reaches down to a quarter of that."""
+    return row_by_row(x, weight) if x.device.type == "cpu" and compiling_one_token(x) else F.linear(x, weight)
 
 
 class Linear(nn.Linear):

@@ -136,6 +136,7 @@ def together(device: str, context: int):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT, device_id=torch.device(device) if kind == "cuda" else None)
+    done = False
     try:
         rank, size = dist.get_rank(), dist.get_world_size()
         with said_once():
@@ -144,6 +145,7 @@ def together(device: str, context: int):
         mesh = init_device_mesh(kind, (size,))
         grid = init_device_mesh(kind, (size // context, context), mesh_dim_names=("data", "context"))
         yield World(rank, size, context, mesh, grid.get_group("context")), device
+        done = True
     except dist.DistError as error:
         raise _gone(error) from None
     except RuntimeError as error:
@@ -151,7 +153,7 @@ def together(device: str, context: int):
             raise _gone(error) from None
         raise
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and (done or kind == "cpu"):  # NCCL would wait for the others, and they for this process
             dist.destroy_process_group()
 
 

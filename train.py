@@ -599,7 +599,7 @@ def make_loader(stage: Stage, seed: int, tokenizer: Tokenizer, config: MolmoConf
         sets, rates = loading.synthetic_sets(stage.rates, seed, stage.branches, stage.more), stage.rates
     mixture = loading.Mixture(sets, rates, seed, tokenizer, config, stage.tokens)
     rows = stage.packs // (accumulate * world.data_size)
-    multiple = math.lcm(world.context, 128 if torch.device(args.device).type == "cuda" else 1)  # few lengths: blocks of a mask
+    multiple = math.lcm(world.context, stage.tokens if torch.device(args.device).type == "cuda" else 1)  # one length: one graph
     return loading.Loader(mixture, Packer(stage.tokens, stage.crops, stage.pool, world.data_size), rows, stage.weights, args.workers,
                        rank=world.data_rank, world=world.data_size, multiple=multiple)
 

@@ -142,6 +142,7 @@ def run(quick: bool) -> None:
     attention_by_length(device, (512, 1024) if quick else (4096, 8192, 16_384, 36_864) if device == "cuda" else (1024, 2048, 4096))
     if device == "cuda":
         start, before = time.perf_counter(), attention.compilations()
+        torch._dynamo.reset()
         attention.compiled.cache_clear()
         torch._dynamo.reset()
         blocks_of_8b(16_384, top, device)

@@ -89,6 +89,16 @@ def test_a_compiled_step_writes_the_same(model, monkeypatch, questions, eight): 
     assert nodes.count("sum") == (4 * len(model.blocks) if len(questions) == 1 else 0)
 
 
+def test_compiled_answers_share_their_cache(model, monkeypatch):  # noqa: F811
+    """A second prompt of the same room is answered in the same memory, as if it had been answered first."""
+    monkeypatch.setattr(generation, "compiled_hidden_states", lambda: Molmo.hidden_states)
+    generation._last_cache.cache_clear()
+    for text in QUESTIONS[:2]:
+        batch = collate([prompt(74, text, **SEEN["image"])])
+        assert generate(model, batch, CONTROL, 12, mode="compiled") == generate(model, batch, CONTROL, 12)
+    assert generation._last_cache.cache_info()[:2] == (1, 1)  # hits, misses
+
+
 def test_a_trunk_without_questions_goes_on_itself(model):  # noqa: F811
     """Text that only the trunk holds is continued, by both."""
     example = prompt(75)
