@@ -6,7 +6,6 @@ A label is a noun phrase ("red cups", "leftmost star"); the things it means are 
 pixels. Some of the questions are about what is not there. Everything is a pure function of a scene and a generator.
 """
 
-from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -46,10 +45,9 @@ def _medium(scene: Scene) -> str:
 
 
 def _phrases(scene: Scene) -> list[str]:
-    """Everything that is there, by name: "a blue ball", or "blue balls" for all of them. What is written next depends on no
-    number that would have to be known before."""
-    number = Counter((thing.color, thing.kind) for thing in scene.things)
-    return [_plural(kind, color) if number[color, kind] > 1 else _article(f"{color} {kind}") for color, kind in sorted(number)]
+    """A phrase for every thing, in the order of names, those that look alike one after the other. (Not "blue balls": whether
+    there is more than one would have to be known before the first word.)"""
+    return [_article(name) for name in sorted(thing.name for thing in scene.things)]
 
 
 def _listed(parts: list[str]) -> str:
@@ -60,7 +58,7 @@ def _listed(parts: list[str]) -> str:
 
 
 def describe(scene: Scene) -> str:
-    """The caption: "Blue balls, a green star and a red cup on a striped background." """
+    """The caption: "A blue ball, a blue ball, a green star and a red cup on a striped background." """
     return f"{_listed(_phrases(scene))} on {_article(scene.background)} background."
 
 
