@@ -274,7 +274,7 @@ def test_a_prompt_is_the_example_up_to_the_answer():
     asked = said.messages[0][0] if said.messages else question_text(said, record, RNG())
     one, two = lay_out([tree]), lay_out([data.prompt(TOKENIZER, views, asked, record.subtitles)])
     assert np.array_equal(one.tokens[:len(two.tokens)], two.tokens) and not two.loss_weights.any()
-    assert TOKENIZER.decode(tree.trunk).endswith(record.subtitles) and record.subtitles.startswith("\n")
+    assert TOKENIZER.decode(tree.trunk).endswith("subtitle" + record.subtitles) and record.subtitles.startswith("\n")
 
 
 def test_places_name_images_and_seconds():

@@ -259,6 +259,16 @@ def test_a_model_is_asked_end_to_end(tiny, name, monkeypatch):
         (a.annotation, a.question, a.text, a.points) for a in one_by_one]
 
 
+@pytest.mark.parametrize("text, right", [("B", True), ("B.", True), ("B. a red cup", True), ("A", False), ("A. B", False), ("a red cup", False)])
+def test_a_choice_is_answered_by_its_letter(text, right, tiny):
+    """The letter counts, alone or in front of the option; the option alone, or another letter, is no answer."""
+    record = data.draw("stills", 0, 0, 1)
+    record.annotations = [Annotation("choice", question="Which?", answer="a red cup", choices=["a box", "a red cup"])]
+    _, (asked,) = evaluate.evaluate(*tiny, iter([record]))
+    asked.text = text
+    assert scores(asked)["text exact"] == right
+
+
 def test_every_turn_of_a_chat_is_asked(tiny):
     """A chat of two turns is two questions, the second after the true first answer, each compared with its own."""
     record = data.draw("stills", 0, 0, 1)

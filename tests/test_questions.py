@@ -128,6 +128,15 @@ def test_longer_answers_and_choices_are_true():
     assert all(seen[key] > 5 for key in (("qa", "colors"), ("choice", "color-of"), ("choice", "kind-of"), ("count", "kind")))
 
 
+def test_as_many_things_as_a_still_can_hold():
+    """Eleven of one colour, which happens once in ten thousand pictures, have a phrase each in captions; their colour is named once."""
+    points = np.full((1, 11, 2), 5, np.float32)
+    scene = Scene(np.zeros((1, 99, 99, 3), np.uint8), np.zeros(1), [Thing("cup", "red", 9)] * 11, np.ones((1, 11, 1, 1), bool), points, "plain", False)
+    assert questions.describe(scene).lower().count("a red cup") == 11
+    assert questions._ask_colors(scene).answer == "Red."
+    assert questions.talk(scene, np.random.default_rng(0)).count("a red cup.") == 11
+
+
 @pytest.mark.parametrize("start, end, word", [((10, 50), (80, 52), "moves right"), ((80, 50), (10, 40), "moves left"), ((50, 80), (51, 10), "moves up"),
                                               ((50, 10), (45, 70), "moves down"), ((50, 50), (51, 50), "rests"), ((10, 10), (70, 75), "moves right, moves down"),
                                               ((50, 50), (60, 50), "moves right, rests"), ((50, 50), (56, 62), "moves right, moves down, rests")])
