@@ -16,9 +16,8 @@ import math
 import os
 import re
 import shutil
-import zipfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -45,16 +44,11 @@ def save(folder: str | Path, model: Molmo, tokenizer: Tokenizer, training: dict[
     came with a released tokenizer is written in the released layout."""
     if isinstance(tokenizer, ReleasedTokenizer):
         return save_released(folder, model, tokenizer, training, also)
-    folder = Path(folder)
-    fresh = _fresh(folder)
-    also(fresh)
-    (fresh / "config.json").write_text(model.config.to_json() + "\n")
-    tokenizer.save(fresh / "tokenizer.json")
-    arrays = {name: p.detach().float().cpu().numpy() for name, p in model.state_dict().items()}
-    np.savez(fresh / "model.npz", **arrays)
-    if training is not None:
-        np.savez(fresh / "training.npz", **training)
-    _swap(fresh, folder)
+    with _replacing(folder, training, also) as fresh:
+        (fresh / "config.json").write_text(model.config.to_json() + "\n")
+        tokenizer.save(fresh / "tokenizer.json")
+        arrays = {name: p.detach().float().cpu().numpy() for name, p in model.state_dict().items()}
+        np.savez(fresh / "model.npz", **arrays)
 
 
 def load_training(folder: Path) -> dict[str, np.ndarray] | None:
@@ -65,8 +59,29 @@ def load_training(folder: Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(folder / "training.npz", allow_pickle=False) as file:
             return dict(file)
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of numpy, zipfile, zlib, even of Python's tokenizer, which numpy asks about headers
         raise CheckpointError(f"{folder / 'training.npz'}: not readable ({error}): nothing to resume") from None
+
+
+@contextmanager
+def _replacing(folder: str | Path, training: dict[str, np.ndarray] | None, also: Callable[[Path], None]) -> Iterator[Path]:
+    """Around the writing of a checkpoint: yields a folder to write to, which gets the name once it is complete, or goes."""
+    folder = _real(Path(folder))
+    fresh = _fresh(folder)
+    try:
+        also(fresh)
+        yield fresh
+        if training is not None:
+            np.savez(fresh / "training.npz", **training)
+        _swap(fresh, folder)
+    except Exception:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def _real(folder: Path) -> Path:
+    """Where a link leads: what is written lies there, and the link stays."""
+    return folder.resolve() if folder.is_symlink() else folder
 
 
 def _fresh(folder: Path) -> Path:
@@ -82,6 +97,7 @@ def _fresh(folder: Path) -> Path:
 
 def unfinished(folder: Path) -> Path:
     """The name of a checkpoint that is being written."""
+    folder = _real(folder)
     return folder.with_name(f".{folder.name}.new")
 
 
@@ -100,12 +116,14 @@ def _swap(fresh: Path, folder: Path) -> None:
 
 def standing(folder: Path) -> Path:
     """Where the last whole checkpoint is: between the two renames of `_swap`, or after a kill there, beside its name."""
+    folder = _real(folder)
     old = folder.with_name(f".{folder.name}.old")
     return old if old.is_dir() and not folder.exists() else folder
 
 
 def recover(folder: Path) -> None:
     """Gives the last whole checkpoint its name again. For who writes there; others only read (`standing`)."""
+    folder = _real(folder)
     if (old := standing(folder)) != folder:
         with suppress(FileNotFoundError):  # another process did it
             os.rename(old, folder)
@@ -148,7 +166,7 @@ def _arrays(path: Path, model: Molmo) -> dict[str, torch.Tensor]:
             if odd := sorted(set(file.files) ^ set(wanted)):
                 raise CheckpointError(f"{path}: {odd[0]} is {'missing' if odd[0] in wanted else 'not part of this model'}")
             arrays = {name: torch.from_numpy(file[name]).float().clone() for name in wanted}  # torch's alignment: same sums
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # as above
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{path}: not readable ({error})") from None
     for name, shape in wanted.items():
         if arrays[name].shape != shape:
@@ -472,22 +490,18 @@ def save_released(folder: str | Path, model: Molmo, tokenizer: Tokenizer,
                   training: dict[str, np.ndarray] | None = None, also: Callable[[Path], None] = lambda fresh: None) -> None:
     """Writes the released layout, which the `transformers` library loads too (Molmo2, that is: points as text): the
     tensors in one file, config.json, tokenizer and processor files. The folder appears under its name when complete."""
-    folder, save_file, config = Path(folder), _extra("safetensors.torch").save_file, model.config
+    save_file, config = _extra("safetensors.torch").save_file, model.config
     if config.points_as != "tokens" and not (config.connector.output_layer and config.views.low_res_pointing):
         raise ValueError("the released layout of a model that writes points as text has an output layer in the connector's attention "
                          "and points in the whole-picture crop; this one has not")
-    fresh = _fresh(folder)
-    also(fresh)
     tensors = {released_name(name, model.config): p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
     tensors |= {theirs: model.get_parameter(ours).detach().cpu().clone() for theirs, ours in _tied_copies(model.config).items()}
-    save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
-    tokenizer.save(fresh / "tokenizer.json")
-    for name, values in _released_files(model.config, tokenizer).items():
-        (fresh / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    (fresh / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    if training is not None:
-        np.savez(fresh / "training.npz", **training)
-    _swap(fresh, folder)
+    with _replacing(folder, training, also) as fresh:
+        save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
+        tokenizer.save(fresh / "tokenizer.json")
+        for name, values in _released_files(model.config, tokenizer).items():
+            (fresh / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        (fresh / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
 # `Tokenizer.chat_prompt` and `preprocess.image_views` for the library's processor: pictures first, then the turns.

@@ -63,8 +63,18 @@ def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path):
     assert sorted(path.name for path in (tmp_path / "deep" / "run").iterdir()) == ["config.json", "model.npz", "tokenizer.json"]
 
 
+def test_a_link_stays_one(tmp_path):
+    """A checkpoint that is a link to another place is replaced there, as often as it is saved."""
+    (tmp_path / "large").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "large", target_is_directory=True)
+    for seed in (1, 2, 3):
+        save(tmp_path / "run", made(seed), TOKENIZER)
+        assert equal(load(tmp_path / "run")[0], made(seed)) and (tmp_path / "run").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "run"]
+
+
 def test_interrupted_save_keeps_the_old_checkpoint(folder, monkeypatch):
-    """A save that fails half-way leaves the old checkpoint loadable, and the next save works."""
+    """A save that fails half-way leaves the old checkpoint loadable and nothing beside it, and the next save works."""
     def full(path, **arrays):
         Path(path).write_bytes(b"PK half of it")
         raise OSError("no space left on device")
@@ -73,7 +83,7 @@ def test_interrupted_save_keeps_the_old_checkpoint(folder, monkeypatch):
         patch.setattr(np, "savez", full)
         with pytest.raises(OSError):
             save(folder, made(1), TOKENIZER)
-    assert equal(load(folder)[0], made(0))
+    assert equal(load(folder)[0], made(0)) and [path.name for path in folder.parent.iterdir()] == [folder.name]
     save(folder, made(1), TOKENIZER)
     assert equal(load(folder)[0], made(1)) and [path.name for path in folder.parent.iterdir()] == [folder.name]
 
