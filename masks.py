@@ -24,7 +24,7 @@ n objects, H x W pixels.
 """
 
 import os
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -38,8 +38,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import command
-from preprocess import ViewConfig
-from records import Lines, dump
+from preprocess import frame_times, frames_of, read_image
+from records import AT_A_FRAME, Line, Lines, dump
 
 Points = Mapping[int, tuple[float, float]]  # id -> x, y in pixels
 Masks = dict[int, np.ndarray]               # id -> (H, W) bool
@@ -472,7 +472,6 @@ def through_time(frames: Iterable[np.ndarray], ask: Callable[[int, Sequence[np.n
 # 5. The way back: from a mask to a point
 
 CANDIDATES = 10
-FRAMES_PER_SECOND = 10.0  # of a video, to find those that have masks
 
 
 def annotate(frame: np.ndarray, mask: np.ndarray, rng: np.random.Generator,
@@ -489,26 +488,42 @@ def annotate(frame: np.ndarray, mask: np.ndarray, rng: np.random.Generator,
     return max(places, key=lambda place: iou(segmenter(frame, *place), mask))
 
 
+def annotate_line(line: Line, rng: np.random.Generator, segmenter: Callable[[np.ndarray, float, float], np.ndarray]) -> list[float]:
+    """Every mask gives a point to its object; -> how well their own masks fit. Of a video one frame is in memory at a time. ValueError if
+    a mask does not fit its picture or an object has none but empty ones."""
+    record, fits, masks = line.record, [], defaultdict(list)
+    record.times = frame_times(line.video) if line.video else None
+    for identity, thing in record.objects.items():
+        if record.times and max(thing.masks, default=0) > record.times[-1] + AT_A_FRAME:
+            raise ValueError(f"object {identity}: a mask at {max(thing.masks):g} s, the video ends at {record.times[-1]:g} s")
+        for moment, runs in thing.masks.items():
+            if any(runs.counts[1::2]):
+                masks[record.picture(moment)].append((thing, moment, runs))
+    pictures = (picture for _, picture in frames_of(line.video)) if line.video else map(read_image, line.images)
+    for number, picture in enumerate(pictures):
+        for thing, moment, runs in masks[number]:
+            thing.points[moment] = annotate(picture, runs.mask(), rng, segmenter)
+            fits.append(iou(segmenter(picture, *thing.points[moment]), runs.mask()))
+    if not all(thing.points for thing in record.objects.values()):
+        raise ValueError("an object has empty masks only")
+    return fits
+
+
 def annotate_file(path: str, out: Path, segmenter: Callable[[np.ndarray, float, float], np.ndarray], seed: int) -> None:
-    """Every mask in a JSONL file (records.py) gives a point to its object; the file `out` holds all lines with them."""
+    """`annotate_line` for a JSONL file (records.py); the file `out` holds all lines with the points. ValueError begins with file and line."""
     lines, fits = Lines(path), []
     for index in range(lines.size):
         lines.line(index, pointless=True)  # a bad line is found before the first point
     with command.atomic_write(out) as part, open(part, "w", encoding="utf-8") as file:
         for index in tqdm(range(lines.size), desc="annotate", leave=False, disable=None):
-            line = lines.line(index, ViewConfig(fps=FRAMES_PER_SECOND, max_frames=100_000), pointless=True)
-            record, rng = line.record, np.random.default_rng([seed, index])
-            for thing in record.objects.values():
-                at = {moment: record.pictures[record.picture(moment)] for moment in thing.masks}
-                found = {moment: annotate(at[moment], runs.mask(), rng, segmenter)
-                         for moment, runs in thing.masks.items() if any(runs.counts[1::2])}
-                fits += [iou(segmenter(at[moment], *place), thing.masks[moment].mask()) for moment, place in found.items()]
-                thing.points |= found
-                if not thing.points:
-                    raise ValueError(f"{path}:{lines.at[index][0]}: an object has empty masks only")
+            line = lines.line(index, pointless=True)
+            try:
+                fits += annotate_line(line, np.random.default_rng([seed, index]), segmenter)
+            except ValueError as error:
+                raise ValueError(f"{path}:{lines.at[index][0]}: {error}") from None
             near = lambda media: os.path.relpath(media, out.parent)
             before = None if line.before is None else list(map(near, line.before))
-            file.write(dump(record, list(map(near, line.images)), line.video and near(line.video), before) + "\n")
+            file.write(dump(line.record, list(map(near, line.images)), line.video and near(line.video), before) + "\n")
     print(f"wrote {out}: {lines.size} lines, {len(fits)} points; "
           f"their own masks fit the given ones with an IoU of {np.mean(fits or [0]):.3f}")
 

@@ -274,7 +274,7 @@ def displayed_at(times: Sequence[float], wanted: Sequence[float]) -> list[int]:
 def read_image(path: str | os.PathLike) -> np.ndarray:
     """An image file -> (H, W, 3) uint8 as displayed: EXIF orientation applied, transparency over white, deeper pixels
     scaled to 8 bits, the first frame of an animation. Raises MediaError."""
-    _check_file(path)
+    check_file(path)
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:  # known from the header; a small file can hold a huge image
@@ -501,7 +501,7 @@ def _seconds_missing(container: av.container.InputContainer, stream: av.VideoStr
 
 def _open(path: str | os.PathLike) -> av.container.InputContainer:
     """Open a video file of an allowed format. Raises MediaError."""
-    _check_file(path)
+    check_file(path)
     options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}
     try:
         return av.open(f"file:{os.fspath(path)}", options=options)  # file: lets a name contain a colon
@@ -530,7 +530,7 @@ def _picture(frame: av.VideoFrame, size: tuple[int, int] | None) -> np.ndarray:
     return picture if size is None or picture.shape[:2] == size else resize(picture, size)
 
 
-def _check_file(path: str | os.PathLike) -> None:
+def check_file(path: str | os.PathLike) -> None:
     """Raise MediaError unless there is a file with something in it; so nothing is ever fetched from a URL."""
     if os.path.isdir(path):
         raise MediaError(f"{path}: is a folder: give a file")
@@ -564,19 +564,19 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: floa
             _encode(part, first.shape[:2], chain([first], frames), Fraction(fps).limit_denominator(10_000))
     except MediaError:  # of the source of the frames
         raise
-    except (OSError, ValueError, av.FFmpegError) as error:
+    except (OSError, av.FFmpegError) as error:
         raise MediaError(f"{path}: cannot be written ({_reason(error)})") from error
 
 
 def _encode(path: Path, size: tuple[int, int], frames: Iterable[np.ndarray], rate: Fraction) -> None:
-    """Encode frames of `size` (h, w). Raises ValueError on a frame that is not (h, w, 3) uint8."""
+    """Encode frames of `size` (h, w). Raises MediaError on a frame that is not (h, w, 3) uint8."""
     height, width = size
     with av.open(f"file:{path}", "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})  # 18: hardly visible loss
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         for number, picture in enumerate(frames):
             if picture.shape != (height, width, 3) or picture.dtype != np.uint8:
-                raise ValueError(f"frame {number} is {picture.dtype} of shape {picture.shape}, "
+                raise MediaError(f"frame {number} is {picture.dtype} of shape {picture.shape}, "
                                  f"not uint8 of shape {(height, width, 3)}")
             padded = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
             frame = av.VideoFrame.from_ndarray(padded, format="rgb24")

@@ -37,7 +37,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 import questions
-from preprocess import ViewConfig, displayed_at, read_image, read_video, sample_times
+from preprocess import ViewConfig, check_file, displayed_at, read_image, read_video, sample_times
 
 T = TypeVar("T")
 AT_A_FRAME = 0.25  # seconds: what was said of a moment holds for a frame so near
@@ -244,6 +244,11 @@ def take(values: dict, key: str, kind: type, default=REQUIRED):
     return value
 
 
+def each(values: dict, key: str, kind: type, default=REQUIRED) -> list:
+    """values[key], a list all of whose members are of this kind."""
+    return [take({key: one}, key, kind) for one in take(values, key, list, default)]
+
+
 def only(values: dict, *keys: str) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{str(values)[:40]!r} is not an object in braces")
@@ -260,6 +265,11 @@ class Line:
     images: list[Path]
     video: Path | None
     before: list[Path] | None = None
+
+    def check_files(self) -> None:
+        """MediaError if one of the files is not there or empty."""
+        for path in (*self.images, *(self.before or ()), *filter(None, [self.video])):
+            check_file(path)
 
     def load(self, config: ViewConfig) -> Record:
         """Reads the pictures. MediaError or ValueError if they cannot be read or do not fit what is said about them."""
@@ -302,9 +312,9 @@ def parse(text: str, name: str, folder: Path, pointless: bool = False) -> Line:
     values = only(values, "id", "images", "video", "before", "subtitles", "objects", "annotations")
     if "images" in values and "video" in values:
         raise ValueError("'images' and 'video': give one of them")
-    images = [folder / take({"images": path}, "images", str) for path in take(values, "images", list, [])]
+    images = [folder / path for path in each(values, "images", str, [])]
     video = folder / take(values, "video", str) if "video" in values else None
-    before = [folder / take({"before": path}, "before", str) for path in take(values, "before", list)] if "before" in values else None
+    before = [folder / path for path in each(values, "before", str)] if "before" in values else None
     if before is not None and len(images) != 1:
         raise ValueError(f"'before' goes with one image, not with {len(images) or 'none'}")
     moment = lambda place: _moment(place, len(images), video is not None)
@@ -354,9 +364,8 @@ def _xy(place: dict) -> tuple[float, float]:
 
 def runs_of(place: dict) -> Runs:
     """Run lengths as JSON has them, compressed or not. ValueError if they do not fit the size."""
-    size, counts = [take({"size": side}, "size", int) for side in take(place, "size", list)], place.get("counts")
-    listed = decompress(counts) if isinstance(counts, str) else take(place, "counts", list)
-    numbers = [take({"counts": count}, "counts", int) for count in listed]
+    size, counts = each(place, "size", int), place.get("counts")
+    numbers = each(place | {"counts": decompress(counts)} if isinstance(counts, str) else place, "counts", int)
     if len(size) != 2 or min(numbers, default=0) < 0 or sum(numbers) != size[0] * size[1]:
         raise ValueError(f"a mask's 'counts' add up to {sum(numbers)}, its 'size' is {size}")
     return Runs(tuple(size), tuple(numbers))
@@ -368,11 +377,9 @@ def _annotation(said: dict, objects: dict[int, Object], named: frozenset[int], m
          "about")
     if (task := take(said, "task", str)) not in TASKS:
         raise ValueError(f"'task' is {task!r}: known are {', '.join(TASKS)}")
-    made = Annotation(task, *(take(said, key, kind, default) for key, kind, default in (
-        ("label", str, ""), ("objects", list, []), ("count", int, None), ("question", str, ""), ("answer", str, ""),
-        ("choices", list, []))), [], take(said, "fps", float, DEFAULT_FPS), take(said, "start", float, None),
-        take(said, "about", str, ""))
-    made.objects = [take({"objects": one}, "objects", int) for one in made.objects]
+    made = Annotation(task, label=take(said, "label", str, ""), objects=each(said, "objects", int, []), count=take(said, "count", int, None),
+                      question=take(said, "question", str, ""), answer=take(said, "answer", str, ""), choices=each(said, "choices", str, []),
+                      fps=take(said, "fps", float, DEFAULT_FPS), start=take(said, "start", float, None), about=take(said, "about", str, ""))
     for place in take(said, "points", list, []):  # each a new object
         identity = max(objects, default=0) + 1
         objects[identity] = Object({moment(place): _xy(place)})
@@ -397,7 +404,6 @@ def _annotation(said: dict, objects: dict[int, Object], named: frozenset[int], m
             raise ValueError(f"{task} needs {need!r}")
     if task == "count" and made.count is None and "objects" not in said and "points" not in said:
         raise ValueError("count needs 'count', or 'objects'")
-    made.choices = [take({"choices": choice}, "choices", str) for choice in made.choices]
     if len(set(made.choices)) < len(made.choices) or len(made.choices) > 26:
         raise ValueError("the choices must differ, and be 26 at most")
     if made.choices and made.answer not in made.choices:
@@ -472,15 +478,14 @@ class Lines:
         self.size = len(self.at)
 
     def line(self, index: int, config: ViewConfig | None = None, pointless: bool = False) -> Line:
-        """The line; with a config its pictures are read. ValueError or MediaError that begins with file and line."""
+        """The line; with a config its pictures are read. ValueError that begins with file and line."""
         number, start, length = self.at[index]
-        with open(self.path, "rb") as file:
-            file.seek(start)
-            text = file.read(length)
         try:
+            with open(self.path, "rb") as file:
+                file.seek(start)
+                text = file.read(length)
             line = parse(text.decode("utf-8"), f"{self.path.stem}-{number}", self.path.parent, pointless)
-            if config:
-                line.load(config)
+            line.load(config) if config else line.check_files()
             return line
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.path}:{number}: {error}") from None

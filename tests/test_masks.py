@@ -9,6 +9,8 @@ import pytest
 
 import data
 import masks
+import preprocess
+import records
 from masks import FUSIONS, Growing, annotate, deepest, dilated, flood, grown, iou, same_objects, segment, shifted, squared_distance, through_time
 from model import PRESETS
 from records import Lines
@@ -324,6 +326,33 @@ def test_a_file_of_masks_becomes_one_of_points(tmp_path, images, capsys):
             assert thing.masks == was.objects[identity].masks and thing.points.keys() == thing.masks.keys()
             assert all(thing.masks[moment].mask()[int(y), int(x)] for moment, (x, y) in thing.points.items())
     assert sorted(p.name for p in (tmp_path / "elsewhere").iterdir()) == ["made.jsonl"]
+
+
+def test_masks_of_a_video_belong_to_their_own_frames(tmp_path, capsys):
+    """Thirty frames a second, something else in each: every mask is asked about in its own frame, and an annotation stays that no
+    sampled frame would show."""
+    frames, places = [], [(10 + 3 * n, 20 + n) for n in range(12)]
+    for x, y in places:
+        frame = np.full((64, 80, 3), 30, np.uint8)
+        frame[y:y + 16, x:x + 16] = 250, 220, 40
+        frames.append(frame)
+    preprocess.write_video(tmp_path / "v.mp4", frames, 30)
+    masks_of = []
+    for n, (x, y) in enumerate(places):
+        mask = np.zeros((64, 80), bool)
+        mask[y:y + 16, x:x + 16] = True
+        masks_of.append({"time": n / 30, "size": [64, 80], "counts": records.compress(records.Runs.of(mask).counts)})
+    line = {"video": "v.mp4", "objects": [{"id": 0, "masks": masks_of}], "annotations": [{"task": "point", "label": "squares", "objects": [0]}]}
+    (tmp_path / "v.jsonl").write_text(json.dumps(line))
+    masks.main(["annotate", str(tmp_path / "v.jsonl")])
+    said = capsys.readouterr().out
+    assert "1 lines, 12 points" in said and float(re.search(r"IoU of ([0-9.]+)", said)[1]) > 0.9, said
+    assert len(Lines(tmp_path / "v.points.jsonl").line(0).record.objects[0].points) == 12
+    line["objects"][0]["masks"][0]["time"] = 3
+    (tmp_path / "late.jsonl").write_text(json.dumps(line))
+    with pytest.raises(SystemExit) as end:
+        masks.main(["annotate", str(tmp_path / "late.jsonl")])
+    assert end.value.code == 2 and f"{tmp_path / 'late.jsonl'}:1: object 0: a mask at 3 s" in capsys.readouterr().err
 
 
 def test_annotate_ends_in_one_line(tmp_path, capsys):
