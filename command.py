@@ -54,7 +54,10 @@ def one_line(program: str):
         warnings.simplefilter("default", UserWarning)  # "default": once, however often the file is decoded
         warnings.showwarning = lambda message, *_, **__: say("warning:", message)
         try:
+            if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
+                sys.stdout.reconfigure(errors="replace")  # an answer may hold characters that the terminal has not
             yield
+            sys.stdout.flush()
         except BrokenPipeError:  # nobody reads on, as after `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise SystemExit(141) from None

@@ -307,9 +307,9 @@ def frame_by_frame(model: Molmo, tokenizer: Tokenizer, record: Record, how: Betw
     frames, those of masks over all. The masks of all objects meant make one."""
     anchors, shape = range(0, len(record.pictures), how.every), record.pictures[0].shape[:2]
     asked = list(questions((record.moment(anchor, model.config.temporal.history) for anchor in anchors), model, seed))
-    for some in (asked[i:i + batch] for i in range(0, len(asked), batch)):
-        if not how.oracle:
-            ask(model, tokenizer, some)
+    if not how.oracle:
+        for start in range(0, len(asked), batch):
+            ask(model, tokenizer, asked[start:start + batch])
     meant = [said for said in record.annotations if said.by_frame]
     results = []
     for number, said in enumerate(meant):
@@ -317,7 +317,7 @@ def frame_by_frame(model: Molmo, tokenizer: Tokenizer, record: Record, how: Betw
         for a in here:
             if how.oracle:
                 a.points = data.points_of(a.record, a.annotation)
-                a.text = "" if a.points else data.NONE
+                a.text = str(a.annotation.count or len(a.points)) if a.annotation.task == "count" else "" if a.points else data.NONE
             a.figures |= scores(a)
             if how.oracle:
                 a.figures.pop("number differs", None)  # nothing was said
@@ -328,7 +328,7 @@ def frame_by_frame(model: Molmo, tokenizer: Tokenizer, record: Record, how: Betw
         if said.objects:
             seen = [record.seen(record.objects[i].masks) for i in said.objects]
             true = [union([runs[frame].mask() for runs in seen if frame in runs], shape) for frame in range(len(record.pictures))]
-            propagate = remembered(how.propagate)
+            propagate = remembered(how.propagate) if len(how.fusions) > 1 else how.propagate
             for fusion in how.fusions:
                 found = through_time(record.pictures, lambda i, _: points[i], anchors, propagate, fusion, named=how.oracle)
                 measured = j_and_f([union(masks.values(), shape) for masks in found], true)
@@ -351,7 +351,10 @@ def remembered(propagate: Propagator) -> Propagator:
 
 
 def union(masks: Iterable[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    return np.logical_or.reduce([np.zeros(shape, bool), *masks])
+    whole = np.zeros(shape, bool)
+    for mask in masks:
+        whole |= mask
+    return whole
 
 
 MASK_SETS = {"vpos-synthetic": vpos.record, "occlusions": vpos.occlusions}
@@ -526,7 +529,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 records = (MASK_SETS[name](args.seed, i) for i in range(most[name]))
             else:
                 records = fresh(name, most[name], model.config.views, args.seed)
-            bar = tqdm(records, total=most[name], desc=name, leave=False, dynamic_ncols=True)
+            bar = tqdm(records, total=most[name], desc=name, leave=False, dynamic_ncols=True, disable=None)
             if name in args.masked:
                 asked = [a for record in bar for a in frame_by_frame(model, tokenizer, record, between, args.seed, args.batch)]
                 figures = summarize(asked)

@@ -199,7 +199,8 @@ def step_bytes(model: Molmo) -> int:
 @functools.cache
 def bandwidth(device: torch.device) -> float:
     """Bytes a second that the device's memory moves: the fastest of some copies, every byte read and written."""
-    size = 2**31 if device.type == "cuda" else 2**28  # so that a copy takes far longer than to ask for it
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**30
+    size = min(free // 4, 2**31)  # so that a copy takes far longer than to ask for it
     source, clock, seconds = torch.zeros(size, dtype=torch.uint8, device=device), Speed(), []
     for _ in range(6):
         clock.lap(device)

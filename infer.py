@@ -71,6 +71,7 @@ from tokenizer import Tokenizer
 HOME = Path(__file__).resolve().parent
 SHOWN, FADING = 1.0, 0.5  # seconds: how long a point of a video has a marker, and how much of that it fades
 MOST_ROWS = 40            # of points on the terminal; the JSON has all
+SAM2_PIXELS = 8 << 20     # a frame of any size takes as much memory in SAM 2 as a frame of so many pixels itself
 
 
 # ---- 1. what is asked ------------------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     nearest = next(folder for folder in (args.out, *args.out.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"--out {args.out}: {nearest} is no folder that can be written to: give another")
-    for name in Media(args.media, [], [], []).names:
+    for name in result_names(args.media):
         for path in (args.out / f"{name}.{end}" for end in ("points.json", "points.png", "points.mp4", "masks.mp4")):
             if path.is_dir():
                 raise ValueError(f"{path}: a folder, where a result would go: move it away, or give another --out")
@@ -126,6 +127,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 # ---- 2. files -> views -> answer -------------------------------------------------------------------------------------
+
+def result_names(paths: Sequence[str]) -> list[str]:
+    """For the files of results: file names without ending, told apart by a number if need be."""
+    names = []
+    for stem in (Path(path).stem for path in paths):
+        candidates = (stem, *(f"{stem}-{n}" for n in range(2, len(paths) + 2)))
+        taken = [name.casefold() for name in names]  # to some file systems "Cup" and "cup" are one
+        names.append(next(name for name in candidates if name.casefold() not in taken))
+    return names
+
 
 @dataclass
 class Media:
@@ -138,13 +149,7 @@ class Media:
 
     @property
     def names(self) -> list[str]:
-        """For the files of results: file names without ending, told apart by a number if need be."""
-        names = []
-        for stem in (Path(path).stem for path in self.paths):
-            candidates = (stem, *(f"{stem}-{n}" for n in range(2, len(self.paths) + 2)))
-            taken = [name.casefold() for name in names]  # to some file systems "Cup" and "cup" are one
-            names.append(next(name for name in candidates if name.casefold() not in taken))
-        return names
+        return result_names(self.paths)
 
     @property
     def rate(self) -> float:
@@ -226,7 +231,8 @@ class FrameByFrame:
         self.media = Media(args.media, [], times, [times[number] for number in sampled])
         height, width, _ = next(frames_of(args.media[0]))[1].shape
         gap = max(after - before for before, after in zip(sampled, [*sampled[1:], len(times)]))
-        if args.masks and gap * height * width > MAX_CLIP_PIXELS:
+        pixels = max(height * width, SAM2_PIXELS if args.sam2 else 0)
+        if args.masks and gap * pixels > MAX_CLIP_PIXELS:
             raise ValueError(f"{args.media[0]}: {gap} frames of {width}x{height} between two questions do not fit in memory: "
                              "ask more often (--fps, --max-frames), or shrink the video")
         self.answers: list[Answer] = []
@@ -354,9 +360,9 @@ PALETTE = [part for identity in range(256) for part in color(identity)]
 
 def numbered(masks: Masks, shape: tuple[int, int]) -> Image.Image:
     """Masks as a picture of object numbers, 0 = none; where two overlap the higher number stands."""
-    if max(masks, default=0) > 65535:
+    if (most := max(masks, default=0)) > 65535:
         raise ValueError("more than 65535 objects: their numbers do not fit into a picture")
-    numbers = np.zeros(shape, np.uint8 if max(masks, default=0) < 256 else np.uint16)
+    numbers = np.zeros(shape, np.uint8 if most < 256 else np.uint16)
     for identity, mask in sorted(masks.items()):
         numbers[mask] = identity
     image = Image.fromarray(numbers)
@@ -477,7 +483,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 os.replace(folder / os.path.basename(path), path)
 
         # 6. The report
-        sys.stdout.reconfigure(errors="replace")  # an answer may hold characters that the terminal has not
         print(json.dumps(result) if args.json else "\n".join([*report(result), *(f"wrote {path}" for path in written)]))
 
 

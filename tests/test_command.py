@@ -1,6 +1,7 @@
 """What all commands share: one line for bad input, files that are whole or not there."""
 
 import argparse
+import os
 import subprocess
 import sys
 
@@ -38,6 +39,22 @@ def test_a_reader_that_goes_away_is_no_error():
     assert run.stdout.readline()
     run.stdout.close()
     assert run.stderr.read() == b"" and run.wait(60) == 141
+
+
+def test_a_reader_that_was_never_there_is_no_error():
+    """The same where all there is to say waits to be written until the end."""
+    unread, write = os.pipe()
+    os.close(unread)
+    run = subprocess.run([sys.executable, "-c", "import command\nwith command.one_line('x'):\n    print('line')"], cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (141, b"")
+
+
+def test_what_a_terminal_cannot_show_is_replaced():
+    """A character that the encoding of the output has not, and half of one, become question marks."""
+    program = "import command\nwith command.one_line('x'):\n    print('caf\\u00e9 \\ud83d')"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (run.returncode, run.stdout) == (0, b"caf? ?\n")
 
 
 def test_a_device_is_refused_by_all_processes_alike(monkeypatch):

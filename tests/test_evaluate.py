@@ -237,7 +237,7 @@ def test_the_number_said_is_read_beside_the_tags(record, text, differs):
     assert asked(record, said, text, at((0, 2, 5))).figures["number differs"] == differs
 
 
-def test_tracks_are_scored_at_whole_seconds(record):
+def test_tracks_are_scored_at_whole_seconds():
     """P, R, F1 look at the frames of whole seconds only, HOTA at all that was asked for."""
     record = clip(5)
     half_right = on(0, 1, 0, 2, 4) + on(1, 2, 0, 1, 3)
@@ -292,15 +292,12 @@ def test_a_chat_that_points_is_asked_turn_by_turn(tiny):
 def test_questions_between_the_frames_are_counted(tiny, tmp_path, capsys, monkeypatch):
     """What points to a moment that is not looked at is not asked, and the figures say how many such there were."""
     model, tokenizer = tiny
-    model.config, before = replace(model.config, views=replace(model.config.views, max_frames=2)), model.config
+    monkeypatch.setattr(model, "config", replace(model.config, views=replace(model.config.views, max_frames=2)))
     monkeypatch.setattr(evaluate.weights, "load", lambda *where: (model, tokenizer))
     data.write_video(tmp_path / "v.mp4", [np.full((40, 60, 3), n, np.uint8) for n in range(21)], 10)
     said = [{"task": "point", "label": "dots", "points": [{"x": 30, "y": 30, "time": t}]} for t in (0.7, 2)]
     (tmp_path / "v.jsonl").write_text(json.dumps({"video": "v.mp4", "annotations": said}))
-    try:
-        evaluate.main(["--data", str(tmp_path / "v.jsonl"), "--json", str(tmp_path / "figures.json")])
-    finally:
-        model.config = before
+    evaluate.main(["--data", str(tmp_path / "v.jsonl"), "--json", str(tmp_path / "figures.json")])
     out = capsys.readouterr().out
     assert ", 1 questions" in out and "left out: 1 that point between the frames" in out
     assert json.loads((tmp_path / "figures.json").read_text())["figures"][str(tmp_path / "v.jsonl")]["left out"] == 1
@@ -327,6 +324,12 @@ def test_the_command_writes_its_settings(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as end:
         evaluate.main(["--data", str(path)])
     assert end.value.code == 2 and f"{path}:3: " in capsys.readouterr().err
+    (tmp_path / "screens-1-1.png").rename(tmp_path / "moved.png")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--data", str(path)])
+    said = capsys.readouterr()
+    assert end.value.code == 2 and f"{path}:2: " in said.err and "no such file" in said.err and said.out == ""  # before any question
     for place, word in ((tmp_path, "a folder, not a file"), (tmp_path / "none" / "figures.json", "no such folder")):
         with pytest.raises(SystemExit) as end:
             evaluate.main(["--json", str(place)])
@@ -340,13 +343,15 @@ def slow_contour(predicted: np.ndarray, true: np.ndarray) -> float:
     """DAVIS's F from its definition, pixel by pixel: an edge pixel differs from its right, lower or lower right neighbour; it
     is matched if the other mask has an edge pixel within 0.8% of the diagonal, rounded up."""
     height, width = true.shape
+
     def edge(mask):
         at = lambda y, x: mask[min(y, height - 1), min(x, width - 1)]
-        return [(y, x) for y in range(height) for x in range(width) if len({at(y, x), at(y, x + 1), at(y + 1, x), at(y + 1, x + 1)}) > 1]
+        return np.array([(y, x) for y in range(height) for x in range(width) if len({at(y, x), at(y, x + 1), at(y + 1, x), at(y + 1, x + 1)}) > 1])
+
     one, two, near = edge(predicted), edge(true), np.ceil(0.008 * np.hypot(height, width))
-    if not one or not two:
+    if not len(one) or not len(two):
         return float(len(one) == len(two))
-    close = lambda some, others: np.mean([any((y - v) ** 2 + (x - u) ** 2 <= near**2 for v, u in others) for y, x in some])
+    close = lambda some, others: np.mean([((others - place) ** 2).sum(-1).min() <= near**2 for place in some])
     precision, recall = close(one, two), close(two, one)
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
@@ -449,9 +454,9 @@ def test_figures_are_written_after_every_set(tmp_path, monkeypatch):
 def test_masks_from_the_command(capsys, monkeypatch):
     """`--set vpos-synthetic` prints how the masks came about and the figures of every world."""
     monkeypatch.setattr(evaluate, "LONGEST", {False: 16, True: 16})
-    evaluate.main(["--set", "vpos-synthetic", "--records", "1", "--every", "9"])
+    evaluate.main(["--set", "vpos-synthetic", "--records", "5", "--every", "18"])
     out = capsys.readouterr().out
-    assert "asked every 9 frames, each with 0 before it" in out and "temporal module none" in out and "J&F" in out and "point_count/cells" in out
+    assert "asked every 18 frames, each with 0 before it" in out and "temporal module none" in out and "J&F" in out and all(f"/{world} " in out for world in vpos.WORLDS)
     for words, said in ((["--sam2", "nowhere"], "SAM 2"), (["--data", "a", "--davis", "b"], "give one of them"),
                         (["--set", "stills", "--oracle"], "are for masks"), (["--set", "stills", "--every", "5"], "are for masks"),
                         (["--data", "a"], "--set goes with synthetic sets"), (["--expressions", "a"], "--expressions goes with --davis")):

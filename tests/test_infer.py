@@ -571,6 +571,11 @@ def test_too_many_frames_between_two_questions(run, media, tiny, monkeypatch):
     monkeypatch.setattr(infer, "MAX_CLIP_PIXELS", 10 * 120 * 160)
     refused(run(media / "walk.mp4", "segment the cups", "--masks", "--max-frames", "1"), "20 frames of 160x120 between two questions")
     assert not asked and run(media / "walk.mp4", "segment the cups", "--masks")[0] == 0
+    asked.clear()
+    monkeypatch.setattr(infer, "Sam2", lambda *where: infer.Growing())
+    monkeypatch.setattr(infer, "MAX_CLIP_PIXELS", 10 * infer.SAM2_PIXELS)  # which of its frames takes more memory than these
+    refused(run(media / "walk.mp4", "segment the cups", "--masks", "--sam2", "x", "--max-frames", "1"), "20 frames of 160x120 between two questions")
+    assert not asked
 
 
 def test_object_numbers_beyond_a_byte():
