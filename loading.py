@@ -163,7 +163,9 @@ class Mixture(Dataset):
             record.annotations = [record.annotations[i] for i in rng.permutation(len(record.annotations))]
             return number, trim_to_fit(example(record, self.tokenizer, self.config, rng), self.max_tokens)
         except ValueError as error:
-            return number, str(error)
+            lines = getattr(self.all[chosen], "lines", self.all[chosen])
+            where = f"{lines.path}:{lines.at[self.source(number)[1]][0]}: " if isinstance(lines, Lines) else ""
+            return number, str(error) if str(error).startswith(where) else where + str(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,11 +261,9 @@ def prefetch(items: Iterator, most: int = 2) -> Iterator:
                 if over.is_set():
                     return
             hand((None, StopIteration()))
-        except ValueError as error:  # without the frames of this thread: they hold worker processes, which end when nobody does
-            error.__context__ = None
+        except Exception as error:  # without the frames of this thread: they hold worker processes, which end when nobody does
+            error.__context__ = error.__cause__ = None
             hand((None, error.with_traceback(None)))
-        except Exception as error:
-            hand((None, error))
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -338,7 +338,7 @@ class PatchSet(Dataset):
         name = self.scenes[index % len(self.scenes)]
         if name in FILMED:
             world = FILMED[name](self.seed, index)
-            scene = world.film(np.random.default_rng([self.seed, index, 1]).uniform(0, world.seconds, 1))
+            scene = world.film(np.random.default_rng([self.seed, index, 14]).uniform(0, world.seconds, 1))
         else:
             scene = (screens.screen if name == "screens" else synthetic.still)(self.seed, index)
         views = views_of(scene_record(scene, []), self.config.views)

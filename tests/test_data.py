@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -611,6 +612,38 @@ def test_a_bad_line_of_frames_counts_once(tmp_path):
     with pytest.warns(UserWarning) as warned:
         assert len(list(islice(made, 8))) == 8
     assert len(warned) == 1 and made.state["left out"] == [(0, 1)]
+
+
+class Held:
+    """Worker processes, say."""
+
+
+@pytest.mark.parametrize("wrong", [ValueError, OSError, MemoryError])
+def test_what_fails_in_the_loaders_thread_holds_nothing(wrong):
+    """What goes wrong there is raised here, after the items before it, and what its frames held is free then."""
+    alive = []
+
+    def items():
+        held = Held()
+        alive.append(weakref.ref(held))
+        yield 1
+        try:
+            raise KeyError
+        except KeyError as error:
+            raise wrong("gone") from error
+
+    got = loading.prefetch(items())
+    assert next(got) == 1
+    with pytest.raises(wrong, match="gone"):
+        next(got)
+    assert alive[0]() is None
+
+
+def test_an_example_that_does_not_fit_is_named_by_its_line(tmp_path):
+    """Also if its record has a name of its own."""
+    said = [{"task": "qa", "question": "q", "answer": "long " * 90}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "mine", "annotations": said}))
+    assert mixture({"a": [Lines(tmp_path / "a.jsonl")]}, {"a": 1}, max_tokens=90)[0][1].startswith(f"{tmp_path / 'a.jsonl'}:1: mine: ")
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------------
