@@ -112,18 +112,25 @@ def _ask(scene: Scene, rng: np.random.Generator, task: str, about: str, label: s
 
 
 def _outermost(scene: Scene, group: list[int], side: str) -> int | None:
-    """The thing of the group that lies farthest to a side, if it leads by 12% of the picture; else None."""
+    """The thing of the group that lies farthest to a side by the middle of what shows of it, if it leads by 12% of the picture; else
+    None. (Not by its point, which for one kind is at the top and for another at the bottom.)"""
+    if len(group) < 2:
+        return None
     axis, sign = SIDES[side]
-    order = sorted(group, key=lambda i: sign * scene.points[0, i, axis])
-    lead = sign * (scene.points[0, order[1], axis] - scene.points[0, order[0], axis]) if len(order) > 1 else 0
-    return order[0] if lead >= 0.12 * scene.frames.shape[2 - axis] else None
+    extents = {i: np.flatnonzero(scene.masks[0, i].any(axis)) for i in group}  # columns for x, rows for y
+    first, second = sorted(group, key=lambda i: sign * (extents[i][0] + extents[i][-1]))[:2]
+    lead = sign * (extents[second][[0, -1]].mean() - extents[first][[0, -1]].mean())
+    return first if lead >= 0.12 * scene.frames.shape[2 - axis] else None
 
 
 def _extreme(scene: Scene, group: list[int], word: str) -> int | None:
-    """The largest or smallest thing of the group, if it beats the next one by a factor of 1.35; else None."""
+    """The largest or smallest thing of the group, if it beats the next one by a factor of 1.35, and all in the area that shows; else None."""
     order = sorted(group, key=lambda i: scene.things[i].size, reverse=word in LARGEST)
     sizes = [scene.things[i].size for i in order[:2]]
-    return order[0] if len(order) > 1 and max(sizes) >= 1.35 * min(sizes) else None
+    if len(order) < 2 or max(sizes) < 1.35 * min(sizes):
+        return None
+    foremost = max if word in LARGEST else min  # a star has less area than a ball of its size
+    return order[0] if foremost(order, key=lambda i: np.count_nonzero(scene.masks[0, i])) == order[0] else None
 
 
 def _choose(rng: np.random.Generator, options: list):
@@ -189,7 +196,8 @@ def motions(scene: Scene) -> list[tuple[str, ...]]:
     clear. Something that moves gets as far as a quarter of the shorter side, in a scene of less than 1.5 seconds a sixth a
     second; what rests stays within a fifth of that."""
     words, far = [], min(0.25, (scene.times[-1] - scene.times[0]) / 6) * min(scene.frames.shape[1:3])
-    for track in scene.points.transpose(1, 0, 2):
+    seen = np.isfinite(scene.points)  # the point of a thing at rest moves, too, when something passes before it
+    for track in (scene.points if scene.centers is None else np.where(seen, scene.centers, np.nan)).transpose(1, 0, 2):
         track = track[np.isfinite(track[:, 0])]
         if not len(track):
             words.append(())

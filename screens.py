@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from questions import Query
 from synthetic import Scene
 
-CLICK_VISIBLE = 0.7  # of its box: what an element must show to be asked for
+CLICK_VISIBLE = 0.7  # of its box, and of a word beside it: what an element must show to be asked for
 
 # What stands on an element -> what it is good for.
 BUTTONS = {"Save": "keep my work", "Cancel": "leave without changes", "OK": "agree", "Help": "read the manual",
@@ -54,6 +54,7 @@ class Element:
     word: str
     box: tuple[int, int, int, int]
     ticked: bool = False
+    text: tuple[int, int, int, int] | None = None  # the box of its word, if that stands beside it
 
     @property
     def name(self) -> str:
@@ -169,6 +170,11 @@ class Window:
     def write(self, x: float, y: float, text: str, color=None, anchor: str = "lm") -> None:
         self.pen.text((x, y), text, fill=color or self.look.ink, font=self.font, anchor=anchor)
 
+    def beside(self, made: Element, x: int) -> None:
+        """Writes an element's word next to it."""
+        self.write(x, self.y + self.line // 2, made.word)
+        made.text = (x, self.y, x + round(self.font.getlength(made.word)), self.y + self.line)
+
     def place(self, sort: str, x: int, y: int, width: int, height: int) -> Element | None:
         """The next word of a sort at a place, if there is one and it fits."""
         if x + width > self.right - self.gap or y + height > self.bottom - 2 or self.words.next(sort) is None:
@@ -197,7 +203,7 @@ class Window:
         start = self.left + self.gap + round(4.2 * self.look.type)
         made = self.place("field", start, self.y, max(self.right - 2 * self.gap - start, 2 * self.look.type), self.line)
         if made:
-            self.write(self.left + self.gap, self.y + self.line // 2, made.word)
+            self.beside(made, self.left + self.gap)
             fill = tuple((c + 128) // 2 for c in self.look.paper)
             self.pen.rounded_rectangle(made.box, self.look.round, fill=fill, outline=self.look.ink)
         return made
@@ -209,7 +215,7 @@ class Window:
             if made.ticked:
                 a, b, c, d = made.box
                 self.pen.line([(a + 2, (b + d) / 2), ((a + c) / 2, d - 2), (c - 2, b + 2)], fill="white", width=max(1, side // 6))
-            self.write(made.box[2] + self.gap, self.y + self.line // 2, made.word)
+            self.beside(made, made.box[2] + self.gap)
         return made
 
     def buttons(self) -> None:
@@ -225,9 +231,15 @@ class Window:
                 break
 
 
+def covered(box: tuple[int, int, int, int], by: tuple[int, int, int, int]) -> float:
+    """The share of a box that lies under another."""
+    width, height = (max(min(box[i + 2], by[i + 2]) - max(box[i], by[i]), 0) for i in (0, 1))
+    return width * height / ((box[2] - box[0]) * (box[3] - box[1]))
+
+
 def screen(seed: int, index: int, scale: float = 1.0) -> Scene:
     """One screen of 150 to 224 pixels a side (times `scale`) with one window, or two of which one lies on top. What
-    shows too little of itself has no point. A pure function of its arguments, seed and index >= 0."""
+    shows too little of itself or of its word has no point. A pure function of its arguments, seed and index >= 0."""
     rng = np.random.default_rng([seed, index, 5])
     width, height = (int(rng.integers(150, 225) * scale) for _ in range(2))
     look, words = Look.draw(rng, scale), Words(rng)
@@ -240,10 +252,12 @@ def screen(seed: int, index: int, scale: float = 1.0) -> Scene:
     for i, element in enumerate(elements):
         a, b, c, d = element.box
         owner[b:d + 1, a:c + 1] = i
+    unreadable = set()
     if rng.random() < 0.3:
         w, h = (int(side * rng.uniform(0.5, 0.7)) for side in (width, height))
         x, y = int(rng.integers(0, width - w)), int(rng.integers(0, height - h))
         owner[y:y + h + 1, x:x + w + 1] = -1
+        unreadable = {i for i, element in enumerate(elements) if element.text and covered(element.text, (x, y, x + w, y + h)) > 1 - CLICK_VISIBLE}
         for element in Window(pen, rng, look, (x, y, x + w, y + h), words).elements:
             a, b, c, d = element.box
             owner[b:d + 1, a:c + 1] = len(elements)
@@ -253,7 +267,7 @@ def screen(seed: int, index: int, scale: float = 1.0) -> Scene:
     for i, element in enumerate(elements):
         a, b, c, d = element.box
         x, y = element.middle
-        if masks[i].sum() >= CLICK_VISIBLE * (c - a + 1) * (d - b + 1) and masks[i, int(y), int(x)]:
+        if masks[i].sum() >= CLICK_VISIBLE * (c - a + 1) * (d - b + 1) and masks[i, int(y), int(x)] and i not in unreadable:
             points[0, i] = x, y
     return Scene(np.asarray(image)[None], np.zeros(1), elements, masks[None], points, "screen", False)
 
@@ -309,15 +323,17 @@ def _ask(scene: Scene, there: list[int], rng: np.random.Generator, about: str) -
 
 
 def _beside(scene: Scene, there: list[int], i: int, pick) -> Query | None:
-    """The element of the same sort next to element i, if just one stands there: right, left, above or below."""
-    thing, (x, y) = scene.things[i], scene.things[i].middle
-    height = thing.box[3] - thing.box[1]
-    others = [(j, scene.things[j].middle) for j in there if j != i and scene.things[j].sort == thing.sort]
-    row = [(u - x, j) for j, (u, v) in others if abs(v - y) < height / 2]
-    column = [(v - y, j) for j, (u, v) in others if abs(u - x) < height / 2]
-    found = [(f"{side} {thing.name}", min((abs(d), j) for d, j in line if d * sign > 0)[1])
-             for side, line, sign in (("right of", row, 1), ("left of", row, -1), ("below", column, 1), ("above", column, -1))
-             if any(d * sign > 0 for d, _ in line)]
+    """The nearest element of the same sort on one side of element i: right, left, above or below. None if there is none, or one of
+    its sort is half in view."""
+    thing, here, found = scene.things[i], scene.things[i].middle, []
+    alike = [j for j, other in enumerate(scene.things) if other.sort == thing.sort and j != i]
+    if any(scene.masks[0, j].any() for j in alike if j not in there):
+        return None
+    for side, axis, sign in (("right of", 0, 1), ("left of", 0, -1), ("below", 1, 1), ("above", 1, -1)):
+        ahead = [(sign * (scene.things[j].middle[axis] - here[axis]), j) for j in alike
+                 if j in there and abs(scene.things[j].middle[1 - axis] - here[1 - axis]) < (thing.box[3] - thing.box[1]) / 2]
+        if ahead := [(distance, j) for distance, j in ahead if distance > 0]:
+            found.append((f"{side} {thing.name}", min(ahead)[1]))
     if not found:
         return None
     where, target = found[int(pick(range(len(found))))]

@@ -190,6 +190,7 @@ class Scene:
     points: np.ndarray   # (F, n, 2) float32 x, y in pixels, inside the mask; NaN where too little is in view
     background: str      # one of BACKGROUNDS
     is_video: bool
+    centers: np.ndarray | None = None  # (F, n, 2) of clips: where the things are, whatever hides them
 
 
 def _window(sprite: Sprite, place: np.ndarray, shape: tuple[int, int]) -> tuple[tuple[slice, slice], ...]:
@@ -387,9 +388,10 @@ class World:
 
     def film(self, times: np.ndarray) -> Scene:
         """One frame for each of `times`, in seconds."""
-        shots = [_compose(self.background, self.sprites, self.places(time)) for time in times]
+        centers = np.stack([self.places(time) for time in times])
+        shots = [_compose(self.background, self.sprites, places) for places in centers]
         frames, masks, points = (np.stack(part) for part in zip(*shots))
-        return Scene(frames, times, self.things, masks, points, self.style, True)
+        return Scene(frames, times, self.things, masks, points, self.style, True, centers)
 
     def without_hidden(self) -> "World":
         """Leaves out what is never clearly in view on the 2 fps grid (the grid of the truth, whatever is filmed)."""

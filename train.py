@@ -59,7 +59,7 @@ PARTS = ("vit", "connector", "llm", "point")
 LIGHT = ("tiny", "small")  # presets that need no care for memory: whole in every process, all activations kept
 LOSSES = ("token", "patch", "slot", "location")
 SMALL_EVALUATION = 40  # records of each set
-FORMAT = 3             # of what a checkpoint says about its run: the loader's numbers mean the same examples
+FORMAT = 4             # of what a checkpoint says about its run: the loader's numbers mean the same examples
 Z_LOSS = 1e-4          # weight of the squared log-normaliser of the head, which keeps it from drifting
 VIT_BATCH, VIT_LR, VIT_WARMUP = 10, 3e-3, 20  # of the ViT alone: scenes a step, peak rate, steps
 
@@ -119,10 +119,10 @@ TINY = {
                                      "captions": 14, "image qa": 6, "video qa": 5, "text": 3}, "uniform",
              per_part(2e-4, 3e-4, 2e-3, 2e-3), per_part(20, 20, 20, 20), ("stills", "clips", "screens", "tracks"), vit_steps=10_000,
              more={"none": 1.3, "position": 2.5, "size": 2}, vit_frozen_steps=2200),
-    3: Stage(5200, 2, 2048, 40, 32, {"image points": 10, "multi-image points": 8, "screens": 9, "video points": 12, "arrivals": 3, "tracks": 22,
-                                     "captions": 16, "image qa": 10, "video qa": 13, "text": 1, "long points": 2, "long tracks": 6},
+    3: Stage(5200, 2, 2048, 40, 32, {"image points": 8, "multi-image points": 7, "screens": 12, "video points": 9, "arrivals": 2, "tracks": 26,
+                                     "captions": 26, "image qa": 7, "video qa": 10, "text": 1, "long points": 2, "long tracks": 6},
              "uniform", per_part(2e-4, 1e-4, 1.2e-3, 1.2e-3), per_part(20, 20, 20, 20), ("video points", "long points", "long tracks"),
-             more={"none": 1.6, "position": 2.5, "size": 2, "all": 3}),
+             more={"none": 2, "position": 2.5, "size": 2, "all": 3}),
     4: Stage(300, 1, 1024, 100, 32, {"moments": 1.0}, "uniform", per_part(2e-4, 8e-4, 8e-4, 8e-4), per_part(20, 20, 20, 20),
              ("moments",), branches=5),
 }
@@ -418,13 +418,9 @@ def pretrain_vit(run: Run, state: dict[str, np.ndarray] | None):
         truth = labels.to(args.device).flatten(0, 1)
         loss = sum(F.cross_entropy(s, t, reduction="sum") for s, t in zip(scores, truth.T))
         right = torch.stack([s.argmax(-1) for s in scores], dim=-1) == truth
-        measured = {  # a column of the labels, and the patches where it counts: those that show something
-            "named": (loading.KIND, truth[:, loading.KIND] > 0),
-            "read": (loading.ELEMENT, truth[:, loading.ELEMENT] > 0),
-            "background": (loading.BACKGROUND, truth[:, loading.BACKGROUND] != loading.UNKNOWN),
-        }
         sums = {"naming": loss.item(), "patches": len(truth)}
-        for name, (column, where) in measured.items():
+        for name, column, nothing in (("named", loading.KIND, 0), ("read", loading.ELEMENT, 0), ("background", loading.BACKGROUND, loading.UNKNOWN)):
+            where = truth[:, column] != nothing
             sums[name], sums[f"all {name}"] = right[where, column].sum().item(), where.sum().item()
         totals = world.totals(sums)
         (loss / totals["patches"] * world.size).backward()
@@ -433,7 +429,7 @@ def pretrain_vit(run: Run, state: dict[str, np.ndarray] | None):
         clip(parts, totals["naming"], step, lambda: [f"scenes {drawn} to {drawn + share * world.size - 1}"])
         update(optimisers, dict.fromkeys(PARTS, schedule(VIT_LR, VIT_WARMUP, step + stage.vit_steps, stage.vit_steps)))
         line = {"naming": totals["naming"] / totals["patches"]} | {name: totals[name] / totals[f"all {name}"]
-                                                                  for name in measured if totals[f"all {name}"]}
+                                                                  for name in ("named", "read", "background") if totals[f"all {name}"]}
         run.log.write(step=step, **line)
         bar.set_postfix(line)
         stop = world.any(bool(run.stop_signals))

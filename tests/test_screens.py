@@ -1,15 +1,19 @@
 """Screens: what is drawn is what is known, and every instruction means what it says."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 
 import screens
 from screens import ICONS, SORTS, USES, screen
 
+drawn = cache(screen)
+
 
 def elements(count: int = 60):
     for index in range(count):
-        scene = screen(2, index)
+        scene = drawn(2, index)
         yield scene, [(i, thing) for i, thing in enumerate(scene.things) if np.isfinite(scene.points[0, i, 0])]
 
 
@@ -47,14 +51,35 @@ def test_points_are_the_middles_of_boxes_and_lie_in_masks():
 
 
 def test_what_lies_behind_a_window_has_no_point():
-    """Where a second window covers most of an element, it cannot be clicked: the pixels of its box show something else."""
+    """Where a second window covers most of an element, or of its word, it cannot be clicked: the pixels of its box show something else."""
     covered = [(scene, i) for scene, shown in elements(150) for i in range(len(scene.things)) if i not in dict(shown)]
     assert len(covered) > 20
     for scene, i in covered:
         left, top, right, bottom = scene.things[i].box
         x, y = scene.things[i].middle
         area = (right - left + 1) * (bottom - top + 1)
-        assert scene.masks[0, i].sum() < screens.CLICK_VISIBLE * area or not scene.masks[0, i, int(y), int(x)]
+        assert scene.masks[0, i].sum() < screens.CLICK_VISIBLE * area or not scene.masks[0, i, int(y), int(x)] or scene.things[i].text
+
+
+def test_what_has_its_word_behind_a_window_is_not_asked_for():
+    """The word stands beside a field or a box to tick: where most of it is covered, the element has no point, and who asks
+    for what stands next to one of its sort is not led past it."""
+    seen, unread = 0, 0
+    for index in range(300):
+        scene = drawn(2, index)
+        for i, thing in enumerate(scene.things):
+            if thing.text is None or not np.isfinite(scene.points[0, i, 0]):
+                continue
+            left, top, right, bottom = thing.text
+            assert thing.sort in ("field", "tick") and 0 <= left < right and right <= scene.frames.shape[2]
+            patch = scene.frames[0, top:bottom, left:right].astype(int)
+            assert np.ptp(patch, axis=(0, 1)).max() > 60  # something is written there
+            seen += 1
+        unread += sum(thing.text is not None and scene.masks[0, i].any() and np.isnan(scene.points[0, i, 0]) for i, thing in enumerate(scene.things))
+        hidden = {thing.sort for i, thing in enumerate(scene.things) if scene.masks[0, i].any() and np.isnan(scene.points[0, i, 0])}
+        for query in screens.queries(scene, np.random.default_rng(index), 6):
+            assert query.about != "place" or scene.things[query.targets[0]].sort not in hidden
+    assert seen > 100 and unread > 10
 
 
 def test_elements_stand_out_from_their_surroundings():
