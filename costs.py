@@ -117,12 +117,11 @@ def plan(config: MolmoConfig, stage, gpus: int, context: int, accumulate: int, s
     if gpus % context or stage.packs % (gpus // context * accumulate):
         raise ValueError(f"--plan {gpus}: {stage.packs} packs a step cannot be shared out to {gpus} GPUs in groups of {context}, "
                          f"in {accumulate} parts (--accumulate)")
-    rows, P = stage.packs * context // (gpus * accumulate), sum(parameters(config).values())
-    work, v, t = pack(config, stage.tokens, stage.crops), config.vit, config.llm
+    rows, part = stage.packs * context // (gpus * accumulate), parameters(config)
+    P, work, v, t = sum(part.values()), pack(config, stage.tokens, stage.crops), config.vit, config.llm
     S, depth, heads = config.views.grid**2, max(v.tapped) + 1, (t.heads + t.kv_heads) * t.head_width
 
     # memory: parameters, gradients and two moments in float32; what is gathered at a time; what the backward pass needs
-    part = parameters(config)
     gathered = sharded * (8 * (part["word embeddings"] + part["head"]) + 2 * 2 * part["decoder blocks"] / t.layers)
     kept = 2 * (stage.tokens * t.width * t.layers + stage.crops * S * v.width * depth) / context  # the inputs of the blocks
     block = 2 * stage.tokens * (2 * heads + 4 * t.mlp_hidden + 6 * t.width) / context, 2 * stage.crops * S * (8 * v.width + 2 * v.mlp_hidden) / context

@@ -136,14 +136,13 @@ def answer_pieces(annotation: Annotation, record: Record, views: Views, config: 
         return str(n) if n else NONE, none
     if not points:
         return NONE, none
+    rows, ids = none, [point.id for point in points]
     if config.points_as == "tags":
         if len(views.sizes) > 1:
             raise ValueError(f"{record.name}: tags mark points in one picture, not in {len(views.sizes)}: ask frame by frame")
-        pieces, rows = [write_tags(points, views.sizes[0], annotation.label)], none
-        ids = [point.id for point in points]
+        pieces = [write_tags(points, views.sizes[0], annotation.label)]
     elif config.points_as == "text":
-        pieces, rows = [write_text(points, places(views.times, len(views.sizes)), views.sizes, annotation.label, tracks)], none
-        ids = [point.id for point in points]
+        pieces = [write_text(points, places(views.times, len(views.sizes)), views.sizes, annotation.label, tracks)]
     else:
         rows, ids = grounding_targets(points, patch_map(views), tracks)
         pieces, rows = grounded_pieces(ids, annotation.label, tracks), np.append(rows, [[-1, -1, -1]], axis=0)

@@ -34,7 +34,9 @@ def test_video_is_measured(monkeypatch, capsys):
 def test_writing_is_held_against_the_memory(monkeypatch):
     """In bfloat16 and in eight bits, as on a GPU: a figure for each mode, and its share of the limit."""
     monkeypatch.setattr(bench, "WRITTEN", 3)
-    rows = [row for eight in (False, True) for row in bench.of_the_limit(PRESETS["small"], "cpu", eight, ("views", "static"), 1)]
+    monkeypatch.setattr(bench, "FRAMES", 2)
+    monkeypatch.setattr(bench, "SMALL", PRESETS["tiny"])
+    rows = [row for eight in (False, True) for row in bench.of_the_limit(PRESETS["tiny"], "cpu", eight, ("views", "static"), 1)]
     assert [name for name, *_ in rows] == [f"decode, {kind}, {mode}" for kind in ("bfloat16", "int8") for mode in ("views", "static")]
     assert all(value > 0 and "% of" in unit for _, value, unit in rows)
 

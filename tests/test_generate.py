@@ -162,7 +162,7 @@ def test_the_model_refuses_what_does_not_fit(model):  # noqa: F811
     x, length = model.embed(batch.tokens), batch.tokens.shape[1]
     cache = Cache(model.config.llm, 1, length, x)
     cache.reserve(length - 1)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=rf"size of the tensor \({length - 1}\) must match"):
         model.hidden_states(x, batch.positions, make_mask(model.mask_ids(batch)), cache)
 
 
