@@ -58,9 +58,9 @@ def test_records_ask_for_every_look_and_for_something_missing(monkeypatch):
         for thing in record.objects.values():
             assert thing.points.keys() == thing.masks.keys()
             assert all(thing.masks[t].mask()[int(y), int(x)] for t, (x, y) in thing.points.items())
-        again, other = vpos.record(7, index), vpos.record(8, index)
-        assert np.array_equal(again.pictures, record.pictures) and again.annotations == record.annotations
-        assert not np.array_equal(other.pictures[0], record.pictures[0])
+    again, other = vpos.record(7, 9), vpos.record(8, 9)
+    assert np.array_equal(again.pictures, record.pictures) and again.annotations == record.annotations
+    assert not np.array_equal(other.pictures[0], record.pictures[0])
 
 
 def test_shapes_are_signed_distances():
