@@ -82,7 +82,7 @@ def test_the_shipped_model_is_small():
     assert sum(path.stat().st_size for path in (ROOT / "assets/tiny").iterdir()) < 12e6
 
 
-def test_every_python_command_runs(tmp_path, monkeypatch):
+def test_every_python_command_runs(tmp_path, monkeypatch, capsys):
     """All commands in their order, in an empty folder with the assets beside it; training and evaluation cut short. The
     vocabulary and the clip's truth come out byte for byte as they lie in assets/."""
     commands = [shlex.split(command) for command in COMMANDS if command.startswith("python")]
@@ -104,6 +104,7 @@ def test_every_python_command_runs(tmp_path, monkeypatch):
         assert not status, (program, words)
     assert (tmp_path / "out/cups.points.mp4").stat().st_size > 0
     assert (tmp_path / "runs/stage2/checkpoint/model.npz").stat().st_size > 0
+    assert "useful tokens/s" in capsys.readouterr().out
     for made in ("tokenizer.json", "cups.json"):  # the assets are what these commands make
         assert (tmp_path / "runs" / made).read_bytes() == (ROOT / "assets" / made).read_bytes()
     if missing:
