@@ -24,7 +24,7 @@ n objects, H x W pixels.
 """
 
 import os
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -38,8 +38,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import command
-from preprocess import frame_times, frames_of, read_image
-from records import AT_A_FRAME, Line, Lines, dump
+from preprocess import ViewConfig, frame_times, frames_of
+from records import Line, Lines, dump
 
 Points = Mapping[int, tuple[float, float]]  # id -> x, y in pixels
 Masks = dict[int, np.ndarray]               # id -> (H, W) bool
@@ -490,20 +490,20 @@ def annotate(frame: np.ndarray, mask: np.ndarray, rng: np.random.Generator,
 
 def annotate_line(line: Line, rng: np.random.Generator, segmenter: Callable[[np.ndarray, float, float], np.ndarray]) -> list[float]:
     """Every mask gives a point to its object; -> how well their own masks fit. Of a video one frame is in memory at a time. ValueError if
-    a mask does not fit its picture or an object has none but empty ones."""
-    record, fits, masks = line.record, [], defaultdict(list)
-    record.times = frame_times(line.video) if line.video else None
-    for identity, thing in record.objects.items():
-        if record.times and max(thing.masks, default=0) > record.times[-1] + AT_A_FRAME:
-            raise ValueError(f"object {identity}: a mask at {max(thing.masks):g} s, the video ends at {record.times[-1]:g} s")
-        for moment, runs in thing.masks.items():
-            if any(runs.counts[1::2]):
-                masks[record.picture(moment)].append((thing, moment, runs))
-    pictures = (picture for _, picture in frames_of(line.video)) if line.video else map(read_image, line.images)
+    something does not fit its picture or an object has none but empty masks."""
+    record, fits = line.record, []
+    if line.video:
+        record.times, pictures = frame_times(line.video), (picture for _, picture in frames_of(line.video))
+    else:
+        pictures = line.load(ViewConfig()).pictures
+    places = record.by_picture()
     for number, picture in enumerate(pictures):
-        for thing, moment, runs in masks[number]:
-            thing.points[moment] = annotate(picture, runs.mask(), rng, segmenter)
-            fits.append(iou(segmenter(picture, *thing.points[moment]), runs.mask()))
+        for identity, moment in places.get(number, ()):
+            record.check_place(identity, moment, picture.shape[:2])
+            thing = record.objects[identity]
+            if moment in thing.masks and (mask := thing.masks[moment].mask()).any():
+                thing.points[moment] = annotate(picture, mask, rng, segmenter)
+                fits.append(iou(segmenter(picture, *thing.points[moment]), mask))
     if not all(thing.points for thing in record.objects.values()):
         raise ValueError("an object has empty masks only")
     return fits

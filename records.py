@@ -145,6 +145,27 @@ class Record:
         """Which picture shows a moment: the nearest frame."""
         return int(moment) if self.times is None else int(np.abs(np.array(self.times) - moment).argmin())
 
+    def by_picture(self) -> dict[int, list[tuple[int, float]]]:
+        """Picture -> the objects that have a point or a mask there, each with its moment. ValueError if one comes after the video's end."""
+        found: dict[int, list[tuple[int, float]]] = {}
+        for identity, thing in self.objects.items():
+            for moment in dict.fromkeys((*thing.points, *thing.masks)):
+                if self.times and moment > self.times[-1] + AT_A_FRAME:
+                    raise ValueError(f"object {identity}: a {'point' if moment in thing.points else 'mask'} at {moment:g} s, the video ends at "
+                                     f"{self.times[-1]:g} s")
+                found.setdefault(self.picture(moment), []).append((identity, moment))
+        return found
+
+    def check_place(self, identity: int, moment: float, size: tuple[int, int]) -> None:
+        """ValueError if an object's point or mask at a moment does not fit a picture of `size` (h, w)."""
+        thing, (height, width) = self.objects[identity], size
+        if moment in thing.points:
+            x, y = thing.points[moment]
+            if not (0 <= x <= width and 0 <= y <= height):
+                raise ValueError(f"object {identity}: the point {x:g}, {y:g} is outside the {width} x {height} picture")
+        if moment in thing.masks and thing.masks[moment].size != size:
+            raise ValueError(f"object {identity}: a mask of size {list(thing.masks[moment].size)} on a picture of {list(size)}")
+
     def seen(self, values: dict[float, T]) -> dict[int, T]:
         """Values by moment -> by picture, in order. What lies between the frames is left out, and of several moments at
         one frame the nearest counts. A moment with others close by holds for no longer than halfway to them: where a dense
@@ -283,19 +304,9 @@ class Line:
                 if picture.shape != record.pictures[0].shape:
                     raise ValueError(f"{path}: {picture.shape[1]}x{picture.shape[0]}, the frame after it is "
                                      f"{record.pictures[0].shape[1]}x{record.pictures[0].shape[0]}")
-        for identity, thing in record.objects.items():
-            last = max([*thing.points, *thing.masks])
-            if record.times and last > record.times[-1] + AT_A_FRAME:
-                raise ValueError(f"object {identity}: a {'point' if last in thing.points else 'mask'} at {last:g} s, the video ends at "
-                                 f"{record.times[-1]:g} s")
-            for moment, (x, y) in thing.points.items():
-                height, width, _ = record.pictures[record.picture(moment)].shape
-                if not (0 <= x <= width and 0 <= y <= height):
-                    raise ValueError(f"object {identity}: the point {x:g}, {y:g} is outside the {width} x {height} picture")
-            for moment, runs in thing.masks.items():
-                shape = record.pictures[record.picture(moment)].shape[:2]
-                if shape != runs.size:
-                    raise ValueError(f"object {identity}: a mask of size {list(runs.size)} on a picture of {list(shape)}")
+        for number, here in record.by_picture().items():
+            for identity, moment in here:
+                record.check_place(identity, moment, record.pictures[number].shape[:2])
         said, record.annotations = record.annotations, record.answerable()
         if said and not record.annotations:
             raise ValueError(f"none of the {len(record.pictures)} frames looked at is within {AT_A_FRAME} s of the points: give more "

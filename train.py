@@ -429,7 +429,7 @@ def pretrain_vit(run: Run, state: dict[str, np.ndarray] | None):
         clip(parts, totals["naming"], step, lambda: [f"scenes {drawn} to {drawn + share * world.size - 1}"])
         update(optimisers, dict.fromkeys(PARTS, schedule(VIT_LR, VIT_WARMUP, step + stage.vit_steps, stage.vit_steps)))
         line = {"naming": totals["naming"] / totals["patches"]} | {name: totals[name] / totals[f"all {name}"]
-                                                                  for name in ("named", "read", "background") if totals[f"all {name}"]}
+                                                                  for name in totals if totals.get(f"all {name}")}
         run.log.write(step=step, **line)
         bar.set_postfix(line)
         stop = world.any(bool(run.stop_signals))

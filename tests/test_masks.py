@@ -349,11 +349,14 @@ def test_masks_of_a_video_belong_to_their_own_frames(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "1 lines, 12 points" in said and float(re.search(r"IoU of ([0-9.]+)", said)[1]) > 0.9, said
     assert len(Lines(tmp_path / "v.points.jsonl").line(0).record.objects[0].points) == 12
-    line["objects"][0]["masks"][0]["time"] = 3
-    (tmp_path / "late.jsonl").write_text(json.dumps(line))
-    with pytest.raises(SystemExit) as end:
-        masks.main(["annotate", str(tmp_path / "late.jsonl")])
-    assert end.value.code == 2 and f"{tmp_path / 'late.jsonl'}:1: object 0: a mask at 3 s" in capsys.readouterr().err
+    late, small, outside = ({**masks_of[0], "time": 3}, {**masks_of[0], "size": [32, 160]}, [{"time": 0.1, "x": 500, "y": 3}])
+    for name, objects, said in (("late", [{"id": 0, "masks": [*masks_of[1:], late]}], "a mask at 3 s, the video ends at"),
+                                ("small", [{"id": 0, "masks": [small]}], "a mask of size [32, 160] on a picture of [64, 80]"),
+                                ("outside", [{"id": 0, "masks": masks_of, "points": outside}], "the point 500, 3 is outside the 80 x 64 picture")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(line | {"objects": objects}))
+        with pytest.raises(SystemExit) as end:
+            masks.main(["annotate", str(tmp_path / f"{name}.jsonl")])
+        assert end.value.code == 2 and f"{tmp_path / name}.jsonl:1: object 0: {said}" in capsys.readouterr().err
 
 
 def test_annotate_ends_in_one_line(tmp_path, capsys):
