@@ -119,10 +119,10 @@ TINY = {
                                      "captions": 14, "image qa": 6, "video qa": 5, "text": 3}, "uniform",
              per_part(2e-4, 3e-4, 2e-3, 2e-3), per_part(20, 20, 20, 20), ("stills", "clips", "screens", "tracks"), vit_steps=10_000,
              more={"none": 1.3, "position": 2.5, "size": 2}, vit_frozen_steps=2200),
-    3: Stage(5200, 2, 2048, 40, 32, {"image points": 8, "multi-image points": 7, "screens": 12, "video points": 9, "arrivals": 2, "tracks": 26,
-                                     "captions": 26, "image qa": 7, "video qa": 10, "text": 1, "long points": 2, "long tracks": 6},
+    3: Stage(6000, 2, 2048, 40, 32, {"image points": 7, "multi-image points": 7, "screens": 16, "video points": 8, "arrivals": 2, "tracks": 28,
+                                     "captions": 26, "image qa": 5, "video qa": 8, "text": 1, "long points": 2, "long tracks": 6},
              "uniform", per_part(2e-4, 1e-4, 1.2e-3, 1.2e-3), per_part(20, 20, 20, 20), ("video points", "long points", "long tracks"),
-             more={"none": 2, "position": 2.5, "size": 2, "all": 3}),
+             more={"none": 2, "position": 2.5, "size": 2, "place": 3, "all": 3}),
     4: Stage(300, 1, 1024, 100, 32, {"moments": 1.0}, "uniform", per_part(2e-4, 8e-4, 8e-4, 8e-4), per_part(20, 20, 20, 20),
              ("moments",), branches=5),
 }
