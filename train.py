@@ -431,10 +431,10 @@ def pretrain_vit(run: Run, state: dict[str, np.ndarray] | None):
         line = {"naming": totals["naming"] / totals["patches"]} | {name: totals[name] / totals[f"all {name}"]
                                                                   for name in totals if totals.get(f"all {name}")}
         run.log.write(step=step, **line)
-        bar.set_postfix(line)
         stop = world.any(bool(run.stop_signals))
         if stop or (step + 1) % args.save_every == 0:
             run.save(seeing, optimisers, step + 1, **{f"probe {key}": value.cpu().numpy() for key, value in probe.state_dict().items()})
+        bar.set_postfix(line)  # after saving: Ctrl-C has perhaps ended who reads the bar, as in `| tee`
         if stop:
             run.log.say(f"stopped {-step - 1} steps before the model takes over: --resume goes on from there")
             return
@@ -652,12 +652,12 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
         tokens += int(totals["tokens"]) // world.context
         left_out = loader.state["left out"]
         run.log.write(step=step, loss=totals["loss"], **shown, norms=norms, **({"left out": len(left_out)} if left_out else {}))
-        bar.set_postfix({"loss": totals["loss"], **shown, "tokens/s": int(tokens / (time.time() - started))})
 
         # save, evaluate, stop
         stop, due = world.any(bool(run.stop_signals)), evaluation_due(step + 1)
         if step + 1 == stage.steps or (step + 1) % args.save_every == 0 or due or stop:  # before evaluating
             run.save(model, optimisers, step + 1, loader.state)
+        bar.set_postfix({"loss": totals["loss"], **shown, "tokens/s": int(tokens / (time.time() - started))})  # after saving, as above
         if due and not stop:
             watch(run, step)
             stop = world.any(bool(run.stop_signals))

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from itertools import islice
 from pathlib import Path
 
@@ -25,9 +26,18 @@ ROOT = Path(__file__).resolve().parent.parent
 def processes(n: int, *words: object, fails: bool = False) -> subprocess.CompletedProcess:
     """tests/processes.py under torchrun, or, of one, as it is."""
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    done = subprocess.run([sys.executable, *(torchrun if n > 1 else []), str(ROOT / "tests/processes.py"), *map(str, words)], cwd=ROOT,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
-    assert fails or done.returncode == 0, done.stderr[-3000:]
+
+    def run() -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, *(torchrun if n > 1 else []), str(ROOT / "tests/processes.py"), *map(str, words)], cwd=ROOT, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}, capture_output=True, timeout=300)
+
+    done = run()
+    if "Fatal Python error: Segmentation fault" in done.stderr and "Current thread" not in done.stderr:
+        # Once in a few hundred runs gloo's own thread breaks inside of malloc (NOTES, 2026-11-29): a crash in a thread that runs no
+        # Python is shown, and the processes are started once more. Any other crash, and a second one, is a failure.
+        warnings.warn(f"a thread of torch crashed in one of {n} processes:\n{done.stderr}", stacklevel=2)
+        done = run()
+    assert fails or done.returncode == 0, done.stderr
     return done
 
 

@@ -1,5 +1,6 @@
 """The training command: what it writes, what it refuses, and that every part learns at its own rate."""
 
+import io
 import json
 import os
 import re
@@ -442,6 +443,32 @@ def test_a_stopped_run_goes_on_bit_for_bit(quick, whole, tmp_path, monkeypatch):
         assert losses_of(tmp_path / "stopped") == losses_of(whole)[:done]
     same, stopped = (weights.load(folder / "checkpoint")[0].state_dict() for folder in (whole, tmp_path / "stopped"))
     assert all(torch.equal(same[name], stopped[name]) for name in same)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the bar's last words
+@pytest.mark.parametrize("stopped_in", [2, 7])
+def test_the_step_is_saved_even_if_the_signal_has_ended_who_reads_the_bar(stopped_in, quick, tmp_path, monkeypatch):
+    """SIGTERM or Ctrl-C reaches `| tee` as well, and the next word to stderr breaks: of the ViT alone and of the model, the step is
+    saved before that."""
+    update, steps = train.update, []
+
+    class Pipe(io.StringIO):
+        def write(self, text: str) -> int:
+            if len(steps) >= stopped_in:
+                raise BrokenPipeError
+            return len(text)
+
+    def interrupted(optimisers, rates):
+        update(optimisers, rates)
+        steps.append(1)
+        if len(steps) == stopped_in:  # six steps of the ViT alone come first
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train, "update", interrupted)
+    monkeypatch.setattr(sys, "stderr", Pipe())
+    with pytest.raises(SystemExit):
+        train.main([*LINE, "100", "--out", str(tmp_path)])
+    assert len(steps) == stopped_in and int(weights.load_training(tmp_path / "checkpoint")["step"]) == stopped_in - 6
 
 
 def test_an_evaluation_that_was_stopped_comes_when_the_run_goes_on(watching, tmp_path, monkeypatch):
