@@ -205,7 +205,8 @@ class Loader:
         items = DataLoader(self.examples, batch_size=None, sampler=numbers, num_workers=self.workers, worker_init_fn=ignore_signals,
                            generator=torch.Generator())  # its own: the global one, from which dropout draws, stays as it is
         # no name for iter(items) here: it holds the worker processes, which end when nobody holds it
-        for batch, self.names, self.state in prefetch(self.batches(iter(items), state["pool"], state["next"][0])):
+        for batch, names, after in prefetch(self.batches(iter(items), state["pool"], state["next"][0])):
+            self.names, self.state = names, after
             yield batch
 
     def batches(self, items: Iterator[tuple[int, Example | str]], first: list[int], start: int) -> Iterator[tuple[Batch, list[str], dict]]:

@@ -22,7 +22,7 @@ import signal
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -616,37 +616,17 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
         watch(run, first - 1)  # the run was stopped or killed while it was evaluated
         if world.any(bool(run.stop_signals)):
             return run.log.say(f"stopped after step {first}: --resume goes on from there")
-    sharded = any(isinstance(p, DTensor) for p in model.parameters())  # shards are cast when they are gathered
-    autocast = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=has_bfloat16(args.device) and not sharded)
     for step in bar:
-        if step in (first, stage.vit_frozen_steps):
+        if step in (first, stage.vit_frozen_steps):  # the ViT may thaw in mid-run
             frozen = {*args.freeze, *(("vit",) if step < stage.vit_frozen_steps and not args.data else ())}
             for part, params in parts.items():
                 for p in params.values():
                     p.requires_grad_(part not in frozen)
-
-        # forward and backward, in as many parts as asked for, each made while the one before is learned from
-        totals, names = Counter(), []
-        for batch in islice(batches, accumulate):
-            names += loader.names
-            totals.update(backward(model, batch.to(args.device), autocast, stage.drop_responses_only))
-
-        # divided by the summed weights of all processes; `average` makes gradients a mean over processes: hence world.size
-        own = totals["loss"]
-        totals = world.totals(totals)
-        divisor = totals["weights"] or 1.0  # without any token to learn all gradients are 0
-        parallel.average(model, world)
-        for p in model.parameters():
-            if p.grad is not None:
-                p.grad *= world.size / divisor
-        totals["loss"] /= divisor
-        with parallel.said_once():  # by all processes alike
-            blameless = math.isfinite(own) and not math.isfinite(totals["loss"])  # it happened in another process
-            norms = clip(parts, totals["loss"], step, lambda: world.names([] if blameless else names))
+        totals, norms = gradients(run, parts, loader, islice(batches, accumulate), step)
         update(optimisers, learning_rates(stage, step))
 
         # report
-        shown = {name: totals[name] / divisor for name in LOSSES if name in totals}
+        shown = {name: totals[name] for name in LOSSES if name in totals}
         if totals["choices"]:  # the share of visual tokens (and of stops) chosen right
             shown["right"] = totals["right"] / totals["choices"]
         tokens += int(totals["tokens"]) // world.context
@@ -670,6 +650,32 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
         run.log.say(f"left out: {count} examples, each with its warning when it came first")
     if graphs := compilations():
         run.log.say(f"{graphs} graphs compiled")
+
+
+def gradients(run: Run, parts: dict, loader: loading.Loader, batches: Iterable[Batch], step: int) -> tuple[Counter, dict[str, float]]:
+    """A step's gradients, of all processes, clipped. -> what its batches amount to (losses a loss weight; tokens, choices), and the
+    gradient norms of the parts. ValueError, with the examples' names, if one of these is not finite."""
+    model, world, device = run.model, run.world, torch.device(run.args.device).type
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())  # shards are cast when they are gathered
+    autocast = torch.autocast(device, torch.bfloat16, enabled=has_bfloat16(run.args.device) and not sharded)
+    totals, names = Counter(), []
+    for batch in batches:  # each is made while the one before is learned from
+        names += loader.names
+        totals.update(backward(model, batch.to(run.args.device), autocast, run.stage.drop_responses_only))
+
+    # divided by the summed weights of all processes; `average` makes gradients a mean over processes: hence world.size
+    own = totals["loss"]
+    totals = world.totals(totals)
+    divisor = totals["weights"] or 1.0  # without any token to learn all gradients are 0
+    parallel.average(model, world)
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad *= world.size / divisor
+    for name in {"loss", *LOSSES} & totals.keys():
+        totals[name] /= divisor
+    with parallel.said_once():  # by all processes alike
+        blameless = math.isfinite(own) and not math.isfinite(totals["loss"])  # it happened in another process
+        return totals, clip(parts, totals["loss"], step, lambda: world.names([] if blameless else names))
 
 
 def backward(model: Molmo, batch: Batch, autocast: torch.autocast, drop_responses_only: bool) -> dict[str, float]:
