@@ -76,9 +76,10 @@ def question_text(annotation: Annotation, record: Record, rng: np.random.Generat
         wordings = timed or task.wordings
         given = write_text(given_point(record, annotation), places(record.times, len(record.pictures)), sizes(record),
                            annotation.label) if annotation.task == "track_from" else ""
-        words = wordings[rng.integers(len(wordings))].format(
-            label=annotation.label, medium=record.medium, fps=fps, question=annotation.question,
-            options=options(annotation.choices), given=given, **{"is": "are"})
+        wording, article = wordings[rng.integers(len(wordings))], re.match("(the|an?) ", annotation.label, re.IGNORECASE)
+        words = (wording.replace("the {label}", "{label}") if article else wording).format(
+            label=annotation.label, medium=record.medium, fps=fps, question=annotation.question, options=options(annotation.choices),
+            given=given, **{"is": "is" if article and len(annotation.objects) == 1 else "are"})
     return f"{task.style}: {words}" if task.style else words
 
 
@@ -309,6 +310,8 @@ def glimpse(seed: int, index: int, rng: np.random.Generator, branches: int, mask
     scene = made.film(times[times >= 0] if last > 0 else times[-1:])
     asked = questions.queries(scene, rng, min(2, branches), more, questions.MOVING)  # where it can be said clearly
     asked += questions.queries(scene, rng, branches - len(asked), more, questions.POINTING)
+    half_hidden = {i for i, mask in enumerate(scene.masks[-1]) if mask.any() and not np.isfinite(scene.points[-1, i, 0])}
+    asked = [query for query in asked if not half_hidden & set(query.targets)]  # neither there nor not there
     return scene_record(scene, asked, masks, f"moments-{index}").moment(len(scene.times) - 1, HISTORY)
 
 
@@ -382,7 +385,7 @@ COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#e3
 def check(path: str, tokenizer: Tokenizer, config: MolmoConfig, max_tokens: int, max_crops: int) -> int:
     """Reads every line with its pictures and makes an example of it; prints what is wrong with the bad ones, those too
     that no pack can hold, and a table. -> how many are bad."""
-    lines, tasks, totals, lengths, bad, away, cut, merged = Lines(path), Counter(), Counter(), [], 0, 0, 0, 0
+    lines, tasks, totals, lengths, bad, away, cut, merged, off = Lines(path), Counter(), Counter(), [], 0, 0, 0, 0, 0
     for i in range(lines.size):
         try:
             record = lines.record(i, config.views)
@@ -391,6 +394,8 @@ def check(path: str, tokenizer: Tokenizer, config: MolmoConfig, max_tokens: int,
             cut += len(tree.branches) - len(trim_to_fit(tree, max_tokens).branches)
             merged += sum(sum(len(points_of(record, part)) for part in said.parts if part.task != "count") - int((one.points[:, 0] >= 0).sum())
                           for said, one in zip(record.annotations, tree.branches) if len(one.points))
+            off += sum(not thing.masks[moment].mask()[min(int(y), thing.masks[moment].size[0] - 1), min(int(x), thing.masks[moment].size[1] - 1)]
+                       for thing in record.objects.values() for moment, (x, y) in thing.points.items() if moment in thing.masks)
             if len(tree.crops) > max_crops:
                 raise ValueError(f"{path}:{lines.at[i][0]}: {len(tree.crops)} crops, there is room for {max_crops}")
         except ValueError as error:
@@ -404,6 +409,7 @@ def check(path: str, tokenizer: Tokenizer, config: MolmoConfig, max_tokens: int,
         lengths.append((tree.length, len(tree.crops)))
     print(f"{lines.size} lines, {bad} bad" + (f"; {away} annotations point between the frames that are looked at" if away else "")
           + (f"; {cut} annotations do not fit beside the others" if cut else "")
+          + (f"; {off} points lie outside of their object's mask" if off else "")
           + (f"; {merged} points lie in the same patch as another one and are taken for it" if merged else ""))
     for table in filter(None, (totals, tasks)):
         print("  " + ", ".join(f"{name} {n}" for name, n in table.most_common()))

@@ -496,14 +496,14 @@ def settings_of(args: argparse.Namespace, model: Molmo, most: dict[str, int]) ->
     settings = {
         "checkpoint": str(args.checkpoint), "sets": ", ".join(most), "seed": args.seed,
         "records": most if len(set(most.values())) > 1 else max(most.values()),
-        "questions a record": "all" if args.data or args.masked else PER_RECORD, "decoding": "greedy",
+        "questions a record": "all" if args.data or args.masked == list(most) else PER_RECORD, "decoding": "greedy",
         "prompts": "each task's own wordings, no system prompt",
         "points read from": {"tokens": "grounding tokens", "text": "coordinates", "tags": "tags"}[model.config.points_as],
         "crops": views.max_crops, "frames": views.max_frames, "fps": views.fps, "batch": args.batch,
         "longest answer": longest(model, False), "with tracks": longest(model, True),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "device": args.device}
     return settings if not args.masked else settings | {
-        "temporal module": temporal.mode, "asked every": f"{args.every} frames, each with {temporal.memory} before it",
+        "frame by frame, all questions": ", ".join(args.masked), "temporal module": temporal.mode, "asked every": f"{args.every} frames, each with {temporal.memory} before it",
         "points": "true" if args.oracle else "the model's", "masks by": f"SAM 2 ({args.sam2})" if args.sam2 else "colour and motion",
         "fusion": args.fusion[0]}
 

@@ -132,7 +132,7 @@ class Mixture(Dataset):
         if key not in self._orders:
             if len(self._orders) > 64:
                 self._orders.clear()
-            rng = np.random.default_rng([self.seed, *key, len(key)])
+            rng = np.random.default_rng([self.seed, *key, 15, len(key)])  # 15, 16: streams that no world has
             self._orders[key] = rng.permutation(np.repeat(np.arange(len(self.all)), self.counts) if len(key) == 1
                                                 else self.all[key[0]].size)
         return self._orders[key]
@@ -160,7 +160,7 @@ class Mixture(Dataset):
         chosen, index = self.place(number)
         try:
             record = self.all[chosen].record(index, self.config.views)
-            rng = np.random.default_rng([self.seed, number])
+            rng = np.random.default_rng([self.seed, number, 16])
             record.annotations = [record.annotations[i] for i in rng.permutation(len(record.annotations))]
             return number, trim_to_fit(example(record, self.tokenizer, self.config, rng), self.max_tokens)
         except ValueError as error:
@@ -362,8 +362,8 @@ def patch_labels(scene: Scene, boxes: np.ndarray) -> np.ndarray:
     labels[:, BACKGROUND] = synthetic.BACKGROUNDS.index(scene.background) if scene.background in synthetic.BACKGROUNDS else UNKNOWN
     for thing, mask, (x, y) in zip(scene.things, scene.masks[0], scene.points[0]):
         here = mask[rows, columns]
-        if isinstance(thing, screens.Element):
-            labels[here, ELEMENT] = 1 + ELEMENTS.index((thing.sort, thing.word))
+        if isinstance(thing, screens.Element):  # what has no point is half hidden, or its word is
+            labels[here, ELEMENT] = 1 + ELEMENTS.index((thing.sort, thing.word)) if np.isfinite(x) else UNKNOWN
             continue
         kind = 1 + synthetic.KINDS.index(thing.kind)
         labels[here, KIND], labels[here, COLOR] = kind, 1 + list(synthetic.COLORS).index(thing.color)

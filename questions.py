@@ -191,14 +191,34 @@ def _ask_choice(scene: Scene, rng: np.random.Generator) -> Query | None:
 MOTIONS = ("rests", "moves left", "moves right", "moves up", "moves down")
 
 
+DIRECTIONS = {"moves left": (0, -1), "moves right": (0, 1), "moves up": (1, -1), "moves down": (1, 1)}  # axis, sign
+
+
+def _ways(scene: Scene) -> list[np.ndarray]:
+    """Where each thing of a clip is at the moments at which it is in view: (moments, 2)."""
+    seen = np.isfinite(scene.points)  # the point of a thing at rest moves, too, when something passes before it
+    places = scene.points if scene.centers is None else np.where(seen, scene.centers, np.nan)
+    return [way[np.isfinite(way[:, 0])] for way in places.transpose(1, 0, 2)]
+
+
+def _far(scene: Scene) -> float:
+    """How far something gets that clearly moves, in pixels: a quarter of the shorter side, in a scene of less than 1.5 seconds a
+    sixth a second."""
+    return min(0.25, (scene.times[-1] - scene.times[0]) / 6) * min(scene.frames.shape[1:3])
+
+
+def _reach(way: np.ndarray, word: str) -> float:
+    """The longest way that a thing goes in a direction from any moment to a later one."""
+    axis, sign = DIRECTIONS[word]
+    along = sign * way[:, axis]
+    return (along - np.minimum.accumulate(along)).max(initial=0)
+
+
 def motions(scene: Scene) -> list[tuple[str, ...]]:
     """What each thing of a clip may be said to do from its first to its last moment in view, of MOTIONS: one if that is
-    clear. Something that moves gets as far as a quarter of the shorter side, in a scene of less than 1.5 seconds a sixth a
-    second; what rests stays within a fifth of that."""
-    words, far = [], min(0.25, (scene.times[-1] - scene.times[0]) / 6) * min(scene.frames.shape[1:3])
-    seen = np.isfinite(scene.points)  # the point of a thing at rest moves, too, when something passes before it
-    for track in (scene.points if scene.centers is None else np.where(seen, scene.centers, np.nan)).transpose(1, 0, 2):
-        track = track[np.isfinite(track[:, 0])]
+    clear. Something that moves gets far; what rests stays within a fifth of that."""
+    words, far = [], _far(scene)
+    for track in _ways(scene):
         if not len(track):
             words.append(())
             continue
@@ -216,14 +236,19 @@ def motions(scene: Scene) -> list[tuple[str, ...]]:
 
 
 def _ask_motion(scene: Scene, rng: np.random.Generator, task: str) -> Query | None:
-    """Which of several alike is meant is said by how it moves: "cup that moves left". To be tracked, all of them must move
-    clearly; to be pointed at in a moment, none of the others may do what is said."""
-    may, found = motions(scene), []
+    """Which of several alike is meant is said by how it moves: "cup that moves left". To be tracked, all of them must move clearly,
+    it must not go far back, and none of the others far in that direction, even if they turn; to be pointed at in a moment, none of
+    the others may do what is said."""
+    may, ways, far, found = motions(scene), _ways(scene), _far(scene), []
+    back = {"moves left": "moves right", "moves up": "moves down"}
+    back |= {there: here for here, there in back.items()}
     for kind in ("", *sorted({thing.kind for thing in scene.things})):
         group = _match(scene, kind)
         for word in MOTIONS:
             meant, others = ([i for i in group if (may[i] == (word,)) == same] for same in (True, False))
             clear = all(word not in may[i] for i in others) and (task == "point" or all(len(may[i]) == 1 for i in others))
+            if clear and len(meant) == 1 and task != "point" and word in DIRECTIONS:
+                clear = _reach(ways[meant[0]], back[word]) < far and all(_reach(ways[i], word) < far for i in others)
             if len(group) > 1 and len(meant) == 1 and clear:
                 found.append((f"{kind or 'thing'} that {word}", meant))
     chosen = _choose(rng, sorted(found))

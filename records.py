@@ -13,7 +13,7 @@ One line of a JSONL file is one record, paths are relative to the file:
      "annotations": [{"task": "point", "label": "cups", "objects": [1]},
                      {"task": "point", "label": "pens", "points": [{"x": 9, "y": 8}]},           objects without a name
                      {"task": "count", "label": "ants", "count": 12},                            of what has no objects
-                     {"task": "track", "label": "the dog", "objects": [1], "fps": 1},
+                     {"task": "track", "label": "dogs", "objects": [1], "fps": 1},
                      {"task": "track_from", "label": "the dog", "objects": [1], "start": 1.5,    seconds: where it is given; the answer comes after
                       "about": "pets"},                          a kind of question, which evaluate.py lists on its own
                      {"task": "choice", "question": "Which?", "choices": ["a", "b"], "answer": "b"},
@@ -166,6 +166,14 @@ class Record:
         if moment in thing.masks and thing.masks[moment].size != size:
             raise ValueError(f"object {identity}: a mask of size {list(thing.masks[moment].size)} on a picture of {list(size)}")
 
+    def check_moments(self) -> None:
+        """ValueError if an object is to be marked, or a track to start, at a moment that the video has not."""
+        named = [(f"object {identity}: 'shown'", thing.shown) for identity, thing in self.objects.items()]
+        named += [(f"{part.task}: 'start'", part.start) for said in self.annotations for part in said.parts]
+        for what, moment in named:
+            if self.times and moment is not None and not 0 <= moment <= self.times[-1] + AT_A_FRAME:
+                raise ValueError(f"{what} is {moment:g}, the video is from 0 to {self.times[-1]:g} s")
+
     def seen(self, values: dict[float, T]) -> dict[int, T]:
         """Values by moment -> by picture, in order. What lies between the frames is left out, and of several moments at
         one frame the nearest counts. A moment with others close by holds for no longer than halfway to them: where a dense
@@ -250,7 +258,7 @@ DEFAULT_FPS = 2.0  # of tracks: all frames that are seen
 # 3. JSONL
 
 REQUIRED = object()
-LARGEST = 10**9  # of any number; NaN is not below it
+LARGEST = 10**9  # any number is smaller
 NAMES = {str: "a text", int: "a whole number", float: "a number", list: "a list", dict: "an object in braces"}
 
 
@@ -260,8 +268,10 @@ def take(values: dict, key: str, kind: type, default=REQUIRED):
     if value is REQUIRED:
         raise ValueError(f"{key!r} is missing")
     fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-    if value is not default and (not fits or isinstance(value, (int, float)) and not abs(value) < LARGEST):
+    if value is not default and (not fits or value != value):
         raise ValueError(f"{key!r} is {str(value)[:40]!r}, not {NAMES[kind]}")
+    if isinstance(value, (int, float)) and not abs(value) < LARGEST:
+        raise ValueError(f"{key!r} is {str(value)[:40]!r}: numbers are below {LARGEST:,}")
     return value
 
 
@@ -307,6 +317,7 @@ class Line:
         for number, here in record.by_picture().items():
             for identity, moment in here:
                 record.check_place(identity, moment, record.pictures[number].shape[:2])
+        record.check_moments()
         said, record.annotations = record.annotations, record.answerable()
         if said and not record.annotations:
             raise ValueError(f"none of the {len(record.pictures)} frames looked at is within {AT_A_FRAME} s of the points: give more "
@@ -358,7 +369,7 @@ def parse(text: str, name: str, folder: Path, pointless: bool = False) -> Line:
 
 
 def _moment(place: dict, images: int, video: bool) -> float:
-    only(place, "x", "y", "size", "counts", "image", "time")
+    only(place, "x", "y", "size", "counts", "time" if video else "image")
     if video:
         if take(place, "time", float) < 0:
             raise ValueError(f"'time' is {place['time']}, before the video")
@@ -391,6 +402,8 @@ def _annotation(said: dict, objects: dict[int, Object], named: frozenset[int], m
     made = Annotation(task, label=take(said, "label", str, ""), objects=each(said, "objects", int, []), count=take(said, "count", int, None),
                       question=take(said, "question", str, ""), answer=take(said, "answer", str, ""), choices=each(said, "choices", str, []),
                       fps=take(said, "fps", float, DEFAULT_FPS), start=take(said, "start", float, None), about=take(said, "about", str, ""))
+    if task in TRACKS and take(said, "points", list, []):
+        raise ValueError(f"{task}: each of 'points' would be another object: give 'objects' by id, each with its points through time")
     for place in take(said, "points", list, []):  # each a new object
         identity = max(objects, default=0) + 1
         objects[identity] = Object({moment(place): _xy(place)})

@@ -175,9 +175,9 @@ class Window:
         self.write(x, self.y + self.line // 2, made.word)
         made.text = (x, self.y, x + round(self.font.getlength(made.word)), self.y + self.line)
 
-    def place(self, sort: str, x: int, y: int, width: int, height: int) -> Element | None:
-        """The next word of a sort at a place, if there is one and it fits."""
-        if x + width > self.right - self.gap or y + height > self.bottom - 2 or self.words.next(sort) is None:
+    def place(self, sort: str, x: int, y: int, width: int, height: int, beside: int = 0) -> Element | None:
+        """The next word of a sort at a place, if there is one and it fits with so many pixels to the right of it."""
+        if x + width + beside > self.right - self.gap or y + height > self.bottom - 2 or self.words.next(sort) is None:
             return None
         ticked = sort == "tick" and bool(self.rng.random() < 0.5)
         self.elements.append(Element(sort, self.words.take(sort), (x, y, x + width, y + height), ticked))
@@ -209,8 +209,9 @@ class Window:
         return made
 
     def tick(self) -> Element | None:
-        side = self.look.type
-        if made := self.place("tick", self.left + self.gap, self.y + (self.line - side) // 2, side, side):
+        side, word = self.look.type, self.words.next("tick") or ""
+        if made := self.place("tick", self.left + self.gap, self.y + (self.line - side) // 2, side, side,
+                              self.gap + round(self.font.getlength(word))):
             self.pen.rectangle(made.box, outline=self.look.ink, fill=self.look.accent if made.ticked else None)
             if made.ticked:
                 a, b, c, d = made.box
@@ -324,7 +325,7 @@ def _ask(scene: Scene, there: list[int], rng: np.random.Generator, about: str) -
 
 def _beside(scene: Scene, there: list[int], i: int, pick) -> Query | None:
     """The nearest element of the same sort on one side of element i: right, left, above or below. None if there is none, or one of
-    its sort is half in view."""
+    its sort is half in view; not on a side where another one, out of line but beside a part of it, is as near."""
     thing, here, found = scene.things[i], scene.things[i].middle, []
     alike = [j for j, other in enumerate(scene.things) if other.sort == thing.sort and j != i]
     if any(scene.masks[0, j].any() for j in alike if j not in there):
@@ -333,7 +334,12 @@ def _beside(scene: Scene, there: list[int], i: int, pick) -> Query | None:
         ahead = [(sign * (scene.things[j].middle[axis] - here[axis]), j) for j in alike
                  if j in there and abs(scene.things[j].middle[1 - axis] - here[1 - axis]) < (thing.box[3] - thing.box[1]) / 2]
         if ahead := [(distance, j) for distance, j in ahead if distance > 0]:
-            found.append((f"{side} {thing.name}", min(ahead)[1]))
+            nearest, target = min(ahead)
+            overlaps = lambda other: other.box[1 - axis] < thing.box[3 - axis] and thing.box[1 - axis] < other.box[3 - axis]
+            as_near = [j for j in alike if j in there and j != target and overlaps(scene.things[j])
+                       and 0 < sign * (scene.things[j].middle[axis] - here[axis]) <= nearest]
+            if not as_near:
+                found.append((f"{side} {thing.name}", target))
     if not found:
         return None
     where, target = found[int(pick(range(len(found))))]

@@ -271,7 +271,7 @@ def first_seen(scene: Scene, thing: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def _cast(rng: np.random.Generator, n: int, smallest: float, largest: float) -> list[Thing]:
-    """n things of three to five types (kind, colour). A new type often shares one of the two with an old one: most
+    """n things of two to five types (kind, colour). A new type often shares one of the two with an old one: most
     questions then have things that are nearly but not quite asked for, and many have several targets."""
     types = [(str(rng.choice(KINDS)), str(rng.choice(list(COLORS))))]
     for _ in range(rng.integers(2, 5)):

@@ -59,7 +59,7 @@ PARTS = ("vit", "connector", "llm", "point")
 LIGHT = ("tiny", "small")  # presets that need no care for memory: whole in every process, all activations kept
 LOSSES = ("token", "patch", "slot", "location")
 SMALL_EVALUATION = 40  # records of each set
-FORMAT = 4             # of what a checkpoint says about its run: the loader's numbers mean the same examples
+FORMAT = 5             # of what a checkpoint says about its run: the loader's numbers mean the same examples
 Z_LOSS = 1e-4          # weight of the squared log-normaliser of the head, which keeps it from drifting
 VIT_BATCH, VIT_LR, VIT_WARMUP = 10, 3e-3, 20  # of the ViT alone: scenes a step, peak rate, steps
 
@@ -420,7 +420,7 @@ def pretrain_vit(run: Run, state: dict[str, np.ndarray] | None):
         right = torch.stack([s.argmax(-1) for s in scores], dim=-1) == truth
         sums = {"naming": loss.item(), "patches": len(truth)}
         for name, column, nothing in (("named", loading.KIND, 0), ("read", loading.ELEMENT, 0), ("background", loading.BACKGROUND, loading.UNKNOWN)):
-            where = truth[:, column] != nothing
+            where = (truth[:, column] != nothing) & (truth[:, column] != loading.UNKNOWN)
             sums[name], sums[f"all {name}"] = right[where, column].sum().item(), where.sum().item()
         totals = world.totals(sums)
         (loss / totals["patches"] * world.size).backward()

@@ -311,9 +311,10 @@ def film(name: str, seed: int, index: int, fps: float = FPS) -> tuple[World, np.
 def _objects(times: np.ndarray, masks: np.ndarray) -> dict[int, Object]:
     objects = {}
     for i in range(masks.shape[1]):
-        shown = {t: mask for t, mask in zip(times.tolist(), masks[:, i]) if mask.sum() >= SMALLEST}
-        if shown:
-            objects[i] = Object({t: deepest(mask) for t, mask in shown.items()}, {t: Runs.of(mask) for t, mask in shown.items()})
+        shown = {t: mask for t, mask in zip(times.tolist(), masks[:, i]) if mask.any()}
+        points = {t: deepest(mask) for t, mask in shown.items() if mask.sum() >= SMALLEST}
+        if points:
+            objects[i] = Object(points, {t: Runs.of(mask) for t, mask in shown.items()})
     return objects
 
 

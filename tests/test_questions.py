@@ -188,6 +188,13 @@ def test_motion_tells_lookalikes_apart():
                 group = meant(scene, noun)
                 assert len(group) > 1 and [i for i in group if does[i] == (motion,)] == query.targets
                 seen += 1
+                if motion == "rests":
+                    continue
+                axis, sign = {"left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1)}[motion.split()[1]]
+                for i in group:  # nobody else goes far that way, and it does not go far back
+                    way = [sign * place[axis] for place, point in zip(scene.centers[:, i], scene.points[:, i]) if np.isfinite(point[0])]
+                    longest = max((b - a if i not in query.targets else a - b for n, a in enumerate(way) for b in way[n:]), default=0)
+                    assert longest < 0.25 * min(scene.frames.shape[1:3])
     assert seen > 10
 
 

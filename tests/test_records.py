@@ -91,7 +91,12 @@ VIDEO = {"images": None, "video": "a.mp4", "objects": [{"id": 4, "points": [{"x"
     ({"objects": [{"id": True, "points": []}]}, "'id' is 'True', not a whole number"),
     ({"objects": [{"id": 4, "points": [{"x": 3}]}]}, "'y' is missing"),
     ({"objects": [{"id": 4, "points": [{"x": 3, "y": 1, "image": 2}]}]}, "'image' is 2 of 1"),
-    ({"objects": [{"id": 4, "points": [{"x": 3, "y": 1, "time": "soon"}]}], "images": [], "video": "v.mp4"}, "give one of them"),
+    (VIDEO | {"objects": [{"id": 4, "points": [{"x": 3, "y": 1, "time": "soon"}]}]}, "'time' is 'soon', not a number"),
+    (VIDEO | {"objects": [{"id": 4, "points": [{"x": 3, "y": 1, "time": 1, "image": 1}]}]}, "unknown key 'image'"),
+    ({"objects": [{"id": 4, "points": [{"x": 3, "y": 1, "time": 1}]}]}, "unknown key 'time'"),
+    (VIDEO | {"annotations": [{"task": "track", "label": "x", "points": [{"x": 3, "y": 1, "time": 1}]}]}, "would be another object"),
+    ({"objects": [{"id": 900100259990, "points": [{"x": 3, "y": 1}]}]}, "'id' is '900100259990': numbers are below 1,000,000,000"),
+    ({"objects": [{"id": 4, "points": [{"x": float("nan"), "y": 1}]}]}, "'x' is 'nan', not a number"),
     ({"objects": GOOD["objects"] * 2}, "two objects have the id 4"),
     ({"objects": [{"id": 4, "points": [{"x": 3, "y": 1}], "masks": [{"size": [2, 2], "counts": [1, 2]}]}]},
      "'counts' add up to 3, its 'size' is [2, 2]"),
@@ -245,6 +250,12 @@ def test_videos_are_read_at_their_own_times(tmp_path):
     said["objects"][0]["points"].append({"time": 3000, "x": 1, "y": 1})
     with pytest.raises(ValueError, match="a point at 3000 s, the video ends at 2 s"):
         parse(json.dumps(said), "a", tmp_path).load(VIEWS)
+    said["objects"][0]["points"].pop()
+    for change, words in (({"shown": 99}, "object 1: 'shown' is 99, the video is from 0 to 2 s"), ({"start": 500}, "track_from: 'start' is 500, the video")):
+        late = {"video": "v.mp4", "objects": [said["objects"][0] | {k: v for k, v in change.items() if k == "shown"}],
+                "annotations": [{"task": "track_from", "label": "dog", "objects": [1]} | {k: v for k, v in change.items() if k == "start"}]}
+        with pytest.raises(ValueError, match=words):
+            parse(json.dumps(late), "a", tmp_path).load(VIEWS)
     said["objects"][0]["points"] = [{"time": 0.7, "x": 1, "y": 1}]
     with pytest.raises(ValueError, match="none of the 2 frames looked at is within"):
         parse(json.dumps(said), "a", tmp_path).load(data.replace(VIEWS, max_frames=2))

@@ -56,8 +56,10 @@ def test_records_ask_for_every_look_and_for_something_missing(monkeypatch):
             assert said.objects == [i for i in wanted if i in record.objects] and said.objects and said.task == "point_count"
         assert record.annotations[-1].objects == [] and record.annotations[-1].label not in {said.label for said in record.annotations[:-1]}
         for thing in record.objects.values():
-            assert thing.points.keys() == thing.masks.keys()
+            assert thing.points.keys() == {t for t, runs in thing.masks.items() if runs.mask().sum() >= vpos.SMALLEST}
             assert all(thing.masks[t].mask()[int(y), int(x)] for t, (x, y) in thing.points.items())
+        *_, masks = films[-1]
+        assert all(len(thing.masks) == masks[:, i].any((1, 2)).sum() for i, thing in record.objects.items())  # slivers, too
     again, other = vpos.record(7, 9), vpos.record(8, 9)
     assert np.array_equal(again.pictures, record.pictures) and again.annotations == record.annotations
     assert not np.array_equal(other.pictures[0], record.pictures[0])
