@@ -96,6 +96,8 @@ class MolmoConfig:
     def __post_init__(self):
         if self.points_as not in POINTS_AS:
             raise ValueError(f"points_as must be one of {', '.join(POINTS_AS)}, not {self.points_as!r}")
+        if self.views.patch_size != self.vit.patch_size:
+            raise ValueError(f"views have patches of {self.views.patch_size} px, the ViT of {self.vit.patch_size}")
 
     def token_ids(self) -> dict[str, int]:
         """Extra token -> id: they follow the base vocabulary."""
@@ -117,7 +119,12 @@ def _build(cls, values: dict, name: str):
     if wrong:
         raise ValueError(f"{name}: unknown or missing: {', '.join(sorted(wrong))}")
     value = lambda k, v: _build(parts[k], v, k) if k in parts and v is not None else tuple(v) if isinstance(v, list) else v
-    return cls(**{k: value(k, v) for k, v in values.items()})
+    made = cls(**{k: value(k, v) for k, v in values.items()})
+    for f in fields(cls):
+        usual, found = getattr(made, f.name), f.default
+        if isinstance(found, (bool, int, float, str)) and not isinstance(usual, (int, float) if type(found) is float else type(found)):
+            raise ValueError(f"{name}: {f.name} is {usual!r}")
+    return made
 
 
 # Sizes: Molmo2 and MolmoPoint papers and the released config files. `tiny` trains on two CPU cores: 126 px crops of 9x9
@@ -188,12 +195,12 @@ class Batch:
     n_past: Tensor        # (N,) how many crops right before each show the same place earlier
 
     def to(self, device) -> "Batch":
-        pinned = torch.device(device).type == "cuda"  # or copied before the call returns; elsewhere nobody waits for the copy
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=pinned) for field in fields(self)))
+        on_gpu = torch.device(device).type == "cuda"  # then the copy goes on after the call, if `pinned` was called before
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=on_gpu) for f in fields(self)))
 
     def pinned(self) -> "Batch":
         """In memory from which the copy to a GPU does not keep the program waiting."""
-        return Batch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+        return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -358,8 +358,9 @@ def write_tags(points: Sequence[Point], size: tuple[int, int], label: str) -> st
     return f'<{tag} {written} alt="{alt}">{label}</{tag}>'
 
 
-_TAG = re.compile(r'<(?P<kind>points|tracks) coords="(?P<coords>[^"<>]*)">[^<>]*</(?:(?P=kind)|point)>'
-                  r'|<points?(?P<old>(?: [xy]\d*="[^"<>]*")+)(?: alt="[^"<>]*")?>[^<>]*</points?>', re.ASCII)
+_LABEL = r"(?:(?!</?(?:points?|tracks)\b).)*"  # "a < b" is one, too
+_TAG = re.compile(rf'<(?P<kind>points|tracks)(?: alt="[^"<>]*")? coords="(?P<coords>[^"<>]*)">{_LABEL}</(?:(?P=kind)|point)>'
+                  r'|<points?(?P<old>(?: [xy]\d*="[^"<>]*")+)(?: alt="[^"<>]*")?>[^<>]*</points?>', re.ASCII | re.DOTALL)
 _GROUP = re.compile(r"(\d{1,6}(?:\.\d)?)((?: \d{1,6} (?:\d{3}|1000) (?:\d{3}|1000))+)", re.ASCII)
 
 

@@ -19,6 +19,7 @@ frame rate, a late start or a cut-off end are common.
 """
 
 import os
+import re
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -69,6 +70,9 @@ class ViewConfig:
     low_res_pointing: bool = False  # may tokens of the whole-picture crop be pointed at? Molmo2 yes, MolmoPoint no
 
     def __post_init__(self) -> None:
+        counts = (self.crop_size, self.patch_size, self.image_pool, self.video_pool, self.max_crops, self.max_frames)
+        if not all(isinstance(n, int) and n > 0 for n in counts) or not isinstance(self.fps, (int, float)) or not self.fps > 0 or min(self.margins) < 0:
+            raise ValueError(f"sizes, pools, crops, frames and fps must be above 0: {self}")
         if self.crop_size % self.patch_size or self.window < 1:
             raise ValueError(f"crops of {self.crop_size} px need whole patches of {self.patch_size} px "
                              f"and more of them than the margins {self.margins} give away")
@@ -293,7 +297,7 @@ def _displayed(image: Image.Image) -> np.ndarray:
     if image.mode == "F" or image.mode.startswith("I"):  # Pillow's own conversion clips these at 255
         values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
         scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
-        white = next((scale for scale in scales if values.max() <= scale), values.max())
+        white = next((scale for scale in scales if values.max() <= 1.1 * scale), values.max())  # resampling overshoots
         grey = np.clip(values / white * 255, 0, 255).round().astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.has_transparency_data:
@@ -494,8 +498,13 @@ def _seconds_missing(container: av.container.InputContainer, stream: av.VideoStr
     if stream.duration:
         start = 0 if "asf" in container.format.name else stream.start_time or 0  # in asf counted from 0, wherever the track starts
         promised = (start + stream.duration) * stream.time_base
+    elif clock := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):  # mkv: of the stream, from 0
+        hours, minutes, seconds = map(float, clock.groups())
+        promised = 3600 * hours + 60 * minutes + seconds
+    elif len(container.streams) == 1:  # else another stream may be longer
+        promised = (container.duration or 0) / av.time_base
     else:
-        promised = (container.duration or 0) / av.time_base  # in mkv from 0, too
+        return 0.0
     return float(promised - last.duration * last.time_base) - last.time
 
 
@@ -510,8 +519,9 @@ def _open(path: str | os.PathLike) -> av.container.InputContainer:
 
 
 def _video_stream(path: str | os.PathLike, container: av.container.InputContainer) -> av.VideoStream:
-    """The first that can be decoded. Raises MediaError."""
-    stream = next((stream for stream in container.streams.video if stream.codec_context), None)
+    """The main one (not, say, a cover picture) of those that can be decoded. Raises MediaError."""
+    main = container.streams.best("video")
+    stream = next((stream for stream in filter(None, (main, *container.streams.video)) if stream.codec_context), None)
     if stream is None:
         raise _unreadable(path, "no video stream")
     stream.thread_type = "SLICE"  # frame threads can hang when decoding stops early

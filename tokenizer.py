@@ -214,6 +214,7 @@ class ReleasedTokenizer(Tokenizer):
         added = [token | {"special": True} for token in settings.get("added_tokens", [])]
         self.library = Library.from_str(json.dumps(settings | {"added_tokens": added}))
         self.library.encode_special_tokens = True  # their spelling in a text is just characters
+        self.library.no_truncation(), self.library.no_padding()  # a file may ask for them
         wanted = {name: base_size + i for i, name in enumerate(EXTRA_TOKENS)}
         for name, i in wanted.items():
             if (found := self.library.token_to_id(name)) not in (i, None):

@@ -90,8 +90,8 @@ class ViT(nn.Module):
             return self.positional_embedding
         table = self.positional_embedding.unflatten(0, (self.config.grid, -1)).permute(2, 0, 1)[None]  # (1, e, grid, grid)
         side = round(patches**0.5)
-        table = F.interpolate(table, size=(side, side), mode="bicubic", align_corners=False, antialias=True)
-        return table[0].flatten(1).T
+        table = F.interpolate(table.float(), size=(side, side), mode="bicubic", align_corners=False, antialias=True)  # of bf16 CPUs have none
+        return table[0].flatten(1).T.to(self.positional_embedding.dtype)
 
     def forward(self, crops: Tensor) -> Tensor:
         """(N, S, 3P²) uint8 pixels, each patch flattened (row, column, channel) -> (N, S, v) features. In inference

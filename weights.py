@@ -74,14 +74,14 @@ def _replacing(folder: str | Path, training: dict[str, np.ndarray] | None, also:
         if training is not None:
             np.savez(fresh / "training.npz", **training)
         _swap(fresh, folder)
-    except Exception:
+    except BaseException:  # of Ctrl-C, too
         shutil.rmtree(fresh, ignore_errors=True)
         raise
 
 
 def _real(folder: Path) -> Path:
-    """Where a link leads: what is written lies there, and the link stays."""
-    return folder.resolve() if folder.is_symlink() else folder
+    """Where a link leads: what is written lies there, and the link stays. Also "." has a name then."""
+    return folder.resolve()
 
 
 def _fresh(folder: Path) -> Path:
@@ -197,6 +197,8 @@ MOLMOPOINT = MOLMO2 | {
     "point_predictor.": "model.point_predictor.",
 }
 TABLE = ("wte.embedding", "wte.new_embedding")
+PROCESSOR = {"image_use_col_tokens": True, "use_single_crop_col_tokens": False, "use_single_crop_start_token": True,
+             "video_use_col_tokens": False, "use_frame_special_tokens": True}
 
 
 def released_name(name: str, config: MolmoConfig) -> str:
@@ -227,15 +229,20 @@ class _Entries:
     def part(self, *names: str) -> "_Entries":
         return _Entries(self.path, self(*names), f"{names[0]}.")
 
-    def whole(self, name: str, default):
-        """A number or numbers, none of them below 1 where the default has none."""
+    def whole(self, name: str, default, least: int = 1):
+        """A whole number, or a list of them, none of them below `least`."""
         found = self(name, default=default)
-        numbers = found if isinstance(found, list) else [found]
-        usual = default if isinstance(default, (list, tuple)) else [default]
-        kinds = (int, float) if isinstance(usual[0], float) else int
-        if not numbers or not all(isinstance(n, kinds) and not isinstance(n, bool) and n >= min(1, *usual) for n in numbers):
+        numbers = found if isinstance(found, (list, tuple)) else [found]
+        if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) and n >= least for n in numbers):
             raise CheckpointError(f"{self.path}: {self.where}{name} is {found!r}")
         return found
+
+    def square(self, name: str, side: int) -> int:
+        """The side of a square window."""
+        sides = self.whole(name, [side, side])
+        if not isinstance(sides, list) or len(sides) != 2 or sides[0] != sides[1]:
+            raise CheckpointError(f"{self.path}: {self.where}{name} is {sides!r}, only squares are supported")
+        return sides[0]
 
     def must(self, expected, *names: str) -> None:
         if (found := self(*names, default=expected)) != expected:
@@ -288,7 +295,10 @@ def released_config(folder: str | Path) -> MolmoConfig:
 
 def _released_vit(vit: _Entries, connector: _Entries) -> ViTConfig:
     crop, patch = vit("image_default_input_size", "image_size", default=[378, 378]), vit("image_patch_size", "patch_size")
+    if crop[0] != crop[-1]:
+        raise CheckpointError(f"{vit.path}: crops of {crop} are not square")
     vit.must("gelu_pytorch_tanh", "hidden_act")
+    vit.must(vit("hidden_size") // vit("num_attention_heads"), "head_dim")
     return ViTConfig(width=vit("hidden_size"), layers=vit("num_hidden_layers"), heads=vit("num_attention_heads"),
                      mlp_hidden=vit("intermediate_size"), taps=tuple(connector("vit_layers", "vision_feature_layer")),
                      grid=math.isqrt(vit("image_num_pos", "num_position_embeddings", default=(crop[0] // patch) ** 2)),
@@ -311,6 +321,9 @@ def _released_llm(text: _Entries, top: _Entries) -> LLMConfig:
     layers, kind = text("num_hidden_layers"), rope("rope_type", "type", default="default")
     if kind not in ("default", "yarn"):
         raise CheckpointError(f"{text.path}: rope_type {kind!r} is not default or yarn")
+    rope.must(True, "truncate")
+    if rope("mscale", "mscale_all_dim", default=0):
+        raise CheckpointError(f"{text.path}: RoPE with mscale is not supported")
     factor = rope("factor", default=1.0)
     yarn = Yarn(factor, rope("attention_factor", default=1 + 0.1 * math.log(factor)), rope("beta_fast", default=32.0),
                 rope("beta_slow", default=1.0), rope("original_max_position_embeddings"),
@@ -342,19 +355,25 @@ def _released_views(folder: Path, crop: int, patch: int, pointing: bool) -> View
     def settings(name: str, part: str) -> _Entries:
         if (path := folder / name).is_file():
             return _Entries(path, _read_json(path))
-        path = folder / "processor_config.json"
-        both = _Entries(path, _read_json(path) if path.is_file() else {})
-        return _Entries(path, both(part, default={}), f"{part}.")
+        return _Entries(both.path, both(part, default={}), f"{part}.")
 
+    path = folder / "processor_config.json"
+    both = _Entries(path, _read_json(path) if path.is_file() else {})
+    for name, value in PROCESSOR.items():
+        both.must(value, name)
     images = settings("preprocessor_config.json", "image_processor")
     videos = settings("video_preprocessor_config.json", "video_processor")
     usual = ViewConfig()
+    for pictures in (images, videos):
+        pictures.must([0.5, 0.5, 0.5], "image_mean"), pictures.must([0.5, 0.5, 0.5], "image_std"), pictures.must(patch, "patch_size")
+    fps = videos("max_fps", default=usual.fps)
+    if not isinstance(fps, (int, float)) or isinstance(fps, bool) or not fps > 0:
+        raise CheckpointError(f"{videos.path}: {videos.where}max_fps is {fps!r}")
     return ViewConfig(
-        crop_size=crop, patch_size=patch, margins=tuple(images.whole("overlap_margins", usual.margins)),
-        image_pool=images.whole("pooling_size", [usual.image_pool])[0], max_crops=images.whole("max_crops", usual.max_crops),
-        video_pool=videos.whole("pooling_size", [usual.video_pool])[0],
-        max_frames=videos.whole("num_frames", usual.max_frames), fps=float(videos.whole("max_fps", usual.fps)),
-        low_res_pointing=not pointing)
+        crop_size=crop, patch_size=patch, margins=tuple(images.whole("overlap_margins", usual.margins, least=0)),
+        image_pool=images.square("pooling_size", usual.image_pool), max_crops=images.whole("max_crops", usual.max_crops),
+        video_pool=videos.square("pooling_size", usual.video_pool),
+        max_frames=videos.whole("num_frames", usual.max_frames), fps=float(fps), low_res_pointing=not pointing)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,7 +394,7 @@ def load_released(folder: str | Path, device: str | torch.device = "cpu", dtype:
     memory and its parameters are the mapped file, converted one by one if `dtype` or `device` ask for it, so that the peak
     stays near the size of the weights. `released_inference`: see PointConfig."""
     folder = Path(folder)
-    config = released_config(folder)
+    config = _tied_if_equal(folder, released_config(folder))
     if released_inference and config.points_as != "tokens":
         raise CheckpointError(f"{folder}: --released-inference is for grounding tokens, this model writes points as {config.points_as}")
     config = replace(config, point=replace(config.point, released_inference=released_inference))
@@ -388,6 +407,24 @@ def load_released(folder: str | Path, device: str | torch.device = "cpu", dtype:
         raise CheckpointError(f"{folder / 'config.json'}: no model can have these sizes ({error})") from None
     model.load_state_dict(_released_tensors(folder, model, device, dtype), assign=True)
     return model.eval(), tokenizer
+
+
+def _tied_if_equal(folder: Path, config: MolmoConfig) -> MolmoConfig:
+    """The converter of Molmo2 writes tied tables (4B) as two equal ones and does not say so in config.json: trained as they are,
+    they would drift apart."""
+    if config.llm.tied:
+        return config
+    shards = _shards(folder)
+
+    def equal(head: str, table: str) -> bool:
+        if not {head, table} <= shards.keys():
+            return False
+        one, two = (shards[name].get(name) for name in (head, table))
+        return one.shape == two.shape and torch.equal(one[:64], two[:64]) and torch.equal(one, two)  # a few rows tell most apart
+
+    as_tied = replace(config, llm=replace(config.llm, tied=True))
+    pairs = _tied_copies(as_tied).items()
+    return as_tied if all(equal(head, released_name(table, config)) for head, table in pairs) else config
 
 
 def _stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -491,6 +528,8 @@ def save_released(folder: str | Path, model: Molmo, tokenizer: Tokenizer,
     """Writes the released layout, which the `transformers` library loads too (Molmo2, that is: points as text): the
     tensors in one file, config.json, tokenizer and processor files. The folder appears under its name when complete."""
     save_file, config = _extra("safetensors.torch").save_file, model.config
+    if config.points_as == "tokens" and config.views.low_res_pointing:
+        raise ValueError("the released layout of a model with grounding tokens does not point in the whole-picture crop; this one does")
     if config.points_as != "tokens" and not (config.connector.output_layer and config.views.low_res_pointing):
         raise ValueError("the released layout of a model that writes points as text has an output layer in the connector's attention "
                          "and points in the whole-picture crop; this one has not")
@@ -582,8 +621,7 @@ def _released_files(config: MolmoConfig, tokenizer: Tokenizer) -> dict[str, dict
             "video_processor_type": "Molmo2VideoProcessor", "size": size, **normal, "patch_size": views.patch_size,
             "pooling_size": [views.video_pool] * 2, "num_frames": views.max_frames, "max_fps": views.fps},
         "processor_config.json": {
-            "processor_class": "Molmo2Processor", "image_use_col_tokens": True, "use_single_crop_col_tokens": False,
-            "use_single_crop_start_token": True, "video_use_col_tokens": False, "use_frame_special_tokens": True}
+            "processor_class": "Molmo2Processor", **PROCESSOR}
             | ({"use_low_res_token_for_global_crops": True} if pointing else {}),
     }
 
