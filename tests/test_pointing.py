@@ -478,6 +478,9 @@ GOOD = [
     ('<tracks coords="1 2 010 020;3 2 1000 000">a</point>', [(2, 0, 6.4, 9.6), (2, 2, 1000, 0)]),
     ('<points coords="3 1 001 1000 2 002 000">a</points> and <points coords="3 1 500 500">b</points>',
      [(1, 2, 1, 1000), (2, 2, 2, 0), (1, 2, 500, 500)]),
+    ('<points coords="1 1 010 020">a < b</points><points coords="1 1 010 020">the "Next >" button</points>', [(1, 0, 6.4, 9.6)] * 2),
+    ('<points alt="cups" coords="1 1 010 020">cups</points>', [(1, 0, 6.4, 9.6)]),
+    ('<points coords="1 1 500 500">not closed <points coords="1 1 010 020">a</points>', [(1, 0, 6.4, 9.6)]),
     ('<point x="41.0" y="43.5" alt="a">a</point>', [(1, 0, 262.4, 208.8)]),
     ('<points x1="10.0" y1="20.0" x2="100" y2="0.5" alt="a">a</points>', [(1, 0, 64, 96), (2, 0, 640, 2.4)]),
 ]
@@ -520,7 +523,8 @@ def test_hostile_texts_are_harmless():
     for text in (f'<points coords="1 1 {nines} 043">a</points>', f'<points coords="{nines} 1 041 043">a</points>',
                  f'<points coords="1 {nines} 041 043">a</points>', f'<point x="{nines}" y="1">a</point>',
                  f'<points x{nines}="1" y{nines}="1">a</points>', '<points coords="' * 20_000, '<point x="1' * 20_000, "<" * 100_000,
-                 '<points coords="' + "1 1 041 043;" * 20_000, '<point x="1" ' * 20_000, "\x00\ud800\U0010ffff"):
+                 '<points coords="' + "1 1 041 043;" * 20_000, '<point x="1" ' * 20_000, '<points coords="1 1 041 043">' * 5_000,
+                 '<points coords="1 1 041 043">' + "a" * 100_000, "\x00\ud800\U0010ffff"):
         assert read_text(text, PLACES, SIZES) == []
     assert len(read_text(f'<point x="1.{nines}" y="1">a</point>', PLACES, SIZES)) == 1
     assert process_time() - start < 20  # 100,000 characters squared would take hours

@@ -403,6 +403,27 @@ def test_a_whole_file_is_not_called_cut_wherever_its_clock_starts(tmp_path, endi
         assert preprocess.read_video(path, 2, 16)[1][-1] == pytest.approx(1.9, abs=0.11)
 
 
+def test_sound_that_goes_on_and_a_cover_picture_are_not_the_video(tmp_path):
+    """Where sound outlasts the pictures the file does not end early; of two streams the larger one is the video, not the cover before it."""
+    path = tmp_path / "loud.mkv"
+    with av.open(str(path), "w") as container:
+        cover, video, sound = container.add_stream("mjpeg", rate=10), container.add_stream("libx264", rate=10), container.add_stream("pcm_s16le", rate=8000)
+        cover.height, cover.width, cover.pix_fmt, video.height, video.width, video.pix_fmt = 32, 32, "yuvj420p", 48, 64, "yuv420p"
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        for n in range(20):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 6 * n, np.uint8), format="rgb24")))
+        container.mux(video.encode(None)), container.mux(cover.encode(None))
+        for n in range(10):
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 4000), np.int16), format="s16", layout="mono")
+            samples.sample_rate, samples.pts, samples.time_base = 8000, 4000 * n, Fraction(1, 8000)
+            container.mux(sound.encode(samples))
+        container.mux(sound.encode(None))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frames, times = preprocess.read_video(path, 2, 16)
+    assert times == pytest.approx([0, 0.5, 1, 1.5, 1.9], abs=0.01) and frames[0].shape == (48, 64, 3)
+
+
 @pytest.mark.parametrize("start", [0, 5000])
 def test_a_file_that_stops_between_two_packets_is_noticed(tmp_path, start):
     """Nothing fails to decode there: only the header tells, wherever its clock starts."""
@@ -746,6 +767,8 @@ def test_deep_pixels_are_scaled_not_clipped(tmp_path):
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.tiff")
     Image.fromarray(grey.astype(np.float32) / 255).save(tmp_path / "unit.tiff")
     Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tiff")
+    Image.fromarray(np.where(grey == 7, 1.02, grey / 255).astype(np.float32)).save(tmp_path / "over.tiff")  # as after a sharp filter
+    assert abs(preprocess.read_image(tmp_path / "over.tiff")[:, :, 0].astype(int) - np.where(grey == 7, 255, grey)).max() == 0
     for name in ("deep.png", "deep.tiff", "unit.tiff", "float.tiff"):
         assert np.array_equal(preprocess.read_image(tmp_path / name), np.repeat(grey[:, :, None], 3, axis=2)), name
 

@@ -88,6 +88,28 @@ def test_round_trip(name, tiny, tmp_path):
     assert tokenizer.chat_prompt("point to the <im_patch>") == tiny[1].chat_prompt("point to the <im_patch>")
 
 
+@pytest.mark.parametrize("name", ["points, tied", "text, tied"])
+def test_equal_tables_are_tied(name, tiny, tmp_path):
+    """As the released converter writes 4B: two equal tables that nothing calls tied. Tables that differ in one number are not."""
+    weights.save_released(tmp_path / "made", Molmo(CONFIGS[name]).initialize(1), tiny[1])
+    edit(tmp_path / "made", "text_config", tie_word_embeddings=False)
+    change(tmp_path / "made", tie_word_embeddings=False)
+    assert weights.load(tmp_path / "made")[0].config.llm.tied
+    retensor(tmp_path / "made", lambda t: next(value for key, value in t.items() if "lm_head" in key).view(-1)[-1:].add_(1))
+    apart = weights.load(tmp_path / "made")[0]
+    assert not apart.config.llm.tied and not all(map(torch.equal, apart.lm_head.parameters(), apart.wte.parameters()))
+
+
+def test_margins_and_rates_of_any_size_come_back(tiny, tmp_path):
+    """No margins and less than a frame a second are written and read; what the layout cannot hold is refused."""
+    config = replace(SMALL, views=replace(TINY.views, margins=(0, 0), fps=0.5))
+    weights.save_released(tmp_path / "made", Molmo(config).initialize(1), tiny[1])
+    assert weights.load(tmp_path / "made")[0].config.views == config.views
+    with pytest.raises(ValueError, match="whole-picture crop"):
+        weights.save_released(tmp_path / "other", Molmo(replace(SMALL, views=replace(TINY.views, low_res_pointing=True))), tiny[1])
+    assert not (tmp_path / "other").exists()
+
+
 def test_numbers_stay_as_they_are_in_the_file_unless_asked(folder):
     """bfloat16 on disk is bfloat16 in memory, float32 on request."""
     path = folder / "model.safetensors"
@@ -188,6 +210,13 @@ WRONG = {
                             ("video_preprocessor_config.json", "num_frames")),
     "an end token that is none": (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": [1, 100000]}'),
                                   ("generation_config.json", "100000")),
+    "windows that are no squares": (lambda f: (f / "preprocessor_config.json").write_text('{"pooling_size": [2, 3]}'), ("preprocessor_config.json", "[2, 3]")),
+    "another colour": (lambda f: (f / "preprocessor_config.json").write_text('{"image_mean": [0.4, 0.5, 0.5]}'), ("image_mean", "0.4")),
+    "another layout": (lambda f: (f / "processor_config.json").write_text('{"image_use_col_tokens": false}'), ("processor_config.json", "image_use_col_tokens")),
+    "heads that do not fit": (lambda f: edit(f, "vit_config", head_dim=5), ("config.json", "head_dim")),
+    "crops that are no squares": (lambda f: edit(f, "vit_config", image_default_input_size=[126, 252]), ("config.json", "not square")),
+    "another YaRN": (lambda f: edit(f, "text_config", rope_scaling={"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64,
+                                                                    "mscale": 0.7}), ("config.json", "mscale")),
     "another model": (lambda f: change(f, model_type="llama"), ("config.json", "llama")),
     "another activation": (lambda f: change(f, vit_config={"hidden_act": "quick_gelu", "image_patch_size": 14}), ("hidden_act", "quick_gelu")),
     "missing entry": (lambda f: change(f, text_config={"hidden_size": 32}), ("config.json", "text_config")),
@@ -253,6 +282,8 @@ def test_a_tokenizer_with_all_that_real_ones_hold(folder, tiny):
     names = ["<EXTRA_TOKENS_POINT_3>", "<POINT_7>"]
     settings["added_tokens"] += [{"id": 600 + 100 * i, "content": name, "special": False, **flags} for i, name in enumerate(names)]
     settings["normalizer"] = {"type": "NFC"}
+    settings["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    settings["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
     (folder / "tokenizer.json").write_text(json.dumps(settings))
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"bos_token": "<|endoftext|>", "eos_token": {"content": "<|im_end|>"}, "model_max_length": 10}))
@@ -263,6 +294,7 @@ def test_a_tokenizer_with_all_that_real_ones_hold(folder, tiny):
     assert set(tokenizer.stop_ids) == {ids["<|im_end|>"], 767, 765} == set(data.control_tokens(tokenizer).stops)
     for text in ("what is at <POINT_7> ?", "<EXTRA_TOKENS_POINT_3>", "<|im_end|><im_patch>", "cafe\u0301"):
         assert max(tokenizer.encode(text)) < tokenizer.base_size
+    assert len(tokenizer.encode("one two three four five six seven")) == len(tiny[1].encode("one two three four five six seven")) > 4
     assert tokenizer.encode("cafe\u0301") == tokenizer.encode("caf\u00e9") == tiny[1].encode("caf\u00e9")
     path = folder / "again.json"
     tokenizer.save(path)

@@ -1,6 +1,7 @@
 """The ViT and the connector, against slow loops written here in numpy."""
 
 import math
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -110,6 +111,13 @@ def test_position_table_is_resized_only_for_another_grid(vit):
         for channel, plane in enumerate(vit.positional_embedding.detach().numpy().T):
             picture = Image.fromarray(plane.reshape(3, 3).astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
             np.testing.assert_allclose(resized[..., channel], np.asarray(picture), atol=1e-5)
+
+
+def test_the_position_table_is_resized_in_bfloat16_too(vit):
+    """On a CPU, whose filter knows no bfloat16: the float32 result, rounded."""
+    half = deepcopy(vit).bfloat16()
+    expected = deepcopy(half).float().positions(25)
+    assert half.positions(25).dtype == torch.bfloat16 and torch.equal(half.positions(25), expected.bfloat16())
 
 
 def test_another_grid_changes_only_the_positions(vit):

@@ -88,6 +88,26 @@ def test_interrupted_save_keeps_the_old_checkpoint(folder, monkeypatch):
     assert equal(load(folder)[0], made(1)) and [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
+def test_a_stopped_save_leaves_nothing(folder, monkeypatch):
+    """Nor does Ctrl-C in the middle of one leave a copy of the weights under a hidden name."""
+    def stopped(path, **arrays):
+        Path(path).write_bytes(b"PK half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        save(folder, made(1), TOKENIZER)
+    assert equal(load(folder)[0], made(0)) and [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_the_folder_one_stands_in_has_a_name(folder, monkeypatch):
+    """"." is a checkpoint like another, to load and to save."""
+    monkeypatch.chdir(folder)
+    assert equal(load(".")[0], made(0))
+    save(".", made(1), TOKENIZER)
+    assert equal(load(folder)[0], made(1))
+
+
 def test_readers_leave_a_checkpoint_that_is_being_replaced_where_it_is(folder):
     """Between the two renames of a save a reader finds the old checkpoint and moves nothing, so that the save goes on."""
     old = folder.with_name(f".{folder.name}.old")
@@ -148,6 +168,10 @@ BAD = {
     "config that is no JSON": (lambda f: cut(f / "config.json", 0.5), ["config.json"]),
     "config that is a list": (lambda f: (f / "config.json").write_text("[]"), ["config.json"]),
     "config with a word for a number": (lambda f: text(f / "config.json", '"kv_heads": 1', '"kv_heads": "one"'), ["config.json"]),
+    "config with pools of no size": (lambda f: text(f / "config.json", '"image_pool": 2', '"image_pool": 0'), ["config.json", "above 0"]),
+    "config with a word for a rate": (lambda f: text(f / "config.json", '"fps": 2.0', '"fps": "2"'), ["config.json", "above 0"]),
+    "config with a word for a list": (lambda f: text(f / "config.json", '"tied": false', '"tied": "no"'), ["config.json", "tied is 'no'"]),
+    "config with patches of two sizes": (lambda f: text(f / "config.json", '"patch_size": 14', '"patch_size": 7'), ["config.json", "patches of 7 px"]),
     "config with patches of no size": (lambda f: text(f / "config.json", '"patch_size": 14', '"patch_size": 0'), ["config.json"]),
     "config that is not UTF-8": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{}"), ["config.json"]),
     "tokenizer that is no JSON": (lambda f: cut(f / "tokenizer.json", 0.5), ["tokenizer.json"]),
