@@ -23,8 +23,14 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 MOST_DENSE = 4096  # tokens of a row on a GPU that still get a mask of all pairs
 MOST_COMPILED = 64  # graphs of a function: torch gives up after 8, silently, and FlexAttention would then hold all scores
-# cuDNN's attention, which H100s take first, builds and keeps a plan for every new shape; here nearly every call has one.
-torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def set_cuda_numerics() -> None:
+    """What the commands ask of CUDA, for the whole process: float32 products on tensor cores (TF32, 10 bits of the mantissa), and
+    none of cuDNN's attention, which H100s take first: it builds and keeps a plan for every new shape, and here nearly every call
+    has one."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class MaskIds(NamedTuple):

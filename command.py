@@ -36,7 +36,6 @@ def device(name: str) -> str:
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name  # under torchrun each process has its own GPU
     try:
         torch.zeros(1, device=own).item()
-        torch.backends.cuda.matmul.allow_tf32 = True  # products of float32 on CUDA's tensor cores, with 10 bits of the mantissa
     except (RuntimeError, AssertionError):
         raise argparse.ArgumentTypeError(f"{name}: not available on this machine: try cpu") from None
     return name

@@ -39,6 +39,7 @@ import command
 import data
 import vpos
 import weights
+from attention import set_cuda_numerics
 from davis import Sequences
 from masks import FUSIONS, Growing, Propagator, Sam2, dilated, iou, through_time
 from generate import generate
@@ -451,7 +452,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", default=HOME / "assets/tiny", help="a folder written by train.py")
+    parser.add_argument("--checkpoint", default=HOME / "assets/tiny", help="a folder written by train.py, or of released weights (default: assets/tiny)")
     parser.add_argument("--set", nargs="+", choices=[*data.SETS, *MASK_SETS], metavar="SET",
                         help=f"synthetic sets: {', '.join([*data.SETS, *MASK_SETS])} (default: stills clips)")
     parser.add_argument("--data", help="a JSONL file instead")
@@ -464,11 +465,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sam2", metavar="FOLDER", help="for masks: SAM 2 with these weights (default: without weights)")
     parser.add_argument("--records", type=command.number(int, 1, 10**6),
                         help="of each set (default: 300, three questions each, with masks 50; of a file all)")
-    parser.add_argument("--seed", type=command.number(int, 0, 2**32), default=EVALUATION_SEED)
-    parser.add_argument("--image-crops", type=command.number(int, 1, 10_000), help="high-resolution crops of an image, at most")
-    parser.add_argument("--batch", type=command.number(int, 1, 10**4), default=24, help="questions at a time")
+    parser.add_argument("--seed", type=command.number(int, 0, 2**32), default=EVALUATION_SEED,
+                        help="of the synthetic records and of the wordings (default: %(default)s, never trained on)")
+    parser.add_argument("--image-crops", type=command.number(int, 1, 10_000), help="high-resolution crops per image, at most (default: the checkpoint's)")
+    parser.add_argument("--batch", type=command.number(int, 1, 10**4), default=24, help="questions answered at a time (default: %(default)s)")
     parser.add_argument("--json", help="also write figures and settings to this file")
-    parser.add_argument("--device", type=command.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=command.device, default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda, cuda:1, mps, ... (default: cuda if there is one, else cpu)")
     args = parser.parse_args(argv)
     if args.data and args.davis:
         raise ValueError("--data and --davis: give one of them")
@@ -517,6 +520,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for i in range(most[args.data]) if args.data else ():
             given.line(i)  # a bad line is found before the first question
         between = Between(Sam2(args.sam2, args.device) if args.sam2 else Growing(), args.every, args.fusion, args.oracle)
+        set_cuda_numerics()
         model, tokenizer = weights.load(args.checkpoint, args.device)
         if args.image_crops:
             model.config = replace(model.config, views=replace(model.config.views, max_crops=args.image_crops))

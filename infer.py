@@ -42,7 +42,7 @@ from tqdm import tqdm
 import command
 import data
 import weights
-from attention import compilations
+from attention import compilations, set_cuda_numerics
 from masks import Growing, Masks, Points, Propagator, Sam2, shifted, through_time
 from generate import Answer, Speed, bandwidth, generate, sampler, to_int8
 from model import Molmo
@@ -81,26 +81,29 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.Parser(prog="infer.py", description=__doc__.split("\n")[0])
     parser.add_argument("media", nargs="+", metavar="MEDIA", help="an image, several images or one video")
     parser.add_argument("prompt", metavar="PROMPT", help='for example "Point to the cups."')
-    parser.add_argument("--checkpoint", default=HOME / "assets/tiny", help="a folder written by train.py, or of released weights")
+    parser.add_argument("--checkpoint", default=HOME / "assets/tiny", help="a folder written by train.py, or of released weights (default: assets/tiny)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default: %(default)s)")
-    parser.add_argument("--json", choices=["-"], help="print the result as JSON and nothing else")
+    parser.add_argument("--json", choices=["-"], help="print the result as JSON and nothing else (the files are written all the same)")
     parser.add_argument("--ask", action="append", default=[], metavar="PROMPT", help="another question; may be given again")
     parser.add_argument("--per-frame", action="store_true", help="ask about every sampled frame of a video on its own")
     parser.add_argument("--masks", action="store_true", help="the same, and a mask of every object in every frame of the video")
     parser.add_argument("--sam2", metavar="FOLDER", help="for masks: SAM 2 with these weights (default: colour and motion)")
-    parser.add_argument("--image-crops", type=command.number(int, 1, 10_000), help="high-resolution crops of an image, at most")
-    parser.add_argument("--max-frames", type=command.number(int, 1, 10_000), help="at most so many are sampled from a video")
-    parser.add_argument("--fps", type=command.number(float, 0.001, 1000), help="frames sampled per second of a video")
+    parser.add_argument("--image-crops", type=command.number(int, 1, 10_000), help="high-resolution crops per image, at most (default: the checkpoint's)")
+    parser.add_argument("--max-frames", type=command.number(int, 1, 10_000), help="frames sampled from a video, at most (default: the checkpoint's)")
+    parser.add_argument("--fps", type=command.number(float, 0.001, 1000), help="frames sampled per second of video (default: the checkpoint's, 2)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: as in the checkpoint)")
     parser.add_argument("--int8", action="store_true", help="the language model's weights in eight bits")
     parser.add_argument("--released-inference", action="store_true",
                         help="a released MolmoPoint as its own inference code computes it, which is not as it was trained")
-    parser.add_argument("--compile", action="store_true", help="compile the steps first, for a minute; on a GPU they become a CUDA graph")
-    parser.add_argument("--device", type=command.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=command.number(int, 0, 2**32), default=0, help="of the sampling")
-    parser.add_argument("--temperature", type=command.number(float, 0, 100), default=0, help="0 takes the likeliest token")
-    parser.add_argument("--top-p", type=command.number(float, 0.001, 1), default=0.95, help="for temperatures above 0")
-    parser.add_argument("--max-new-tokens", type=command.number(int, 1, 10_000), default=256)
+    parser.add_argument("--compile", action="store_true", help="compile the decoding step first, which takes up to a minute; on a GPU it becomes a CUDA graph")
+    parser.add_argument("--device", type=command.device, default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda, cuda:1, mps, ... (default: cuda if there is one, else cpu)")
+    parser.add_argument("--seed", type=command.number(int, 0, 2**32), default=0, help="of the sampling, for temperatures above 0 (default: %(default)s)")
+    parser.add_argument("--temperature", type=command.number(float, 0, 100), default=0, help="of the sampling; 0, the default, takes the likeliest token")
+    parser.add_argument("--top-p", type=command.number(float, 0.001, 1), default=0.95,
+                        help="sample among the likeliest tokens that have this probability together (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=command.number(int, 1, 10_000), default=256,
+                        help="of an answer; a point takes 4 (default: %(default)s)")
     args = parser.parse_intermixed_args(argv)
     if not all(map(str.strip, (args.prompt, *args.ask))):
         raise ValueError("the prompt is empty: ask something")
@@ -438,6 +441,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args, lap, timing, speed = arguments(argv), stopwatch(), {}, Speed()
 
         # 2. The model
+        set_cuda_numerics()
         model, tokenizer = weights.load(args.checkpoint, args.device, args.dtype and getattr(torch, args.dtype), args.released_inference)
         model = to_int8(model) if args.int8 else model
         propagate = Sam2(args.sam2, args.device) if args.sam2 else Growing()

@@ -11,8 +11,8 @@
 
 Writes a run folder: metrics.jsonl (a line per step and per evaluation), curves.png, and a checkpoint for
 `infer.py --checkpoint` that also holds all that --resume needs: on the CPU a resumed run repeats the uninterrupted one
-bit for bit. SIGTERM and Ctrl-C finish the step, save and end with status 0
-(torchrun itself ends with another, and kills what has not ended 30 s later: TORCH_ELASTIC_SHUTDOWN_TIMEOUT).
+bit for bit. SIGTERM and Ctrl-C finish the step, save and end with status 0. (Under torchrun the status is another, and processes
+that still run after 30 s are killed: TORCH_ELASTIC_SHUTDOWN_TIMEOUT is that number of seconds.)
 """
 
 import argparse
@@ -45,7 +45,7 @@ import data
 import loading
 import parallel
 import weights
-from attention import compilations
+from attention import compilations, set_cuda_numerics
 from connector import TEMPORAL
 from evaluate import evaluate, fresh
 from model import POINTS_AS, PRESETS, Batch, Molmo, MolmoConfig
@@ -59,7 +59,7 @@ PARTS = ("vit", "connector", "llm", "point")
 LIGHT = ("tiny", "small")  # presets that need no care for memory: whole in every process, all activations kept
 LOSSES = ("token", "patch", "slot", "location")
 SMALL_EVALUATION = 40  # records of each set
-FORMAT = 5             # of what a checkpoint says about its run: the loader's numbers mean the same examples
+FORMAT = 5             # what the loader's numbers mean: a run of another format cannot be resumed
 Z_LOSS = 1e-4          # weight of the squared log-normaliser of the head, which keeps it from drifting
 VIT_BATCH, VIT_LR, VIT_WARMUP = 10, 3e-3, 20  # of the ViT alone: scenes a step, peak rate, steps
 
@@ -139,31 +139,34 @@ STAGES = {(preset, n): stage for preset, table in TABLES.items() for n, stage in
 
 def parse(argv: list[str] | None):
     parser = command.Parser(prog="train.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), required=True)
-    parser.add_argument("--preset", default="tiny", choices=sorted({name for name, _ in STAGES}))
-    parser.add_argument("--points-as", choices=POINTS_AS, help="how a new model writes points (default: tokens)")
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), required=True,
+                        help="1: images; 2: adds video, tracks, screens, words; 3: longer videos; 4: single frames with those before them (VideoMolmo)")
+    parser.add_argument("--preset", default="tiny", choices=sorted({name for name, _ in STAGES}),
+                        help="size of the model, and its rows of the stage table (default: %(default)s)")
+    parser.add_argument("--points-as", choices=POINTS_AS, help="how the model writes points (default: as the checkpoint or the preset does)")
     parser.add_argument("--init", help="checkpoint to start from: of the stage before, assets/tiny, or a folder of released weights "
-                                       "(default: without --out runs/stage<N-1>/checkpoint, if there is one)")
+                                       "(default: runs/stage<N-1>/checkpoint if there is one and no --out; else stages 1 and 2 begin with random weights)")
     parser.add_argument("--data", nargs="+", metavar="FILE.jsonl",
-                        help="of your own, in place of the stage's synthetic sets; several in shares by the square roots of their lengths")
+                        help="train on these files instead of the stage's synthetic sets; several get shares by the square roots of their lengths")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the run folder, if there is one")
-    parser.add_argument("--freeze", choices=PARTS, action="append", default=[], help="a part that stays as it is")
+    parser.add_argument("--freeze", choices=PARTS, action="append", default=[], help="a part that is not trained (may be given again)")
     parser.add_argument("--temporal", choices=TEMPORAL, help="another temporal module (default: what the checkpoint has)")
     parser.add_argument("--temporal-init", choices=("zero", "xavier"), help="of a new module (default: zero)")
     parser.add_argument("--missing", choices=("black", "masked"), help="what stands for frames before the first (default: black)")
     parser.add_argument("--out", help="run folder (default: runs/stage<N>)")
-    parser.add_argument("--steps", type=command.number(int, 1, 10**9), help="instead of the stage's own number")
+    parser.add_argument("--steps", type=command.number(int, 1, 10**9), help="training steps (default: the stage's)")
     parser.add_argument("--accumulate", type=command.number(int, 1, 10**6),
                         help="parts of a step, for less memory (default: 1, of the large presets a pack of each process at a time)")
-    parser.add_argument("--seed", type=command.number(int, 0, 10_000), default=0, help="of the weights and of the scenes")
-    parser.add_argument("--eval-every", type=command.number(int, 1, 10**9), default=400, help="steps between small evaluations")
-    parser.add_argument("--save-every", type=command.number(int, 1, 10**9), default=200, help="steps between checkpoints")
+    parser.add_argument("--seed", type=command.number(int, 0, 10_000), default=0, help="of new weights and of the synthetic data (default: %(default)s)")
+    parser.add_argument("--eval-every", type=command.number(int, 1, 10**9), default=400, help="steps between small evaluations (default: %(default)s)")
+    parser.add_argument("--save-every", type=command.number(int, 1, 10**9), default=200, help="steps between checkpoints (default: %(default)s)")
     parser.add_argument("--workers", type=command.number(int, 0, 256), default=8 if torch.cuda.is_available() else 1,
-                        help="processes that draw scenes or read files")
+                        help="processes that draw scenes or read files, of each training process (default: %(default)s)")
     parser.add_argument("--context-parallel", type=command.number(int, 1, 1024), default=1, metavar="C",
-                        help="so many processes share every batch (torchrun)")
-    parser.add_argument("--plan", type=command.number(int, 1, 10**6), metavar="GPUS", help="print what the stage takes on so many, and end")
-    parser.add_argument("--device", type=command.device, default="cuda" if torch.cuda.is_available() else "cpu")
+                        help="C processes share every batch, each with a part of its tokens (torchrun)")
+    parser.add_argument("--plan", type=command.number(int, 1, 10**6), metavar="GPUS", help="print the estimated memory and time of the stage on so many GPUs, and end")
+    parser.add_argument("--device", type=command.device, default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda or mps (default: cuda if there is one, else cpu)")
     return parser.parse_args(argv)
 
 
@@ -487,6 +490,8 @@ def prepare(args: argparse.Namespace, world: World):
         args.init = str(before)
         if world.rank == 0:
             print(f"begins with {args.init}: --init names another")
+    if state is None and not args.init and args.stage > 2:
+        raise ValueError(f"stage {args.stage} goes on from a trained model: give --init, for one assets/tiny")
     settings = {"stage": args.stage, "preset": args.preset, "freeze": sorted(args.freeze), "seed": args.seed, "steps": steps,
                 "data": args.data, "contents of the data": [checksum(path) for path in args.data or []], "format": FORMAT,
                 "temporal": args.temporal, "temporal-init": args.temporal_init, "missing": args.missing}
@@ -557,6 +562,7 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 def start(args: argparse.Namespace, world: World):
     with parallel.said_once():
+        set_cuda_numerics()
         stage, settings, state, model, tokenizer, loader = prepare(args, world)
     torch.use_deterministic_algorithms(torch.device(args.device).type == "cpu")  # else threads add gradients in any order
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written

@@ -239,6 +239,7 @@ def infer(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     with command.one_line("bench.py"):
         args = parse(argv)
+        set_cuda_numerics()
         args.run(args)
 
 

@@ -180,6 +180,7 @@ def test_tags_train_frame_by_frame(quick, tmp_path):
     (["--stage", "2", "--init", "no/such/folder"], "no/such/folder"),
     (["--stage", "1", "--preset", "huge"], "huge"),
     (["--stage", "1", "--preset", "molmo2-8b"], "--init FOLDER"),
+    (["--stage", "3", "--out", "elsewhere"], "stage 3 goes on from a trained model: give --init"),
     (["--stage", "2", "--points-as", "tags"], "they mark points in one picture"),
     (["--stage", "1", "--device", "no-such-device"], "no-such-device"),
 ])
