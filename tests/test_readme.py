@@ -77,6 +77,15 @@ def test_the_demo_is_what_the_readme_shows(tmp_path, capsys):
     assert len(cups) == len(result["points"]) == 3 and all(len(near(cup)) == 1 for cup in cups)
 
 
+def test_the_lines_of_python_find_what_the_demo_finds(monkeypatch, capsys):
+    """The README's Python, as it stands there, prints the table of its first command."""
+    monkeypatch.chdir(ROOT)
+    exec(re.search(r"```python\n(.*?)```", README, re.S)[1], {})
+    printed = [[float(word) for word in line.split()] for line in capsys.readouterr().out.splitlines()]
+    table = re.search(r"  id     time .*?\n(.*?)\n\n", README, re.S)[1]
+    assert printed == [pytest.approx([float(word) for word in line.split()], abs=1) for line in table.splitlines()]
+
+
 def test_the_shipped_model_is_small():
     """All of assets/tiny is 12 MB at most."""
     assert sum(path.stat().st_size for path in (ROOT / "assets/tiny").iterdir()) < 12e6
