@@ -371,36 +371,50 @@ def scores(a: Asked) -> dict[str, float]:
         return scores(replace(a, annotation=a.said))
     task = a.annotation.task
     if not TASKS[task].answer:
-        wanted = a.annotation.messages[a.turn][1] if a.annotation.messages else data.in_words(a.annotation)
-        text = a.text.partition(".")[0] if task == "choice" else a.text  # "B. a red cup" is as good as "B"
-        return {"words f1": words_f1(text, wanted)} | ({} if task == "transcript" else {"text exact": text == wanted})
+        return _words(a)
     true = data.points_of(a.record, a.annotation)
     number = a.annotation.count if a.annotation.count is not None else len({p.id for p in true})
     found = {} if number else {"none recognised": not a.points and says_none(a.text) and not a.figures.get("answers cut")}
     if task in TRACKS:
-        if not number:
-            return found
-        seconds = {a.record.picture(n) for n in range(int(a.record.times[-1] + 1e-6) + 1)}
-        at = lambda points: [p for p in points if p.picture in seconds]
-        hits = sum(len(matched([p for p in a.points if p.picture == f], a.record, sorted({p.id for p in true if p.picture == f})))
-                   for f in seconds)
-        found["hota"] = hota(a.points, a.record, true)
-        counted = precision_recall_f1(hits, len(at(a.points)), len(at(true)))
-        return found | (dict(zip(("track precision", "track recall", "track f1"), counted)) if at(true) else {})
+        return found | (_tracks(a, true) if number else {})
     if task != "count":
-        hits = len(matched(a.points, a.record, [p.id for p in true]))
-        found |= dict(zip(("precision", "recall", "f1"), precision_recall_f1(hits, len(a.points), number)))
-        found |= {"f1 present": found["f1"]} if number else {}
+        found |= _points(a, true, number)
     if task != "point":
-        written = re.findall(r"\d+", re.sub(r"<(points?|tracks) .*?</(points?|tracks)>", "", a.text))
-        said = int(written[-1]) if written else 0
-        counted = said if task == "count" else len({p.id for p in a.points})
-        off = abs(counted - number)
-        answered = task != "count" or bool(written) or says_none(a.text)  # words without a number are not a count of 0
-        found |= {"count exact": answered and off == 0, "count close": answered and off <= 1 + number // 20, "count error": off}
-        if task != "count":
-            found["number differs"] = bool(written or a.points) and said != counted
+        found |= _count(a, number)
     return found
+
+
+def _words(a: Asked) -> dict[str, float]:
+    wanted = a.annotation.messages[a.turn][1] if a.annotation.messages else data.in_words(a.annotation)
+    text = a.text.partition(".")[0] if a.annotation.task == "choice" else a.text  # "B. a red cup" is as good as "B"
+    return {"words f1": words_f1(text, wanted)} | ({} if a.annotation.task == "transcript" else {"text exact": text == wanted})
+
+
+def _tracks(a: Asked, true: Sequence[Point]) -> dict[str, float]:
+    """HOTA over all frames; precision, recall and F1 over those at whole seconds, if something is there then."""
+    seconds = {a.record.picture(n) for n in range(int(a.record.times[-1] + 1e-6) + 1)}
+    at = lambda points: [p for p in points if p.picture in seconds]
+    hits = sum(len(matched([p for p in a.points if p.picture == f], a.record, sorted({p.id for p in true if p.picture == f}))) for f in seconds)
+    counted = precision_recall_f1(hits, len(at(a.points)), len(at(true)))
+    return {"hota": hota(a.points, a.record, true)} | (dict(zip(("track precision", "track recall", "track f1"), counted)) if at(true) else {})
+
+
+def _points(a: Asked, true: Sequence[Point], number: int) -> dict[str, float]:
+    hits = len(matched(a.points, a.record, [p.id for p in true]))
+    found = dict(zip(("precision", "recall", "f1"), precision_recall_f1(hits, len(a.points), number)))
+    return found | ({"f1 present": found["f1"]} if number else {})
+
+
+def _count(a: Asked, number: int) -> dict[str, float]:
+    """The count is the number of points; of the task `count`, and to see whether the two differ, the last number of the text."""
+    asked = a.annotation.task == "count"
+    written = re.findall(r"\d+", re.sub(r"<(points?|tracks) .*?</(points?|tracks)>", "", a.text))
+    said = int(written[-1]) if written else 0
+    counted = said if asked else len({p.id for p in a.points})
+    off = abs(counted - number)
+    answered = not asked or bool(written) or says_none(a.text)  # words without a number are not a count of 0
+    found = {"count exact": answered and off == 0, "count close": answered and off <= 1 + number // 20, "count error": off}
+    return found if asked else found | {"number differs": bool(written or a.points) and said != counted}
 
 
 def says_none(text: str) -> bool:

@@ -433,8 +433,11 @@ def through_time(frames: Iterable[np.ndarray], ask: Callable[[int, Sequence[np.n
     more frames are held than lie between two anchors (and the history).
     ValueError if a frame has another size.
     """
-    fusion, recent, window, fresh = FUSIONS[how], deque(maxlen=history + 1), [], count(1)
-    points, lost, since = {}, {}, {}  # at the last anchor; what it did not show, followed for its id; for how many anchors
+    fusion, recent, fresh = FUSIONS[how], deque(maxlen=history + 1), count(1)
+    window: list[np.ndarray] = []   # the frames from the last anchor on
+    points: Points = {}             # at the last anchor
+    lost: Points = {}               # objects that the last anchor did not show, followed for their ids
+    since: dict[int, int] = {}      # for how many anchors each of those has been lost
     for index, frame in enumerate(frames):
         if window and frame.shape != window[0].shape:
             raise ValueError(f"frame {index} is {frame.shape[1]}x{frame.shape[0]}, those before are "
@@ -455,12 +458,12 @@ def through_time(frames: Iterable[np.ndarray], ask: Callable[[int, Sequence[np.n
         since = {i: since.get(i, 0) + 1 for i in left[-1] if i not in names.values()}
         missed = {i: left[-1][i] for i, times in since.items() if times <= PATIENCE and left[-1][i].any()
                   and all(iou(left[-1][i], mask) <= SAME for mask in right[-1].values())}
-        left = [{i: mask for i, mask in masks.items() if i in points} for masks in left]
-        carried = [{names[b]: mask for b, mask in masks.items()} for masks in right]
         empty = np.zeros(frame.shape[:2], bool)
-        yield left[0]
-        for one, two in zip(left[1:-1], carried[1:-1]):
-            yield {i: fusion(one.get(i, empty), two.get(i, empty)) for i in sorted(one.keys() | two.keys())}
+        yield {i: mask for i, mask in left[0].items() if i in points}
+        for from_left, from_right in zip(left[1:-1], right[1:-1]):
+            from_left = {i: mask for i, mask in from_left.items() if i in points}  # what is lost is followed, not shown
+            from_right = {names[b]: mask for b, mask in from_right.items()}
+            yield {i: fusion(from_left.get(i, empty), from_right.get(i, empty)) for i in sorted(from_left.keys() | from_right.keys())}
         points, window = {names[b]: place for b, place in asked.items()}, [frame]
         lost = {} if named else {i: deepest(mask) for i, mask in missed.items()}
         tell(index, points)
