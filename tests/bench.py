@@ -34,7 +34,7 @@ import command  # noqa: E402
 import data  # noqa: E402
 import synthetic  # noqa: E402
 import weights  # noqa: E402
-from attention import compilations  # noqa: E402
+from attention import compilations, set_cuda_numerics  # noqa: E402
 from costs import Work, flops  # noqa: E402
 from generate import Speed, bandwidth, generate, step_bytes, to_int8  # noqa: E402
 from model import PRESETS, Batch, Molmo, MolmoConfig  # noqa: E402

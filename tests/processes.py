@@ -170,9 +170,9 @@ def check_train(model: str, vit_steps: str, dies: str, *words: str):
             os._exit(9)
 
     update, train.update = train.update, counted
-    train.STAGES["tiny", 3] = replace(train.TINY[3], packs=2, tokens=512, rates={"image points": 8, "text": 2}, pool=2, branches=2, watch=(),
+    train.STAGES["tiny", 2] = replace(train.TINY[3], packs=2, tokens=512, rates={"image points": 8, "text": 2}, pool=2, branches=2, watch=(),
                                       vit_steps=int(vit_steps))
-    train.main(["--stage", "3", "--workers", "0", *words])
+    train.main(["--stage", "2", "--workers", "0", *words])
 
 
 torch.set_num_threads(1)
