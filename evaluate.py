@@ -408,7 +408,7 @@ def _points(a: Asked, true: Sequence[Point], number: int) -> dict[str, float]:
 def _count(a: Asked, number: int) -> dict[str, float]:
     """The count is the number of points; of the task `count`, and to see whether the two differ, the last number of the text."""
     asked = a.annotation.task == "count"
-    written = re.findall(r"\d+", re.sub(r"<(points?|tracks) .*?</(points?|tracks)>", "", a.text))
+    written = re.findall(r"\d+", re.sub(r"<(points?|tracks) .*?</(points?|tracks)>", "", a.text, flags=re.DOTALL))
     said = int(written[-1]) if written else 0
     counted = said if asked else len({p.id for p in a.points})
     off = abs(counted - number)

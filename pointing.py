@@ -359,8 +359,8 @@ def write_tags(points: Sequence[Point], size: tuple[int, int], label: str) -> st
 
 
 _LABEL = r"(?:(?!</?(?:points?|tracks)\b).)*"  # "a < b" is one, too
-_TAG = re.compile(rf'<(?P<kind>points|tracks)(?: alt="[^"<>]*")? coords="(?P<coords>[^"<>]*)">{_LABEL}</(?:(?P=kind)|point)>'
-                  r'|<points?(?P<old>(?: [xy]\d*="[^"<>]*")+)(?: alt="[^"<>]*")?>[^<>]*</points?>', re.ASCII | re.DOTALL)
+_TAG = re.compile(rf'<(?P<kind>points|tracks)(?: alt="[^"]*")? coords="(?P<coords>[^"<>]*)"(?: alt="[^"]*")?>{_LABEL}</(?:(?P=kind)|point)>'
+                  rf'|<points?(?P<old>(?: [xy]\d*="[^"<>]*")+)(?: alt="[^"]*")?>{_LABEL}</points?>', re.ASCII | re.DOTALL)
 _GROUP = re.compile(r"(\d{1,6}(?:\.\d)?)((?: \d{1,6} (?:\d{3}|1000) (?:\d{3}|1000))+)", re.ASCII)
 
 

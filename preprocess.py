@@ -71,8 +71,10 @@ class ViewConfig:
 
     def __post_init__(self) -> None:
         counts = (self.crop_size, self.patch_size, self.image_pool, self.video_pool, self.max_crops, self.max_frames)
-        if not all(isinstance(n, int) and n > 0 for n in counts) or not isinstance(self.fps, (int, float)) or not self.fps > 0 or min(self.margins) < 0:
+        if any(type(n) is not int or n < 1 for n in counts) or type(self.fps) not in (int, float) or not 0 < self.fps < float("inf"):
             raise ValueError(f"sizes, pools, crops, frames and fps must be above 0: {self}")
+        if not isinstance(self.margins, tuple) or len(self.margins) != 2 or any(type(n) is not int or n < 0 for n in self.margins):
+            raise ValueError(f"the margins must be two numbers of patches, not {self.margins!r}")
         if self.crop_size % self.patch_size or self.window < 1:
             raise ValueError(f"crops of {self.crop_size} px need whole patches of {self.patch_size} px "
                              f"and more of them than the margins {self.margins} give away")
@@ -498,7 +500,8 @@ def _seconds_missing(container: av.container.InputContainer, stream: av.VideoStr
     if stream.duration:
         start = 0 if "asf" in container.format.name else stream.start_time or 0  # in asf counted from 0, wherever the track starts
         promised = (start + stream.duration) * stream.time_base
-    elif clock := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):  # mkv: of the stream, from 0
+    elif clock := next(filter(None, (re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d*)?)", value) for key, value in stream.metadata.items()
+                                     if key.startswith("DURATION"))), None):  # mkv: of the stream, from 0
         hours, minutes, seconds = map(float, clock.groups())
         promised = 3600 * hours + 60 * minutes + seconds
     elif len(container.streams) == 1:  # else another stream may be longer

@@ -16,7 +16,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -106,11 +106,13 @@ def _swap(fresh: Path, folder: Path) -> None:
     for path in filter(Path.is_file, fresh.rglob("*")):
         with open(path, "r+b") as file:  # Windows wants to be able to write
             os.fsync(file.fileno())
-    old = folder.with_name(f".{folder.name}.old")
+    old, inside = folder.with_name(f".{folder.name}.old"), Path.cwd() == folder
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
     os.rename(fresh, folder)
+    if inside:  # the process stands in the old one
+        os.chdir(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -229,19 +231,24 @@ class _Entries:
     def part(self, *names: str) -> "_Entries":
         return _Entries(self.path, self(*names), f"{names[0]}.")
 
-    def whole(self, name: str, default, least: int = 1):
-        """A whole number, or a list of them, none of them below `least`."""
-        found = self(name, default=default)
-        numbers = found if isinstance(found, (list, tuple)) else [found]
-        if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) and n >= least for n in numbers):
-            raise CheckpointError(f"{self.path}: {self.where}{name} is {found!r}")
+    def whole(self, *names: str, default: int) -> int:
+        """A whole number above 0."""
+        if type(found := self(*names, default=default)) is not int or found < 1:
+            raise CheckpointError(f"{self.path}: {self.where}{names[0]} is {found!r}")
         return found
 
-    def square(self, name: str, side: int) -> int:
+    def pair(self, *names: str, default: Sequence[int], least: int = 1) -> tuple[int, int]:
+        """Two whole numbers, none of them below `least`."""
+        found = self(*names, default=default)
+        if not isinstance(found, (list, tuple)) or len(found) != 2 or any(type(n) is not int or n < least for n in found):
+            raise CheckpointError(f"{self.path}: {self.where}{names[0]} is {found!r}")
+        return tuple(found)
+
+    def square(self, *names: str, side: int) -> int:
         """The side of a square window."""
-        sides = self.whole(name, [side, side])
-        if not isinstance(sides, list) or len(sides) != 2 or sides[0] != sides[1]:
-            raise CheckpointError(f"{self.path}: {self.where}{name} is {sides!r}, only squares are supported")
+        sides = self.pair(*names, default=[side, side])
+        if sides[0] != sides[1]:
+            raise CheckpointError(f"{self.path}: {self.where}{names[0]} is {list(sides)!r}, only squares are supported")
         return sides[0]
 
     def must(self, expected, *names: str) -> None:
@@ -278,8 +285,11 @@ def released_config(folder: str | Path) -> MolmoConfig:
     pointing = kind == "molmo_point"
     try:
         vit, connector, text = top.part("vit_config", "vision_config"), top.part("adapter_config"), top.part("text_config")
-        config = MolmoConfig(
-            vit=_released_vit(vit, connector),
+        seeing = _released_vit(vit, connector)
+        crop = vit.square("image_default_input_size", "image_size", side=378)
+        return MolmoConfig(
+            vit=seeing,
+            views=_released_views(folder, crop, seeing.patch_size, pointing),
             connector=_released_connector(connector, pointing),
             llm=_released_llm(text, top),
             point=_released_point(top, text) if pointing else PointConfig(),
@@ -287,21 +297,17 @@ def released_config(folder: str | Path) -> MolmoConfig:
             temporal=TemporalConfig(**top("temporal", default=asdict(TemporalConfig()))),
             optimizer=top("optimizer", default=MolmoConfig.optimizer),
         )
-        crop = vit("image_default_input_size", "image_size", default=[378, 378])[0]
-        return replace(config, views=_released_views(folder, crop, config.vit.patch_size, pointing))
     except (TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{top.path}: {error}") from None
 
 
 def _released_vit(vit: _Entries, connector: _Entries) -> ViTConfig:
-    crop, patch = vit("image_default_input_size", "image_size", default=[378, 378]), vit("image_patch_size", "patch_size")
-    if crop[0] != crop[-1]:
-        raise CheckpointError(f"{vit.path}: crops of {crop} are not square")
+    crop, patch = vit.square("image_default_input_size", "image_size", side=378), vit("image_patch_size", "patch_size")
     vit.must("gelu_pytorch_tanh", "hidden_act")
-    vit.must(vit("hidden_size") // vit("num_attention_heads"), "head_dim")
+    vit.must(vit("hidden_size") // vit.whole("num_attention_heads", default=16), "head_dim")
     return ViTConfig(width=vit("hidden_size"), layers=vit("num_hidden_layers"), heads=vit("num_attention_heads"),
                      mlp_hidden=vit("intermediate_size"), taps=tuple(connector("vit_layers", "vision_feature_layer")),
-                     grid=math.isqrt(vit("image_num_pos", "num_position_embeddings", default=(crop[0] // patch) ** 2)),
+                     grid=math.isqrt(vit("image_num_pos", "num_position_embeddings", default=(crop // patch) ** 2)),
                      patch_size=patch, norm_eps=vit("layer_norm_eps"))
 
 
@@ -367,13 +373,13 @@ def _released_views(folder: Path, crop: int, patch: int, pointing: bool) -> View
     for pictures in (images, videos):
         pictures.must([0.5, 0.5, 0.5], "image_mean"), pictures.must([0.5, 0.5, 0.5], "image_std"), pictures.must(patch, "patch_size")
     fps = videos("max_fps", default=usual.fps)
-    if not isinstance(fps, (int, float)) or isinstance(fps, bool) or not fps > 0:
+    if type(fps) not in (int, float) or not 0 < fps < math.inf:
         raise CheckpointError(f"{videos.path}: {videos.where}max_fps is {fps!r}")
     return ViewConfig(
-        crop_size=crop, patch_size=patch, margins=tuple(images.whole("overlap_margins", usual.margins, least=0)),
-        image_pool=images.square("pooling_size", usual.image_pool), max_crops=images.whole("max_crops", usual.max_crops),
-        video_pool=videos.square("pooling_size", usual.video_pool),
-        max_frames=videos.whole("num_frames", usual.max_frames), fps=float(fps), low_res_pointing=not pointing)
+        crop_size=crop, patch_size=patch, margins=images.pair("overlap_margins", default=usual.margins, least=0),
+        image_pool=images.square("pooling_size", side=usual.image_pool), max_crops=images.whole("max_crops", default=usual.max_crops),
+        video_pool=videos.square("pooling_size", side=usual.video_pool),
+        max_frames=videos.whole("num_frames", default=usual.max_frames), fps=float(fps), low_res_pointing=not pointing)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -480,6 +480,8 @@ GOOD = [
      [(1, 2, 1, 1000), (2, 2, 2, 0), (1, 2, 500, 500)]),
     ('<points coords="1 1 010 020">a < b</points><points coords="1 1 010 020">the "Next >" button</points>', [(1, 0, 6.4, 9.6)] * 2),
     ('<points alt="cups" coords="1 1 010 020">cups</points>', [(1, 0, 6.4, 9.6)]),
+    ('<points coords="1 1 010 020" alt="a < b">a < b</points>', [(1, 0, 6.4, 9.6)]),
+    ('<point x="41.0" y="43.5" alt="a < b">a < b</point>', [(1, 0, 262.4, 208.8)]),
     ('<points coords="1 1 500 500">not closed <points coords="1 1 010 020">a</points>', [(1, 0, 6.4, 9.6)]),
     ('<point x="41.0" y="43.5" alt="a">a</point>', [(1, 0, 262.4, 208.8)]),
     ('<points x1="10.0" y1="20.0" x2="100" y2="0.5" alt="a">a</points>', [(1, 0, 64, 96), (2, 0, 640, 2.4)]),

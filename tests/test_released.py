@@ -101,8 +101,8 @@ def test_equal_tables_are_tied(name, tiny, tmp_path):
 
 
 def test_margins_and_rates_of_any_size_come_back(tiny, tmp_path):
-    """No margins and less than a frame a second are written and read; what the layout cannot hold is refused."""
-    config = replace(SMALL, views=replace(TINY.views, margins=(0, 0), fps=0.5))
+    """Patches of 7 px, no margins and less than a frame a second are written and read; what the layout cannot hold is refused."""
+    config = replace(SMALL, views=replace(TINY.views, margins=(0, 0), fps=0.5, crop_size=63, patch_size=7), vit=replace(SMALL.vit, patch_size=7))
     weights.save_released(tmp_path / "made", Molmo(config).initialize(1), tiny[1])
     assert weights.load(tmp_path / "made")[0].config.views == config.views
     with pytest.raises(ValueError, match="whole-picture crop"):
@@ -213,8 +213,14 @@ WRONG = {
     "windows that are no squares": (lambda f: (f / "preprocessor_config.json").write_text('{"pooling_size": [2, 3]}'), ("preprocessor_config.json", "[2, 3]")),
     "another colour": (lambda f: (f / "preprocessor_config.json").write_text('{"image_mean": [0.4, 0.5, 0.5]}'), ("image_mean", "0.4")),
     "another layout": (lambda f: (f / "processor_config.json").write_text('{"image_use_col_tokens": false}'), ("processor_config.json", "image_use_col_tokens")),
+    "one margin": (lambda f: (f / "preprocessor_config.json").write_text('{"overlap_margins": 3}'), ("preprocessor_config.json", "overlap_margins is 3")),
+    "a list of frames": (lambda f: (f / "video_preprocessor_config.json").write_text('{"num_frames": [3]}'),
+                         ("video_preprocessor_config.json", "num_frames is [3]")),
+    "endless frames": (lambda f: (f / "video_preprocessor_config.json").write_text('{"max_fps": 1e400}'), ("video_preprocessor_config.json", "max_fps")),
+    "no heads": (lambda f: edit(f, "vit_config", num_attention_heads=0), ("config.json", "num_attention_heads is 0")),
+    "crops in one number": (lambda f: edit(f, "vit_config", image_default_input_size=126), ("config.json", "image_default_input_size is 126")),
     "heads that do not fit": (lambda f: edit(f, "vit_config", head_dim=5), ("config.json", "head_dim")),
-    "crops that are no squares": (lambda f: edit(f, "vit_config", image_default_input_size=[126, 252]), ("config.json", "not square")),
+    "crops that are no squares": (lambda f: edit(f, "vit_config", image_default_input_size=[126, 252]), ("config.json", "only squares")),
     "another YaRN": (lambda f: edit(f, "text_config", rope_scaling={"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64,
                                                                     "mscale": 0.7}), ("config.json", "mscale")),
     "another model": (lambda f: change(f, model_type="llama"), ("config.json", "llama")),
