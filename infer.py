@@ -22,7 +22,6 @@ import argparse
 import json
 import os
 import re
-import sys
 import tempfile
 from bisect import bisect_right
 from collections import Counter, deque
