@@ -240,15 +240,13 @@ def _ask_motion(scene: Scene, rng: np.random.Generator, task: str) -> Query | No
     it must not go far back, and none of the others far in that direction, even if they turn; to be pointed at in a moment, none of
     the others may do what is said."""
     may, ways, far, found = motions(scene), _ways(scene), _far(scene), []
-    back = {"moves left": "moves right", "moves up": "moves down"}
-    back |= {there: here for here, there in back.items()}
     for kind in ("", *sorted({thing.kind for thing in scene.things})):
         group = _match(scene, kind)
         for word in MOTIONS:
             meant, others = ([i for i in group if (may[i] == (word,)) == same] for same in (True, False))
             clear = all(word not in may[i] for i in others) and (task == "point" or all(len(may[i]) == 1 for i in others))
             if clear and len(meant) == 1 and task != "point" and word in DIRECTIONS:
-                clear = _reach(ways[meant[0]], back[word]) < far and all(_reach(ways[i], word) < far for i in others)
+                clear = _reach(-ways[meant[0]], word) < far and all(_reach(ways[i], word) < far for i in others)
             if len(group) > 1 and len(meant) == 1 and clear:
                 found.append((f"{kind or 'thing'} that {word}", meant))
     chosen = _choose(rng, sorted(found))
