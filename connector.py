@@ -136,7 +136,9 @@ class Projector(nn.Module):
 def gather_windows(patches: Tensor, pooling: Tensor) -> tuple[Tensor, Tensor]:
     """patches (N*S, v), pooling (M, K) -> windows (M, K, v) with zeros in empty slots, valid (M, K) bool."""
     valid = pooling >= 0
-    return patches[pooling.clamp(min=0)] * valid[..., None].to(patches.dtype), valid
+    # empty slots read patches in turn, then zeros: on CUDA the gradients of one that all of them read would be added one after another
+    some = torch.arange(pooling.numel(), device=pooling.device).view_as(pooling) % max(len(patches), 1)
+    return patches[torch.where(valid, pooling, some)] * valid[..., None].to(patches.dtype), valid
 
 
 class Connector(nn.Module):

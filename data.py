@@ -77,9 +77,10 @@ def question_text(annotation: Annotation, record: Record, rng: np.random.Generat
         given = write_text(given_point(record, annotation), places(record.times, len(record.pictures)), sizes(record),
                            annotation.label) if annotation.task == "track_from" else ""
         wording, article = wordings[rng.integers(len(wordings))], re.match("(the|an?) ", annotation.label, re.IGNORECASE)
+        one = len(annotation.objects) == 1 and (article or annotation.about == "motion")
         words = (wording.replace("the {label}", "{label}") if article else wording).format(
             label=annotation.label, medium=record.medium, fps=fps, question=annotation.question, options=options(annotation.choices),
-            given=given, **{"is": "is" if article and len(annotation.objects) == 1 else "are"})
+            given=given, do="does" if one else "do", **{"is": "is" if one else "are"})
     return f"{task.style}: {words}" if task.style else words
 
 
@@ -137,7 +138,7 @@ def answer_pieces(annotation: Annotation, record: Record, views: Views, config: 
         return str(n) if n else NONE, none
     if not points:
         return NONE, none
-    rows, ids = none, [point.id for point in points]
+    rows, n = none, len({point.id for point in points}) if tracks else len(points)
     if config.points_as == "tags":
         if len(views.sizes) > 1:
             raise ValueError(f"{record.name}: tags mark points in one picture, not in {len(views.sizes)}: ask frame by frame")
@@ -147,9 +148,10 @@ def answer_pieces(annotation: Annotation, record: Record, views: Views, config: 
     else:
         rows, ids = grounding_targets(points, patch_map(views), tracks)
         pieces, rows = grounded_pieces(ids, annotation.label, tracks), np.append(rows, [[-1, -1, -1]], axis=0)
-    n = len(set(ids)) if tracks else len(ids)
     before, after = (part.format(n=n) for part in TASKS[annotation.task].answer.split("{}"))
-    return [before + pieces[0], *pieces[1:-1], pieces[-1] + after] if len(pieces) > 1 else [before + pieces[0] + after], rows
+    pieces[0] = before + pieces[0]
+    pieces[-1] += after
+    return pieces, rows
 
 
 def turns_of(annotation: Annotation, record: Record, views: Views, config: MolmoConfig, rng: np.random.Generator) -> tuple[list, np.ndarray]:
@@ -238,12 +240,12 @@ def trim_to_fit(tree: Example, max_tokens: int) -> Example:
     return replace(tree, branches=kept)
 
 
-def prompts(tokenizer: Tokenizer, views: Views, questions: Sequence[str], subtitles: str = "",
+def prompts(tokenizer: Tokenizer, views: Views, texts: Sequence[str], subtitles: str = "",
             before: Sequence[tuple[list, np.ndarray]] = ()) -> Example:
     """Questions about the same pictures, each in a branch that waits for its answer, after the turns of its chat `before` it (as
     `turns_of` makes them), if there are any. (The last token of a branch is never an input, hence the end token in place of an answer.)"""
     waiting = []
-    for question, (turns, rows) in zip(questions, before or [([], np.zeros((0, 3), int))] * len(questions), strict=True):
+    for question, (turns, rows) in zip(texts, before or [([], np.zeros((0, 3), int))] * len(texts), strict=True):
         asked = branch(tokenizer, [*turns, (question, "")], rows)
         waiting.append(replace(asked, loss_mask=np.zeros_like(asked.loss_mask)))
     return Example(trunk(tokenizer, views, subtitles), views.crops, views.pooling, waiting, n_past=views.n_past)
@@ -307,7 +309,7 @@ def glimpse(seed: int, index: int, rng: np.random.Generator, branches: int, mask
     made = synthetic.world(seed, index) if rng.random() < 0.5 else synthetic.crowd(seed, index)
     last = rng.uniform(0, made.seconds)
     times = last - np.arange(HISTORY + 1)[::-1] / rng.choice([4.0, 8.0, 16.0])
-    scene = made.film(times[times >= 0] if last > 0 else times[-1:])
+    scene = made.film(times[times >= 0])
     asked = questions.queries(scene, rng, min(2, branches), more, questions.MOVING)  # where it can be said clearly
     asked += questions.queries(scene, rng, branches - len(asked), more, questions.POINTING)
     half_hidden = {i for i, mask in enumerate(scene.masks[-1]) if mask.any() and not np.isfinite(scene.points[-1, i, 0])}
@@ -321,7 +323,8 @@ def dialogue(record: Record, rng: np.random.Generator) -> None:
     if len(spoken) > 1 and rng.random() < 0.3:
         record.annotations = [said for said in record.annotations if said not in spoken[:2]]
         turns = [(said.question, said.answer) for said in spoken[:2]]
-        record.annotations.append(Annotation("chat", messages=turns, about="turns"))
+        about = sorted({i for said in spoken[:2] for i in said.objects})
+        record.annotations.append(Annotation("chat", objects=about, messages=turns, about="turns"))
 
 
 # Set -> how its scenes are made and what is asked about them; "stills" and "clips" are a bit of everything.
@@ -335,6 +338,8 @@ SCENES = {
     "long tracks": (synthetic.long_tracks, questions.TRACKING),
 }
 SETS = (*SCENES, "multi-image points", "screens", "text", "moments")
+# Those that point in more than one picture.
+SEVERAL = ("multi-image points", "clips", "video points", "arrivals", "tracks", "long points", "long tracks")
 
 # Category -> its synthetic sets. (Molmo2, mixture of stage 2.)
 CATEGORIES = {"captions": ("image captions", "video captions"), "image qa": ("image qa",), "video qa": ("video qa",),
@@ -377,7 +382,7 @@ def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, m
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. python data.py check, show, draw
+# 4. python data.py check, show, draw, corpus
 
 COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#e377c2", "#8c564b")
 
@@ -385,32 +390,31 @@ COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#e3
 def check(path: str, tokenizer: Tokenizer, config: MolmoConfig, max_tokens: int, max_crops: int) -> int:
     """Reads every line with its pictures and makes an example of it; prints what is wrong with the bad ones, those too
     that no pack can hold, and a table. -> how many are bad."""
-    lines, tasks, totals, lengths, bad, away, cut, merged, off = Lines(path), Counter(), Counter(), [], 0, 0, 0, 0, 0
+    lines, bad, lengths, totals, tasks, odd = Lines(path), 0, [], Counter(), Counter(), Counter()
     for i in range(lines.size):
         try:
             record = lines.record(i, config.views)
-            away += len(lines.line(i).record.annotations) - len(record.annotations)
             tree = example(record, tokenizer, config, np.random.default_rng(0))
-            cut += len(tree.branches) - len(trim_to_fit(tree, max_tokens).branches)
-            merged += sum(sum(len(points_of(record, part)) for part in said.parts if part.task != "count") - int((one.points[:, 0] >= 0).sum())
-                          for said, one in zip(record.annotations, tree.branches) if len(one.points))
-            off += sum(not thing.masks[moment].mask()[min(int(y), thing.masks[moment].size[0] - 1), min(int(x), thing.masks[moment].size[1] - 1)]
-                       for thing in record.objects.values() for moment, (x, y) in thing.points.items() if moment in thing.masks)
+            fitting = trim_to_fit(tree, max_tokens)
             if len(tree.crops) > max_crops:
-                raise ValueError(f"{path}:{lines.at[i][0]}: {len(tree.crops)} crops, there is room for {max_crops}")
+                raise ValueError(f"{lines.where(i)}: {len(tree.crops)} crops, there is room for {max_crops}")
         except ValueError as error:
-            print(error if str(error).startswith(str(lines.path)) else f"{path}:{lines.at[i][0]}: {error}")
+            print(error if str(error).startswith(str(lines.path)) else f"{lines.where(i)}: {error}")
             bad += 1
             continue
+        grounded = [(said, one) for said, one in zip(record.annotations, tree.branches) if len(one.points)]
+        odd["annotations point between the frames that are looked at"] += len(lines.line(i).record.annotations) - len(record.annotations)
+        odd["annotations do not fit beside the others"] += len(tree.branches) - len(fitting.branches)
+        odd["points lie outside of their object's mask"] += sum(
+            not thing.masks[moment].holds(*place) for thing in record.objects.values() for moment, place in thing.points.items() if moment in thing.masks)
+        odd["points lie in the same patch as another one and are taken for it"] += sum(
+            sum(len(points_of(record, part)) for part in said.parts if part.task != "count") - int((one.points[:, 0] >= 0).sum()) for said, one in grounded)
         tasks.update(said.task for said in record.annotations)
         totals.update({record.medium if record.pictures else "text alone": 1, "objects": len(record.objects),
                        "points": sum(len(thing.points) for thing in record.objects.values()),
                        "masks": sum(len(thing.masks) for thing in record.objects.values())})
         lengths.append((tree.length, len(tree.crops)))
-    print(f"{lines.size} lines, {bad} bad" + (f"; {away} annotations point between the frames that are looked at" if away else "")
-          + (f"; {cut} annotations do not fit beside the others" if cut else "")
-          + (f"; {off} points lie outside of their object's mask" if off else "")
-          + (f"; {merged} points lie in the same patch as another one and are taken for it" if merged else ""))
+    print(f"{lines.size} lines, {bad} bad" + "".join(f"; {n} {what}" for what, n in odd.items() if n))
     for table in filter(None, (totals, tasks)):
         print("  " + ", ".join(f"{name} {n}" for name, n in table.most_common()))
     if lengths:
@@ -427,10 +431,10 @@ def sheet(record: Record, tokenizer: Tokenizer, config: MolmoConfig) -> Image.Im
     for number, picture in enumerate(record.pictures):
         image = Image.fromarray(picture)
         pen = ImageDraw.Draw(image)
-        for color, said in zip(COLORS, record.annotations):
+        for nth, (color, said) in enumerate(zip(COLORS, record.annotations)):
             for point in chain.from_iterable(points_of(record, part) for part in said.parts if TASKS[part.task].answer):
                 if point.picture == number:
-                    pen.circle((point.x, point.y), 4 + 2 * COLORS.index(color), outline=color, width=2)
+                    pen.circle((point.x, point.y), 4 + 2 * nth, outline=color, width=2)
         shown.append(image)
     side, P = config.views.grid, config.views.patch_size
     crops = tree.crops.reshape(-1, side, side, P, P, 3).swapaxes(2, 3).reshape(-1, side * P, side * P, 3)
@@ -494,15 +498,12 @@ def write_set(name: str, folder: Path, n: int, seed: int, branches: int) -> Path
                 thing.masks = {moment: Runs.of(np.pad(runs.mask(), grown)) for moment, runs in thing.masks.items()}
             write_video(folder / video, iter(record.pictures), 1 / (record.times[1] - record.times[0]))
         else:
-            for number, picture in enumerate(record.pictures):
-                images.append(f"{stem}-{index}-{number + 1}.png")
-                with command.atomic_write(folder / images[-1]) as part:
-                    Image.fromarray(picture).save(part)
+            images = [f"{stem}-{index}-{number}.png" for number in range(1, len(record.pictures) + 1)]
         if record.before is not None:
-            before = [f"{stem}-{index}-before{len(record.before) - number}.png" for number in range(len(record.before))]
-            for path, picture in zip(before, record.before):
-                with command.atomic_write(folder / path) as part:
-                    Image.fromarray(picture).save(part)
+            before = [f"{stem}-{index}-before{number}.png" for number in range(len(record.before), 0, -1)]
+        for file, picture in chain(zip(images, record.pictures), zip(before or (), record.before or ())):
+            with command.atomic_write(folder / file) as part:
+                Image.fromarray(picture).save(part)
         lines.append(dump(record, images, video, before))
     path = folder / f"{stem}.jsonl"
     with command.atomic_write(path) as part:

@@ -95,12 +95,12 @@ def hungarian(cost: np.ndarray) -> list[tuple[int, int]]:
 
 def inside(point: Point, record: Record, identity: int) -> bool:
     """Is the point on the object, in the picture that it names?"""
-    thing, (height, width, _) = record.objects[identity], record.pictures[point.picture].shape
+    thing = record.objects[identity]
     runs = record.seen(thing.masks).get(point.picture)
     if runs is not None:
-        return bool(runs.mask()[min(int(point.y), height - 1), min(int(point.x), width - 1)])
+        return runs.holds(point.x, point.y)
     place = record.seen(thing.points).get(point.picture)
-    return place is not None and np.hypot(point.x - place[0], point.y - place[1]) <= NEAR * max(height, width)
+    return place is not None and np.hypot(point.x - place[0], point.y - place[1]) <= NEAR * max(record.pictures[point.picture].shape[:2])
 
 
 def matched(points: Sequence[Point], record: Record, objects: Sequence[int]) -> list[tuple[Point, int]]:
@@ -180,8 +180,8 @@ def boundary(mask: np.ndarray) -> np.ndarray:
 
 
 def region_and_contour(predicted: np.ndarray, true: np.ndarray) -> tuple[float, float]:
-    """J, the intersection over union, and F, the F1 of the edges within 0.8% of the diagonal; 1 if both masks are empty.
-    (DAVIS 2016.)"""
+    """J, the intersection over union, and F, the F1 of the edges within 0.8% of the diagonal; J is 1 if both masks are empty, F if
+    neither has an edge. (DAVIS 2016.)"""
     one, two = boundary(predicted), boundary(true)
     near = math.ceil(BOUNDARY * math.hypot(*true.shape))
     if not one.any() or not two.any():
@@ -318,7 +318,7 @@ def frame_by_frame(model: Molmo, tokenizer: Tokenizer, record: Record, how: Betw
         for a in here:
             if how.oracle:
                 a.points = data.points_of(a.record, a.annotation)
-                a.text = str(a.annotation.count or len(a.points)) if a.annotation.task == "count" else "" if a.points else data.NONE
+                a.text = str(len(a.points)) if a.annotation.task == "count" else "" if a.points else data.NONE
             a.figures |= scores(a)
             if how.oracle:
                 a.figures.pop("number differs", None)  # nothing was said

@@ -123,7 +123,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             if path.is_dir():
                 raise ValueError(f"{path}: a folder, where a result would go: move it away, or give another --out")
     before = args.out / f"{Path(args.media[0]).stem}.masks"
-    if args.masks and before.exists() and not (before.is_dir() and all(re.fullmatch("[0-9]{5,}.png", name) for name in os.listdir(before))):
+    if args.masks and before.exists() and not (before.is_dir() and all(re.fullmatch(r"[0-9]{5,}\.png", name) for name in os.listdir(before))):
         raise ValueError(f"{before}: holds other things than masks: move it away, or give another --out")
     return args
 

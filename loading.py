@@ -50,9 +50,7 @@ class SyntheticSet:
     size: None = None  # endless; sets from files have a number here
 
     def record(self, index: int, config: ViewConfig) -> Record:
-        record = draw(self.name, self.seed, index, self.branches, more=self.more).limited(config)
-        record.annotations = record.answerable()
-        return record
+        return draw(self.name, self.seed, index, self.branches, more=self.more).limited(config)
 
 
 @dataclass
@@ -153,9 +151,6 @@ class Mixture(Dataset):
         chosen, index = self.place(number)
         return chosen, index // Moments.FRAMES if isinstance(self.all[chosen], Moments) else index
 
-    def __len__(self) -> int:
-        return 1 << 40  # endless
-
     def __getitem__(self, number: int) -> tuple[int, Example | str]:
         chosen, index = self.place(number)
         try:
@@ -165,7 +160,7 @@ class Mixture(Dataset):
             return number, trim_to_fit(example(record, self.tokenizer, self.config, rng), self.max_tokens)
         except ValueError as error:
             lines = getattr(self.all[chosen], "lines", self.all[chosen])
-            where = f"{lines.path}:{lines.at[self.source(number)[1]][0]}: " if isinstance(lines, Lines) else ""
+            where = f"{lines.where(self.source(number)[1])}: " if isinstance(lines, Lines) else ""
             return number, str(error) if str(error).startswith(where) else where + str(error)
 
 
@@ -192,6 +187,7 @@ class Loader:
     rank: int = 0
     world: int = 1
     multiple: int = 1          # to which rows are padded
+    pin: bool = False          # batches go to a GPU
     # what the loader says about itself
     names: Sequence[str] = field(default=(), init=False)  # of the examples in the last batch
     left_out: set[tuple[int, int]] = field(default_factory=set, init=False)  # set, and line there, of examples that cannot be used
@@ -200,7 +196,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         state = self.state or {"next": [self.rank], "pool": []}
-        numbers = Numbers(state["pool"], state["next"][0], self.world)
+        numbers = chain(state["pool"], count(state["next"][0], self.world))  # those that waited, then all others
         self.left_out = {(one, index) for one, index in state.get("left out", [])}
         items = DataLoader(self.examples, batch_size=None, sampler=numbers, num_workers=self.workers, worker_init_fn=ignore_signals,
                            generator=torch.Generator())  # its own: the global one, from which dropout draws, stays as it is
@@ -240,7 +236,7 @@ class Loader:
                 names = [tree.name for pack in packs for tree in pack]
                 batch = collate(packs, self.weights, self.multiple)
                 state = {"next": [after], "pool": self.packer.numbers + first[drawn:], "left out": sorted(self.left_out)}
-                yield batch.pinned() if torch.cuda.is_available() else batch, names, state
+                yield batch.pinned() if self.pin else batch, names, state
                 packs = []
 
 
@@ -293,18 +289,6 @@ def reshard_state(states: Sequence[dict[str, list]], rank: int, world: int) -> d
     return {"next": [start + rank], "pool": sorted(waiting)[rank::world], "left out": sorted(left_out)}
 
 
-@dataclass
-class Numbers:
-    """A sampler: some numbers, then start, start + step, ... without end."""
-
-    first: Sequence[int]
-    start: int
-    step: int
-
-    def __iter__(self) -> Iterator[int]:
-        return chain(self.first, count(self.start, self.step))
-
-
 def ignore_signals(worker: int):
     """Worker processes leave Ctrl-C and SIGTERM, which may go to the whole group, to the program, which ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -332,9 +316,6 @@ class PatchSet(Dataset):
     seed: int
     config: MolmoConfig
     scenes: Sequence[str]
-
-    def __len__(self) -> int:
-        return 1 << 40
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         name = self.scenes[index % len(self.scenes)]

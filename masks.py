@@ -411,9 +411,9 @@ def same_objects(left: Sequence[Masks], right: Sequence[Masks]) -> dict[int, int
     """Objects of the right anchor -> those of the left one that they are. `left` and `right` hold the masks carried from
     either anchor, both from the left anchor's frame to the right one's; pairs are taken by the better of their two
     agreements (at the left anchor, at the right one), best first."""
-    agreement = {(a, b): max(iou(left[end][a], right[end][b]) for end in (0, -1) if left[end][a].any() and right[end][b].any())
-                 for a in left[0] for b in right[0]
-                 if any(left[end][a].any() and right[end][b].any() for end in (0, -1))}
+    both = lambda a, b, end: left[end][a].any() and right[end][b].any()
+    agreement = {(a, b): max((iou(left[end][a], right[end][b]) for end in (0, -1) if both(a, b, end)), default=0.0)
+                 for a in left[0] for b in right[0]}
     found: dict[int, int] = {}
     for (a, b), score in sorted(agreement.items(), key=lambda pair: (-pair[1], pair[0])):
         if score > SAME and b not in found and a not in found.values():
@@ -523,7 +523,7 @@ def annotate_file(path: str, out: Path, segmenter: Callable[[np.ndarray, float, 
             try:
                 fits += annotate_line(line, np.random.default_rng([seed, index]), segmenter)
             except ValueError as error:
-                raise ValueError(f"{path}:{lines.at[index][0]}: {error}") from None
+                raise ValueError(f"{lines.where(index)}: {error}") from None
             near = lambda media: os.path.relpath(media, out.parent)
             before = None if line.before is None else list(map(near, line.before))
             file.write(dump(line.record, list(map(near, line.images)), line.video and near(line.video), before) + "\n")
@@ -534,11 +534,11 @@ def annotate_file(path: str, out: Path, segmenter: Callable[[np.ndarray, float, 
 def main(argv: Sequence[str] | None = None) -> None:
     with command.one_line("masks.py"):
         parser = command.Parser(prog="masks.py", description="Turns masks into points.")
-        annotate = parser.add_subparsers(required=True, metavar="annotate", parser_class=command.Parser).add_parser("annotate")
-        annotate.add_argument("file", metavar="FILE.jsonl", help="objects with masks, with or without points")
-        annotate.add_argument("--out", type=Path, help="default: FILE.points.jsonl, in the same folder")
-        annotate.add_argument("--sam2", metavar="FOLDER", help="segment by SAM 2 with these weights (default: by colour)")
-        annotate.add_argument("--seed", type=command.number(int, 0, 2**32), default=0)
+        words = parser.add_subparsers(required=True, metavar="annotate", parser_class=command.Parser).add_parser("annotate")
+        words.add_argument("file", metavar="FILE.jsonl", help="objects with masks, with or without points")
+        words.add_argument("--out", type=Path, help="default: FILE.points.jsonl, in the same folder")
+        words.add_argument("--sam2", metavar="FOLDER", help="segment by SAM 2 with these weights (default: by colour)")
+        words.add_argument("--seed", type=command.number(int, 0, 2**32), default=0)
         args = parser.parse_args(argv)
         out = args.out or Path(args.file).with_suffix(".points.jsonl")
         if not out.absolute().parent.is_dir() or out.is_dir():

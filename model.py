@@ -121,9 +121,9 @@ def _build(cls, values: dict, name: str):
     value = lambda k, v: _build(parts[k], v, k) if k in parts and v is not None else tuple(v) if isinstance(v, list) else v
     made = cls(**{k: value(k, v) for k, v in values.items()})
     for f in fields(cls):
-        usual, found = getattr(made, f.name), f.default
-        if isinstance(found, (bool, int, float, str)) and not isinstance(usual, (int, float) if type(found) is float else type(found)):
-            raise ValueError(f"{name}: {f.name} is {usual!r}")
+        found, usual = getattr(made, f.name), f.default
+        if isinstance(usual, (bool, int, float, str)) and not isinstance(found, (int, float) if type(usual) is float else type(usual)):
+            raise ValueError(f"{name}: {f.name} is {found!r}")
     return made
 
 

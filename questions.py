@@ -32,7 +32,8 @@ class Query:
     targets: list[int]  # indices of the things meant; [] if there is none ("There are none.")
     answer: str         # in words; "" where points are the answer
     about: str          # how the targets were picked: "kind", "color", "color+kind", "all", "size", "position", "motion",
-    #                     "given", "none"; for words: "caption", "color-of", "kind-of", "exists", "colors", "subtitle", "words"
+    #                     "given", "none"; on screens "name", "use", "place", "sort", "none"; for words: "caption", "color-of",
+    #                     "kind-of", "exists", "colors", "subtitle", "words"
     choices: list[str] = field(default_factory=list)  # "choice": what to choose from
 
 
@@ -188,10 +189,8 @@ def _ask_choice(scene: Scene, rng: np.random.Generator) -> Query | None:
     return replace(asked, task="choice", choices=[choices[i] for i in rng.permutation(4)])
 
 
-MOTIONS = ("rests", "moves left", "moves right", "moves up", "moves down")
-
-
 DIRECTIONS = {"moves left": (0, -1), "moves right": (0, 1), "moves up": (1, -1), "moves down": (1, 1)}  # axis, sign
+MOTIONS = ("rests", *DIRECTIONS)
 
 
 def _ways(scene: Scene) -> list[np.ndarray]:

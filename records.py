@@ -64,6 +64,10 @@ class Runs(NamedTuple):
         values = np.arange(len(self.counts)) % 2 == 1
         return np.repeat(values, self.counts).reshape(self.size, order="F")
 
+    def holds(self, x: float, y: float) -> bool:
+        """Is the pixel at x, y in the mask? Places on the right and lower rim count as the last column and row."""
+        return bool(self.mask()[min(int(y), self.size[0] - 1), min(int(x), self.size[1] - 1)])
+
 
 def compress(counts: Sequence[int]) -> str:
     """COCO's compressed run lengths: numbers in base 32, lowest digits first, a character from "0" on for each, with 32
@@ -191,7 +195,7 @@ class Record:
     def answerable(self) -> list[Annotation]:
         """Those annotations all of whose objects are in view in some picture."""
         seen = {identity for identity, thing in self.objects.items() if self.seen(thing.points or thing.masks)}
-        return [said for said in self.annotations if all(seen.issuperset(part.objects) for part in said.parts)]
+        return [said for said in self.annotations if all(seen.issuperset(part.objects) for part in (said, *said.parts))]
 
     def moment(self, frame: int, history: int) -> "Record":
         """One frame of a video as an image that has frames before it. What was asked about the video is asked about this
@@ -209,10 +213,11 @@ class Record:
                       before=self.pictures[max(frame - history, 0):frame])
 
     def limited(self, config: ViewConfig) -> "Record":
-        """With no more frames than the model looks at."""
+        """With no more frames than the model looks at, and without what is said of things that these do not show. Changes the record."""
         if self.times is not None and len(self.times) > config.max_frames:
             kept = sorted(set(displayed_at(self.times, sample_times(self.times[-1], config.fps, config.max_frames))))
             self.pictures, self.times = [self.pictures[i] for i in kept], [self.times[i] for i in kept]
+            self.annotations = self.answerable()
         return self
 
 
@@ -236,8 +241,8 @@ TASKS = {
                                           "Count the {label}, then point to them."), "There are {n} {}."),
     "count": Task("label", ("How many {label} are there?", "Count the {label}."), "{n}", "only_count"),
     "track": Task("label objects", ("Track the {label}.", "Follow the {label}.", "Track the {label} at {fps} fps.",
-                                    "Where do the {label} go? Answer at {fps} fps."), "{}"),
-    "track_ends": Task("label objects", ("Where do the {label} first and last appear?",
+                                    "Where {do} the {label} go? Answer at {fps} fps."), "{}"),
+    "track_ends": Task("label objects", ("Where {do} the {label} first and last appear?",
                                          "Show the first and the last place of the {label}."), "{}",
                        "video_point_ground_start_end"),
     "track_from": Task("label objects", ("Track {given} at {fps} fps.", "Follow {given} at {fps} fps."), "{}",
@@ -318,8 +323,8 @@ class Line:
             for identity, moment in here:
                 record.check_place(identity, moment, record.pictures[number].shape[:2])
         record.check_moments()
-        said, record.annotations = record.annotations, record.answerable()
-        if said and not record.annotations:
+        record.annotations = record.answerable()
+        if not record.annotations:
             raise ValueError(f"none of the {len(record.pictures)} frames looked at is within {AT_A_FRAME} s of the points: give more "
                              "of them, or a shorter video")
         return record
@@ -501,6 +506,10 @@ class Lines:
             raise ValueError(f"{path}: holds no lines")
         self.size = len(self.at)
 
+    def where(self, index: int) -> str:
+        """File and line, for messages."""
+        return f"{self.path}:{self.at[index][0]}"
+
     def line(self, index: int, config: ViewConfig | None = None, pointless: bool = False) -> Line:
         """The line; with a config its pictures are read. ValueError that begins with file and line."""
         number, start, length = self.at[index]
@@ -512,7 +521,7 @@ class Lines:
             line.load(config) if config else line.check_files()
             return line
         except (ValueError, OSError) as error:
-            raise ValueError(f"{self.path}:{number}: {error}") from None
+            raise ValueError(f"{self.where(index)}: {error}") from None
 
     def record(self, index: int, config: ViewConfig) -> Record:
         return self.line(index, config).record

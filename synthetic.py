@@ -185,10 +185,10 @@ class Scene:
     """F frames (1 for a still) of n things, with the truth about them. A thing's identity is its index in `things`."""
     frames: np.ndarray   # (F, H, W, 3) uint8
     times: np.ndarray    # (F,) seconds from 0
-    things: list[Thing]
+    things: list[Thing]  # on a screen: of screens.Element
     masks: np.ndarray    # (F, n, H, W) bool, the pixels of each thing that are in view; no pixel has two owners
     points: np.ndarray   # (F, n, 2) float32 x, y in pixels, inside the mask; NaN where too little is in view
-    background: str      # one of BACKGROUNDS
+    background: str      # one of BACKGROUNDS, or "screen"
     is_video: bool
     centers: np.ndarray | None = None  # (F, n, 2) of clips: where the things are, whatever hides them
 

@@ -92,11 +92,18 @@ def packed_step(device: str, room: int, top: float):
     print(f"  {found[ways[0]] / found[ways[1]]:.2f} times")
 
 
+def forget_compiled() -> None:
+    """So that what is compiled next is made for its own length: from the second length on it would be for any."""
+    torch._dynamo.reset()
+    attention.compiled.cache_clear()
+
+
 def attention_by_length(device: str, lengths):
     """Attention alone, forward and backward, heads as in the 8B model; packs of four examples."""
     heads, kv_heads, width = (32, 8, 128) if device == "cuda" else (8, 4, 64)
     print(f"attention by length, {heads} heads, {kv_heads} key heads of {width}, four examples in a pack")
     for length in lengths:
+        forget_compiled()
         order = torch.arange(length, device=device)[None]
         ids = MaskIds(order * 4 // length, torch.zeros_like(order), order, order % 10 > 2)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -142,9 +149,7 @@ def run(quick: bool) -> None:
     attention_by_length(device, (512, 1024) if quick else (4096, 8192, 16_384, 36_864) if device == "cuda" else (1024, 2048, 4096))
     if device == "cuda":
         start, before = time.perf_counter(), attention.compilations()
-        torch._dynamo.reset()
-        attention.compiled.cache_clear()
-        torch._dynamo.reset()
+        forget_compiled()
         blocks_of_8b(16_384, top, device)
         print(f"{time.perf_counter() - start:.0f} s with compilation; graphs compiled: {attention.compilations() - before}")
 

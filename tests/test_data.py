@@ -177,6 +177,24 @@ def test_none_is_said_in_words(task):
     assert text == "There are none." and not points and not written.triples
 
 
+def test_the_number_is_that_of_things_also_in_one_patch():
+    """Two things in one patch get one point; that there are three is said all the same, as the answer with the number alone says."""
+    record = film()
+    record.objects[2] = Object({1.5: (51.0, 11.0)})  # beside thing 1 as it is shown
+    for task, words in (("count_point", "There are 3 "), ("point_count", "total of 3."), ("count", "3")):
+        text, points, _ = answered(record, Annotation(task, "cups", [1, 2, 3]), PRESETS["tiny"])
+        assert words in text and len(points) == (0 if task == "count" else 2)
+
+
+def test_a_chat_about_what_is_not_shown_is_left_out():
+    """Two questions that became a chat are left out with the frames that showed what they are about, as each would be."""
+    record = film()
+    record.annotations = [Annotation("qa", objects=[i], question=f"What is {i}?", answer="A cup.", about="kind-of") for i in (1, 3)]
+    data.dialogue(record, SimpleNamespace(random=lambda: 0.0))
+    assert [said.task for said in record.annotations] == ["chat"] and record.answerable() == record.annotations
+    assert record.limited(replace(VIEWS, max_frames=2)).annotations == []
+
+
 def test_styles_that_are_not_for_chat_say_their_name():
     """Chat prompts are the bare words; the others begin with `style: `; every wording is used and fully filled in."""
     record, seen = film(), Counter()
@@ -208,6 +226,16 @@ def test_labels_with_an_article_keep_it():
             assert not any(f"{word} {label}" in text.lower() for text in asked for word in ("the the", "the a ", "the an ")), asked
             assert any(f"the {label}" in text for text in asked) == (not own and task != "only_count") or task == "point_count"
             assert task != "point" or any(text == f"Where {'is' if own else 'are the'} {label}?" for text in asked), asked
+
+
+def test_verbs_agree_with_what_is_asked_for():
+    """One thing moves and "does" go somewhere, be it named with an article or by how it moves; several "do"."""
+    for said, words in ((Annotation("track", "the dog", [1], fps=1.0), "Where does the dog go? Answer at 1 fps."),
+                        (Annotation("track", "dog that rests", [1], fps=1.0, about="motion"), "Where does the dog that rests go? Answer at 1 fps."),
+                        (Annotation("track", "dogs", [1], fps=1.0), "Where do the dogs go? Answer at 1 fps."),
+                        (Annotation("point", "dog that rests", [1], about="motion"), "Where is the dog that rests?"),
+                        (Annotation("track_ends", "cups", [1]), "video_point_ground_start_end: Where do the cups first and last appear?")):
+        assert words in {question_text(said, film(), np.random.default_rng(i)) for i in range(40)}
 
 
 def test_an_own_question_replaces_the_wordings():

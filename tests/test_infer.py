@@ -549,7 +549,7 @@ def test_what_is_not_ours_is_never_replaced(run, media, tmp_path, tiny, monkeypa
     place of a file, and nothing in it is lost."""
     walk(media / "walk.mp4", frames=7)
     asked = will_point(monkeypatch, tiny[1], lambda n: [])
-    for made in ("walk.masks/notes.txt", "walk.masks"):
+    for made in ("walk.masks/notes.txt", "walk.masks/00000_png", "walk.masks"):
         path = tmp_path / "out" / made
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")

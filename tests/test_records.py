@@ -230,13 +230,15 @@ def test_what_left_before_a_frame_is_not_seen_there():
 
 def test_long_videos_are_thinned_out_with_their_truth(tmp_path):
     """More frames than the model looks at: the kept ones are spread over the video and include the last; what happens between
-    them is not put on a neighbour."""
+    them is not put on a neighbour, and nothing is said of what only other frames show."""
     times = [n / 2 for n in range(31)]
     record = Record("", [np.full((4, 4, 3), n, np.uint8) for n in range(31)], times,
-                    {1: Object({t: (t, 0) for t in times if t != 1.5})}, [Annotation("track", "x", [1])])
+                    {1: Object({t: (t, 0) for t in times if t != 1.5}), 2: Object({1.0: (0, 0)})},
+                    [Annotation("track", "x", [1]), Annotation("track", "y", [1, 2])])
     record.limited(ViewConfig(max_frames=11))
     assert record.times == [1.5 * n for n in range(11)] and [int(p[0, 0, 0]) for p in record.pictures] == list(range(0, 31, 3))
     assert record.seen(record.objects[1].points) == {n: (1.5 * n, 0) for n in range(11) if n != 1}
+    assert [said.label for said in record.annotations] == ["x"]
 
 
 def test_videos_are_read_at_their_own_times(tmp_path):
