@@ -269,7 +269,7 @@ def screen(seed: int, index: int, scale: float = 1.0) -> Scene:
         a, b, c, d = element.box
         x, y = element.middle
         if masks[i].sum() >= CLICK_VISIBLE * (c - a + 1) * (d - b + 1) and masks[i, int(y), int(x)] and i not in unreadable:
-            points[0, i] = x, y
+            points[0, i] = x + 0.5, y + 0.5  # a box ends with its last pixels
     return Scene(np.asarray(image)[None], np.zeros(1), elements, masks[None], points, "screen", False)
 
 
@@ -277,8 +277,8 @@ def screen(seed: int, index: int, scale: float = 1.0) -> Scene:
 # 3. Instructions
 
 
-# How often an instruction names its target in which way.
-ABOUT = {"name": 0.35, "use": 0.2, "place": 0.15, "sort": 0.18, "none": 0.12}
+# How often an instruction names its target in which way; "absent": by a name that the screen does not show.
+ABOUT = {"name": 0.35, "use": 0.2, "place": 0.15, "sort": 0.18, "absent": 0.12}
 
 
 def queries(scene: Scene, rng: np.random.Generator, n: int, more: dict[str, float] = {}) -> list[Query]:
@@ -296,7 +296,7 @@ def queries(scene: Scene, rng: np.random.Generator, n: int, more: dict[str, floa
 
 def _ask(scene: Scene, there: list[int], rng: np.random.Generator, about: str) -> Query | None:
     pick = lambda options: str(options[rng.integers(len(options))])
-    if about == "none":
+    if about == "absent":
         sort = pick(list(USES))
         shown = {thing.word for thing in scene.things}
         missing = [word for word in USES[sort] if word not in shown]

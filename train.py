@@ -24,7 +24,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice, takewhile
 from operator import attrgetter
@@ -59,7 +59,7 @@ PARTS = ("vit", "connector", "llm", "point")
 LIGHT = ("tiny", "small")  # presets that need no care for memory: whole in every process, all activations kept
 LOSSES = ("token", "patch", "slot", "location")
 SMALL_EVALUATION = 40  # records of each set
-FORMAT = 5             # what the loader's numbers mean: a run of another format cannot be resumed
+FORMAT = 6             # what the loader's numbers mean: a run of another format cannot be resumed
 Z_LOSS = 1e-4          # weight of the squared log-normaliser of the head, which keeps it from drifting
 VIT_BATCH, VIT_LR, VIT_WARMUP = 10, 3e-3, 20  # of the ViT alone: scenes a step, peak rate, steps
 
@@ -118,11 +118,11 @@ TINY = {
     2: Stage(7200, 4, 1024, 20, 16, {"image points": 24, "multi-image points": 7, "screens": 13, "video points": 15, "arrivals": 10, "tracks": 14,
                                      "captions": 14, "image qa": 6, "video qa": 5, "text": 3}, "uniform",
              per_part(2e-4, 3e-4, 2e-3, 2e-3), per_part(20, 20, 20, 20), ("stills", "clips", "screens", "tracks"), vit_steps=10_000,
-             more={"none": 1.3, "position": 2.5, "size": 2}, vit_frozen_steps=2200),
-    3: Stage(6000, 2, 2048, 40, 32, {"image points": 7, "multi-image points": 7, "screens": 16, "video points": 8, "arrivals": 2, "tracks": 28,
-                                     "captions": 26, "image qa": 5, "video qa": 8, "text": 1, "long points": 2, "long tracks": 6},
+             more={"none": 1.3, "absent": 1.3, "position": 2.5, "size": 2}, vit_frozen_steps=2200),
+    3: Stage(6000, 2, 2048, 40, 32, {"image points": 5, "multi-image points": 4, "screens": 20, "video points": 5, "arrivals": 1, "tracks": 36,
+                                     "captions": 26, "image qa": 3, "video qa": 6, "text": 1, "long points": 2, "long tracks": 8},
              "uniform", per_part(2e-4, 1e-4, 1.2e-3, 1.2e-3), per_part(20, 20, 20, 20), ("video points", "long points", "long tracks"),
-             more={"none": 2, "position": 2.5, "size": 2, "place": 3, "all": 3}),
+             more={"none": 2, "absent": 6, "position": 2.5, "size": 2, "place": 3, "all": 3}),
     4: Stage(300, 1, 1024, 100, 32, {"moments": 1.0}, "uniform", per_part(2e-4, 8e-4, 8e-4, 8e-4), per_part(20, 20, 20, 20),
              ("moments",), branches=5),
 }
@@ -429,7 +429,8 @@ def pretrain_vit(run: Run, state: dict[str, np.ndarray] | None):
         (loss / totals["patches"] * world.size).backward()
         parallel.average(seeing, world)
         drawn = (step + stage.vit_steps) * share * world.size
-        clip(parts, totals["naming"], step, lambda: [f"scenes {drawn} to {drawn + share * world.size - 1}"])
+        with parallel.said_once():  # by all processes alike
+            clip(parts, totals["naming"], step, lambda: [f"scenes {drawn} to {drawn + share * world.size - 1}"])
         update(optimisers, dict.fromkeys(PARTS, schedule(VIT_LR, VIT_WARMUP, step + stage.vit_steps, stage.vit_steps)))
         line = {"naming": totals["naming"] / totals["patches"]} | {name: totals[name] / totals[f"all {name}"]
                                                                   for name in totals if totals.get(f"all {name}")}
@@ -477,8 +478,6 @@ def prepare(args: argparse.Namespace, world: World):
                          f"for {world.data_size} processes")
     if not args.temporal and (args.temporal_init or args.missing):
         raise ValueError("--temporal-init and --missing go with --temporal")
-    if args.points_as == "tags" and args.stage in (2, 3):
-        raise ValueError("--points-as tags: they mark points in one picture; stages 2 and 3 have videos and several images")
     # every stage draws other examples (but the ViT alone learns from those of --seed in each); all below evaluate.EVALUATION_SEED
     seed, folder = args.stage + 100 * args.seed, run_folder(args)
     state = weights.load_training(folder / "checkpoint") if args.resume else None
@@ -495,9 +494,13 @@ def prepare(args: argparse.Namespace, world: World):
     settings = {"stage": args.stage, "preset": args.preset, "freeze": sorted(args.freeze), "seed": args.seed, "steps": steps,
                 "data": args.data, "contents of the data": [checksum(path) for path in args.data or []], "format": FORMAT,
                 "temporal": args.temporal, "temporal-init": args.temporal_init, "missing": args.missing}
+    settings |= json.loads(json.dumps({f"row {name}": value for name, value in asdict(stage).items() if name not in ("steps", "watch")}))
     if state:
         same_run(settings, json.loads(str(state["settings"])) if "loaders" in state else {}, folder)
     model, tokenizer = model_for(args, folder, state is not None)
+    drawn = () if args.data else [one for name in stage.rates for one in data.CATEGORIES.get(name, (name,))]
+    if model.config.points_as == "tags" and (several := [name for name in drawn if name in data.SEVERAL]):
+        raise ValueError(f"points as tags: they mark points in one picture, and stage {args.stage} draws {several[0]}: give --data")
     if args.temporal and not state:
         temporal = replace(model.config.temporal, mode=args.temporal, missing=args.missing or model.config.temporal.missing)
         if args.temporal_init and temporal.mode == model.config.temporal.mode:
@@ -601,9 +604,10 @@ def make_loader(stage: Stage, seed: int, tokenizer: Tokenizer, config: MolmoConf
         sets, rates = loading.synthetic_sets(stage.rates, seed, stage.branches, stage.more), stage.rates
     mixture = loading.Mixture(sets, rates, seed, tokenizer, config, stage.tokens)
     rows = stage.packs // (accumulate * world.data_size)
-    multiple = math.lcm(world.context, stage.tokens if torch.device(args.device).type == "cuda" else 1)  # one length: one graph
+    cuda = torch.device(args.device).type == "cuda"
+    multiple = math.lcm(world.context, stage.tokens if cuda else 1)  # one length: one graph
     return loading.Loader(mixture, Packer(stage.tokens, stage.crops, stage.pool, world.data_size), rows, stage.weights, args.workers,
-                       rank=world.data_rank, world=world.data_size, multiple=multiple)
+                          rank=world.data_rank, world=world.data_size, multiple=multiple, pin=cuda)
 
 
 def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None):
@@ -651,7 +655,7 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
             run.log.say(f"stopped after step {step + 1}: --resume goes on from there")
             break
     run.log.draw()
-    left_out = world.collect((loader.state or {}).get("left out", []))  # by every process its own
+    left_out = world.collect(loader.state["left out"])  # by every process its own
     if count := len({tuple(place) for places in left_out for place in places}):
         run.log.say(f"left out: {count} examples, each with its warning when it came first")
     if graphs := compilations():

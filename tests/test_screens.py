@@ -45,7 +45,7 @@ def test_points_are_the_middles_of_boxes_and_lie_in_masks():
             left, top, right, bottom = thing.box
             assert 0 <= left < right < width and 0 <= top < bottom < height
             x, y = scene.points[0, i]
-            assert (x, y) == pytest.approx(((left + right) / 2, (top + bottom) / 2)) and scene.masks[0, i, int(y), int(x)]
+            assert (x, y) == pytest.approx(((left + right + 1) / 2, (top + bottom + 1) / 2)) and scene.masks[0, i, int(y), int(x)]
             rows, columns = scene.masks[0, i].nonzero()
             assert left <= columns.min() and columns.max() <= right and top <= rows.min() and rows.max() <= bottom
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -195,9 +196,9 @@ def test_bad_commands_end_in_one_line(argv, said, tmp_path, capsys):
     assert (tmp_path / "run/metrics.jsonl").read_text() == "kept"
 
 
-def test_another_run_is_not_taken_for_this_one(quick, tmp_path, capsys):
+def test_another_run_is_not_taken_for_this_one(quick, tmp_path, capsys, monkeypatch):
     """What a checkpoint is not, in one line each, the run in the folder kept: the same command without --resume, another preset, a part
-    no longer frozen, another form of points, another size."""
+    no longer frozen, another form of points, another size, another row of the table."""
     run, other = ["--stage", "1", "--out", str(tmp_path / "run")], ["--stage", "1", "--out", str(tmp_path / "other")]
     train.main([*run, "--freeze", "vit", *quick])
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
@@ -211,6 +212,10 @@ def test_another_run_is_not_taken_for_this_one(quick, tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             train.main([*words, *quick])
         assert end.value.code == 2 and said in capsys.readouterr().err
+    monkeypatch.setitem(train.STAGES, ("tiny", 1), replace(train.STAGES["tiny", 1], weights="paper"))
+    with pytest.raises(SystemExit):
+        train.main([*run, "--resume", "--freeze", "vit", *quick])
+    assert "has row weights uniform, not paper" in capsys.readouterr().err
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before and not (tmp_path / "other").exists()
 
 
