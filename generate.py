@@ -279,7 +279,8 @@ class TreeDecoding:
         self.reshape()
 
     def reshape(self) -> None:
-        """The grids of new tokens from here on: a column for each branch of the largest tree; where a tree has fewer, padding."""
+        """The grids of new tokens from here on: a column for each branch of the largest tree; where a tree has fewer, padding. The ids
+        of all steps to come are written at once: b c, b c, b c, ... until a branch ends and the rest becomes b, b, b, ..."""
         frontier, used = self.frontier, self.cache.used
         self.shape = len(self.ids.example), int(frontier.column.max()) + 1
         for ids, new, fill in ((self.ids.example, frontier.example, -1), (self.ids.branch, frontier.branch, 0)):
@@ -287,7 +288,7 @@ class TreeDecoding:
             ids[:, used:] = grids[:, :self.cache.room - used]
         self.position = frontier.grid(frontier.position, self.shape)
         first, before = self.among(used, used + self.shape[1]), self.among(0, used)
-        self.unmasked = not self.static and self.shape[1] == 1 and bool(may_attend(first, before).all())  # nor will it be later
+        self.unmasked = not self.static and self.shape[1] == 1 and bool(may_attend(first, before).all())  # one branch a row: later tokens hide nothing either
 
     def among(self, start: int, end: int) -> MaskIds:
         return MaskIds(*(field[:, start:end] for field in self.ids))

@@ -140,7 +140,7 @@ class Mixture(Dataset):
         block, at = divmod(number, self.block)
         order = self._order(block)
         chosen = int(order[at])
-        drawn = block * self.counts[chosen] + int((order[:at] == chosen).sum())
+        drawn = block * self.counts[chosen] + int((order[:at] == chosen).sum())  # every block before has it as often
         if (size := self.all[chosen].size) is None:
             return chosen, drawn
         epoch, at = divmod(drawn, size)

@@ -451,9 +451,9 @@ def through_time(frames: Iterable[np.ndarray], ask: Callable[[int, Sequence[np.n
             points = asked if named else {next(fresh): place for place in asked.values()}
             tell(index, points)
             continue
-        left = list(propagate(window, 0, {**lost, **points}, len(window) - 1))
-        right = list(propagate(window, len(window) - 1, asked, 0))[::-1]
-        names = {b: b for b in asked} if named else same_objects(left, right)
+        left = list(propagate(window, 0, {**lost, **points}, len(window) - 1))  # a list of masks a frame, from the last anchor on,
+        right = list(propagate(window, len(window) - 1, asked, 0))[::-1]        # and back from this one, whose ids are its own:
+        names = {b: b for b in asked} if named else same_objects(left, right)   # which object each of them is
         names = {b: names[b] if b in names else next(fresh) for b in asked}
         since = {i: since.get(i, 0) + 1 for i in left[-1] if i not in names.values()}
         missed = {i: left[-1][i] for i, times in since.items() if times <= PATIENCE and left[-1][i].any()

@@ -214,8 +214,8 @@ def _reach(way: np.ndarray, word: str) -> float:
 
 
 def motions(scene: Scene) -> list[tuple[str, ...]]:
-    """What each thing of a clip may be said to do from its first to its last moment in view, of MOTIONS: one if that is
-    clear. Something that moves gets far; what rests stays within a fifth of that."""
+    """What each thing of a clip may be said to do from its first to its last moment in view, of MOTIONS: one word if that is
+    clear, several if each of them could be meant. Something that moves gets far; what rests stays within a fifth of that."""
     words, far = [], _far(scene)
     for track in _ways(scene):
         if not len(track):
