@@ -138,7 +138,7 @@ def gather_windows(patches: Tensor, pooling: Tensor) -> tuple[Tensor, Tensor]:
     valid = pooling >= 0
     # empty slots read patches in turn, then zeros: on CUDA the gradients of one that all of them read would be added one after another
     some = torch.arange(pooling.numel(), device=pooling.device).view_as(pooling) % max(len(patches), 1)
-    return patches[torch.where(valid, pooling, some)] * valid[..., None].to(patches.dtype), valid
+    return patches[torch.where(valid, pooling, some)].masked_fill(~valid[..., None], 0), valid
 
 
 class Connector(nn.Module):

@@ -285,7 +285,7 @@ def evaluate(model: Molmo, tokenizer: Tokenizer, records: Iterator[Record], seed
 
 
 def fresh(name: str, count: int, config: ViewConfig, seed: int = EVALUATION_SEED, per_record: int = PER_RECORD) -> Iterator[Record]:
-    """Records 0 to count - 1 of a synthetic set, with masks."""
+    """Records 0 to count - 1 of a synthetic set, with masks; without what is asked of things that no frame looked at shows."""
     return (data.draw(name, seed, index, per_record, masks=True).limited(config) for index in range(count))
 
 

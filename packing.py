@@ -240,15 +240,15 @@ def packs(examples: Iterable[tuple[int, Example]], packer: Packer) -> Iterator[l
 # python packing.py
 
 
-def useful_tokens_per_second(model: Molmo, batches: Sequence[Batch]) -> float:
-    """Tokens with loss, per second of forward and backward."""
+def useful_tokens(model: Molmo, batches: Sequence[Batch]) -> tuple[int, float]:
+    """Tokens with loss, and the seconds that forward and backward took."""
     useful, start = 0, time.perf_counter()
     for batch in batches:
         losses = model.losses(batch)
         sum(losses[name] for name in ("token", "patch", "slot", "location")).backward()
         model.zero_grad()
         useful += int((batch.loss_weights > 0).sum())
-    return useful / (time.perf_counter() - start)
+    return useful, time.perf_counter() - start
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -290,10 +290,11 @@ def main(argv: list[str] | None = None) -> None:
         rng = np.random.default_rng(0)
         padded = [collate([alone[i] for i in rows]) for rows in rng.permutation(len(alone))[:len(alone) // 16 * 16].reshape(-1, 16)]
         packed = [collate([pack]) for pack in steady[:6]]
-        useful_tokens_per_second(model, packed[:1])  # warm up
-        rates = [useful_tokens_per_second(model, batches) for batches in (padded, packed)]
-        print(f"useful tokens/s    {rates[0]:.0f} in padded batches of single annotations, {rates[1]:.0f} in packs of trees: "
-              f"{rates[1] / rates[0]:.1f} times")
+        useful_tokens(model, packed[:1])  # warm up
+        (few, alone_took), (many, packs_took) = useful_tokens(model, padded), useful_tokens(model, packed)
+        print(f"useful tokens/s    {few / alone_took:.0f} in padded batches of single annotations, {many / packs_took:.0f} in packs of trees: "
+              f"{many / packs_took * alone_took / few:.1f} times")
+        print(f"to choose a pack   {seconds / len(made) / (packs_took / len(packed)):.1%} of the time of its forward and backward")
 
 
 if __name__ == "__main__":

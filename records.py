@@ -118,7 +118,7 @@ class Annotation:
     messages: "list[tuple[str, str | Annotation]]" = field(default_factory=list)  # turns of user and assistant, who may point
     fps: float = 2.0                                        # of tracks
     start: float | None = None                              # track_from: the moment of the given point; None: the first
-    about: str = ""                                         # a word by which evaluation groups its figures
+    about: str = ""                                         # a word by which evaluation groups its figures; "motion": the label is singular
 
     @property
     def parts(self) -> "list[Annotation]":

@@ -267,9 +267,9 @@ def screen(seed: int, index: int, scale: float = 1.0) -> Scene:
     points = np.full((1, len(elements), 2), np.nan, np.float32)
     for i, element in enumerate(elements):
         a, b, c, d = element.box
-        x, y = element.middle
+        x, y = (v + 0.5 for v in element.middle)  # a box ends with its last pixels
         if masks[i].sum() >= CLICK_VISIBLE * (c - a + 1) * (d - b + 1) and masks[i, int(y), int(x)] and i not in unreadable:
-            points[0, i] = x + 0.5, y + 0.5  # a box ends with its last pixels
+            points[0, i] = x, y
     return Scene(np.asarray(image)[None], np.zeros(1), elements, masks[None], points, "screen", False)
 
 

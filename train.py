@@ -469,7 +469,8 @@ def stage_of(args: argparse.Namespace) -> Stage:
 
 def settings_of(args: argparse.Namespace, stage: Stage) -> dict:
     """What makes a run this one: --resume goes on with no other."""
-    row = {f"row {name}": value for name, value in asdict(stage).items() if name not in ("steps", "watch")}
+    unused = {"steps", "watch", *(("rates", "more", "branches", "vit_steps", "vit_scenes", "vit_frozen_steps") if args.data else ())}
+    row = {f"row {name}": value for name, value in asdict(stage).items() if name not in unused}
     return {"stage": args.stage, "preset": args.preset, "freeze": sorted(args.freeze), "seed": args.seed, "steps": stage.steps,
             "data": args.data, "contents of the data": [checksum(path) for path in args.data or []], "format": FORMAT,
             "temporal": args.temporal, "temporal-init": args.temporal_init, "missing": args.missing} | json.loads(json.dumps(row))
@@ -600,6 +601,8 @@ def same_run(settings: dict, before: dict, folder: Path):
     if before.get("format") != settings["format"]:
         raise ValueError(f"--resume: the run in {folder} was written by an older version: begin another with --init {folder}/checkpoint")
     for name, value in settings.items():
+        if before.get(name, value) != value and name.startswith("row "):
+            raise ValueError(f"--resume: the stage's {name} has changed since the run in {folder}: begin another with --init {folder}/checkpoint")
         if before.get(name, value) != value:
             raise ValueError(f"--resume: the run in {folder} has {name} {before[name]}, not {value}: give the same, or another --out")
 

@@ -228,6 +228,14 @@ def test_labels_with_an_article_keep_it():
             assert task != "point" or any(text == f"Where {'is' if own else 'are the'} {label}?" for text in asked), asked
 
 
+def test_sets_that_tags_cannot_mark():
+    """Those of `SEVERAL`, and no others, point in records of more than one picture."""
+    points = lambda said: TASKS[said.task].answer and said.task != "count" and said.objects
+    several = {name for name in data.SETS for index in range(3) for record in [draw(name, 0, index, 8)]
+               if len(record.pictures) > 1 and any(map(points, record.annotations))}
+    assert several == set(data.SEVERAL)
+
+
 def test_verbs_agree_with_what_is_asked_for():
     """One thing moves and "does" go somewhere, be it named with an article or by how it moves; several "do"."""
     for said, words in ((Annotation("track", "the dog", [1], fps=1.0), "Where does the dog go? Answer at 1 fps."),

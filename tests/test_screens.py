@@ -60,9 +60,9 @@ def test_what_lies_behind_a_window_has_no_point(monkeypatch):
             super().__init__(pen, rng, look, box, words)
 
     monkeypatch.setattr(screens, "Window", Noted)
-    for index in range(150):
+    for index in range(170):
         boxes.clear()
-        scene, above = screen(2, index), np.zeros((999, 999), bool)
+        scene, above = screen(4, index), np.zeros((999, 999), bool)
         if len(boxes) == 2:
             left, top, right, bottom = boxes[1]
             above[top:bottom + 1, left:right + 1] = True
@@ -73,7 +73,7 @@ def test_what_lies_behind_a_window_has_no_point(monkeypatch):
                 assert np.isfinite(scene.points[0, i]).all()
                 continue
             share = lambda box: above[box[1]:box[3] + 1, box[0]:box[2] + 1].mean()
-            hides = {"box": share(thing.box) > 1 - screens.CLICK_VISIBLE, "middle": above[int(thing.middle[1]), int(thing.middle[0])],
+            hides = {"box": share(thing.box) > 1 - screens.CLICK_VISIBLE, "middle": above[int(thing.middle[1] + 0.5), int(thing.middle[0] + 0.5)],
                      "word": thing.text is not None and share((*thing.text[:2], thing.text[2] - 1, thing.text[3] - 1)) > 1 - screens.CLICK_VISIBLE}
             assert np.isnan(scene.points[0, i, 0]) == any(hides.values()), (index, thing, hides)
             for reason in reasons:
