@@ -602,7 +602,7 @@ def same_run(settings: dict, before: dict, folder: Path):
         raise ValueError(f"--resume: the run in {folder} was written by an older version: begin another with --init {folder}/checkpoint")
     for name, value in settings.items():
         if before.get(name, value) != value and name.startswith("row "):
-            raise ValueError(f"--resume: the stage's {name} has changed since the run in {folder}: begin another with --init {folder}/checkpoint")
+            raise ValueError(f"--resume: {name[4:]!r} in the stage's row has changed since the run in {folder}: begin another with --init {folder}/checkpoint")
         if before.get(name, value) != value:
             raise ValueError(f"--resume: the run in {folder} has {name} {before[name]}, not {value}: give the same, or another --out")
 

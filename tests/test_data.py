@@ -728,6 +728,8 @@ def test_check_names_bad_lines_and_counts(tmp_path, capsys):
                 "annotations": [{"task": "point", "label": "dots", "objects": [1]}]}
         (tmp_path / "mask.jsonl").write_text(json.dumps(line))
         assert data.main(["check", str(tmp_path / "mask.jsonl")]) == 0 and ("outside of" in (out := capsys.readouterr().out)) == bool(said) and said in out
+    assert data.main(["check", str(tmp_path / "mask.jsonl"), "--max-crops", "1"]) == 2  # of bad lines nothing else is counted
+    assert "1 lines, 1 bad\n" in capsys.readouterr().out
     data.write_video(tmp_path / "v.mp4", [np.full((40, 60, 3), n, np.uint8) for n in range(21)], 10)
     between = {"video": "v.mp4", "annotations": [{"task": "point", "label": "dots", "points": [{"x": 30, "y": 30, "time": t}]} for t in (0.7, 2)]}
     (tmp_path / "between.jsonl").write_text(json.dumps(between))

@@ -165,12 +165,17 @@ def test_temporal_modules_train_in_any_stage_and_stay(quick, tmp_path, capsys):
     assert end.value.code == 2 and "has temporal attention, not add" in capsys.readouterr().err
 
 
-def test_tags_train_frame_by_frame(quick, tmp_path):
+def test_tags_train_frame_by_frame(quick, tmp_path, monkeypatch, capsys):
     """--points-as tags makes a model that writes percent, as VideoMolmo does; also of one that wrote coordinates as text,
     which has the same parameters."""
     train.main(["--stage", "2", "--points-as", "text", "--out", str(tmp_path / "text"), *quick])
     train.main(["--stage", "4", "--points-as", "tags", "--init", str(tmp_path / "text/checkpoint"), "--out", str(tmp_path / "tags"), *quick])
     assert weights.load(tmp_path / "tags/checkpoint")[0].config.points_as == "tags"
+    for stage, rates in ((2, STAGES["tiny", 2].rates), (1, {"image pointing": 1})):  # by what is drawn, also where the checkpoint says tags
+        monkeypatch.setitem(STAGES, ("tiny", stage), replace(STAGES["tiny", stage], rates=rates))
+        with pytest.raises(SystemExit):
+            train.main(["--stage", str(stage), "--init", str(tmp_path / "tags/checkpoint"), "--out", str(tmp_path / "several"), *quick])
+        assert f"stage {stage} draws multi-image points: give --data" in capsys.readouterr().err and not (tmp_path / "several").exists()
 
 
 @pytest.mark.parametrize("argv, said", [
@@ -215,7 +220,7 @@ def test_another_run_is_not_taken_for_this_one(quick, tmp_path, capsys, monkeypa
     monkeypatch.setitem(train.STAGES, ("tiny", 1), replace(train.STAGES["tiny", 1], weights="paper"))
     with pytest.raises(SystemExit):
         train.main([*run, "--resume", "--freeze", "vit", *quick])
-    assert "the stage's row weights has changed" in capsys.readouterr().err
+    assert "'weights' in the stage's row has changed" in capsys.readouterr().err
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before and not (tmp_path / "other").exists()
 
 

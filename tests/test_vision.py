@@ -182,6 +182,14 @@ def test_empty_slots_carry_no_gradient():
     assert patches.grad.abs().sum(1).nonzero()[:, 0].tolist() == [3, 5, 7]
 
 
+def test_what_is_not_finite_stays_in_its_windows():
+    """A patch of NaN, be it the first or another, is in the windows that name it and not in empty slots of others."""
+    pooling = torch.tensor([[3, -1, -1, 5], [-1, -1, 7, -1]])
+    for bad in range(8):
+        windows, _ = gather_windows(torch.zeros(8, 2).index_fill(0, torch.tensor(bad), float("nan")), pooling)
+        assert torch.equal(windows.isnan().any(-1), pooling == bad)
+
+
 def test_no_windows_at_all():
     """A batch without pictures gives no visual tokens, through every part."""
     vit, features = scrambled(ViT(VIT), 8), connector(True)
