@@ -48,13 +48,12 @@ from pointing import (
     write_text,
 )
 from preprocess import ViewConfig, Views, image_views, no_views, video_views, write_video
-from questions import Query
+from questions import NONE, Query
 from records import DEFAULT_FPS, TASKS, TRACKS, Annotation, Lines, Object, Record, Runs, dump
 from synthetic import Scene
 from tokenizer import Tokenizer
 
 HOME = Path(__file__).resolve().parent
-NONE = "There are none."
 HISTORY = TemporalConfig.history  # frames before the one that is asked about
 
 
@@ -337,7 +336,7 @@ SCENES = {
     "tracks": (synthetic.tracks, questions.TRACKING), "long points": (synthetic.long_clip, questions.POINTING),
     "long tracks": (synthetic.long_tracks, questions.TRACKING),
 }
-SETS = (*SCENES, "multi-image points", "screens", "text", "moments")
+SETS = (*SCENES, "multi-image points", "screens", "screen qa", "text", "moments")
 # Those that point in more than one picture.
 SEVERAL = ("multi-image points", "clips", "video points", "arrivals", "tracks", "long points", "long tracks")
 
@@ -357,9 +356,10 @@ def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, m
     if name == "text":
         asked = {query.question: query for query in (questions.words(rng) for _ in range(branches))}
         return Record(title, [], None, {}, [annotated(query) for query in asked.values()])
-    if name == "screens":
+    if name in ("screens", "screen qa"):
         scene = screens.screen(seed, index, float(rng.choice([1.0, 1.5, 2.0], p=[0.7, 0.2, 0.1])))
-        return scene_record(scene, screens.queries(scene, rng, branches, more), masks, title)
+        asked = screens.queries(scene, rng, branches, more, screens.ABOUT if name == "screens" else screens.READING)
+        return scene_record(scene, asked, masks, title)
     if name == "moments":
         return glimpse(seed, index, rng, branches, masks, more)
     make, shares = SCENES[name]
@@ -517,7 +517,7 @@ def corpus(n: int, seed: int) -> Iterator[str]:
     rng, digits = np.random.default_rng([seed, 9]), [f"{half / 2:.1f} " for half in range(61)]
     pieces = ["user", "assistant", "Image 1", "Image 2", "Image 3", '<points coords="', '<tracks coords="', CLOSE_LIST, NONE, *digits]
     records = (draw(name, seed, index, 8) for index in count() for name in SETS
-               if name not in ("moments", "arrivals"))  # the words of clips again
+               if name not in ("moments", "arrivals", "screen qa"))  # the words of clips and of screens again
     def texts(record: Record) -> Iterator[str]:
         for said in record.annotations:
             alone = (question_text(said, record, rng), "" if TASKS[said.task].answer else in_words(said))

@@ -81,7 +81,7 @@ class Moments:
 
 def synthetic_sets(names: Iterable[str], seed: int, branches: int, more: dict[str, float] = {}) -> dict[str, list[SyntheticSet]]:
     """Category (or the name of one set) -> sets. ValueError if `more` names a way of asking that there is not."""
-    ways = questions.WAYS | set(screens.ABOUT)
+    ways = questions.WAYS | {*screens.ABOUT, *screens.READING}
     if unknown := set(more) - ways:
         raise ValueError(f"no question is asked in the way {', '.join(sorted(unknown))}: {', '.join(sorted(filter(None, ways)))}")
     return {name: [SyntheticSet(one, seed, branches, more) for one in CATEGORIES.get(name, (name,))] for name in names}

@@ -20,6 +20,7 @@ COUNT = ("How many {label} are there?", "Count the {label}.", "how many {label}"
 CAPTION = ("Describe this {medium}.", "What is in this {medium}?", "Write a caption for this {medium}.")
 LARGEST, SMALLEST = ("largest", "biggest"), ("smallest",)
 SIDES = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "bottommost": (1, -1)}  # axis, sign: least first
+NONE = "There are none."
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
@@ -33,7 +34,7 @@ class Query:
     answer: str         # in words; "" where points are the answer
     about: str          # how the targets were picked: "kind", "color", "color+kind", "all", "size", "position", "motion",
     #                     "given", "none"; on screens "name", "use", "place", "sort", "none"; for words: "caption", "color-of",
-    #                     "kind-of", "exists", "colors", "subtitle", "words"
+    #                     "kind-of", "exists", "colors", "subtitle", "words"; on screens "read", "exists", "beside"
     choices: list[str] = field(default_factory=list)  # "choice": what to choose from
 
 

@@ -5,9 +5,9 @@
     | File  Edit  View          |                by function   "Where do I click to keep my work?"
     | [=] [o] [?]               |                by place      "Where is the button right of the Cancel button?"
     | Name   [____________]     |                all of a sort "Point to the ticked boxes."
-    | [x] Sounds   [ ] Updates  |
-    |         [Cancel] [Save]   |     A second window may lie on top: what it hides is not there to be clicked.
-    +---------------------------+
+    | [x] Sounds   [ ] Updates  |     read out     "Which buttons are there?" "Cancel, Save."
+    |         [Cancel] [Save]   |
+    +---------------------------+     A second window may lie on top: what it hides is not there to be clicked.
 
 The role of MolmoPoint-GUISyn in small. `screen` gives a `synthetic.Scene` whose things are the elements; everything is a
 pure function of (seed, index).
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from questions import Query
+from questions import NONE, Query
 from synthetic import Scene
 
 CLICK_VISIBLE = 0.7  # of its box, and of a word beside it: what an element must show to be asked for
@@ -279,15 +279,17 @@ def screen(seed: int, index: int, scale: float = 1.0) -> Scene:
 
 # How often an instruction names its target in which way; "absent": by a name that the screen does not show.
 ABOUT = {"name": 0.35, "use": 0.2, "place": 0.15, "sort": 0.18, "absent": 0.12}
+# The same for questions whose answers are words: all of a sort; whether something is there; what stands beside it.
+READING = {"read": 0.4, "exists": 0.35, "beside": 0.25}
 
 
-def queries(scene: Scene, rng: np.random.Generator, n: int, more: dict[str, float] = {}) -> list[Query]:
-    """n instructions about one screen, nothing asked twice (fewer if there are no more); `more` as in `questions.queries`."""
+def queries(scene: Scene, rng: np.random.Generator, n: int, more: dict[str, float] = {}, mixture: dict[str, float] = ABOUT) -> list[Query]:
+    """n questions about one screen, nothing asked twice (fewer if there are no more); `more` as in `questions.queries`."""
     there = [i for i in range(len(scene.things)) if np.isfinite(scene.points[0, i, 0])]
-    shares = np.array([share * more.get(about, 1) for about, share in ABOUT.items()])
+    shares = np.array([share * more.get(about, 1) for about, share in mixture.items()])
     found: dict[str, Query] = {}
     for _ in range(20 * n):
-        about = str(rng.choice(list(ABOUT), p=shares / shares.sum()))
+        about = str(rng.choice(list(mixture), p=shares / shares.sum()))
         query = _ask(scene, there, rng, about)
         if query is not None and len(found) < n:
             found.setdefault(f"{query.task} {query.label} {query.question}", query)
@@ -296,6 +298,12 @@ def queries(scene: Scene, rng: np.random.Generator, n: int, more: dict[str, floa
 
 def _ask(scene: Scene, there: list[int], rng: np.random.Generator, about: str) -> Query | None:
     pick = lambda options: str(options[rng.integers(len(options))])
+    if about == "exists":
+        named = _ask(scene, there, rng, pick(("name", "absent")))
+        return named and Query("qa", f"Is {named.label} there?", "", named.targets, "Yes." if named.targets else "No.", about)
+    if about == "beside":
+        placed = there and _ask(scene, there, rng, "place")
+        return placed and Query("qa", f"What is {placed.label}?", "", placed.targets, f"{scene.things[placed.targets[0]].word}.", about)
     if about == "absent":
         sort = pick(list(USES))
         shown = {thing.word for thing in scene.things}
@@ -304,12 +312,16 @@ def _ask(scene: Scene, there: list[int], rng: np.random.Generator, about: str) -
             return None
         label = Element(sort, pick(missing), (0, 0, 0, 0)).name
         return Query("point", pick(BY_NAME).format(label=label), label, [], "", "none")
-    if about == "sort":
+    if about in ("sort", "read"):
         sort = pick(list(SORTS))
         alike = [i for i, thing in enumerate(scene.things) if thing.sort == sort or sort == "ticked" and thing.ticked]
         meant = [i for i in alike if i in there]
         if any(scene.masks[0, i].any() for i in alike if i not in there):
             return None  # half in view: neither there nor not there
+        if about == "read":
+            line = _in_order(scene, meant)
+            words = ", ".join(scene.things[i].word for i in line or ())
+            return None if line is None else Query("qa", f"Which {SORTS[sort]} are there?", "", line, f"{words}." if line else NONE, about)
         task, wordings = ("point", BY_SORT) if rng.random() < 0.7 else ("point_count", BY_COUNT)
         return Query(task, pick(wordings).format(label=SORTS[sort]), SORTS[sort], meant, "", "sort" if meant else "none")
     if not there:
@@ -321,6 +333,14 @@ def _ask(scene: Scene, there: list[int], rng: np.random.Generator, about: str) -
     if about == "use":
         return Query("point", pick(BY_USE).format(use=USES[thing.sort][thing.word]), thing.name, [i], "", "use")
     return _beside(scene, there, i, pick)
+
+
+def _in_order(scene: Scene, meant: list[int]) -> list[int] | None:
+    """As one reads: row by row from the top, each from the left. None if that is not clear, as in two windows side by side."""
+    order = sorted(meant, key=lambda i: (scene.things[i].box[1], scene.things[i].box[0]))
+    boxes = [scene.things[i].box for i in order]
+    clear = all(b[1] > a[3] or b[1] == a[1] and b[0] > a[2] for a, b in zip(boxes, boxes[1:]))
+    return order if clear else None
 
 
 def _beside(scene: Scene, there: list[int], i: int, pick) -> Query | None:
