@@ -1,5 +1,6 @@
 """Screens: what is drawn is what is known, and every instruction means what it says."""
 
+from collections import Counter
 from functools import cache
 
 import numpy as np
@@ -165,3 +166,37 @@ def test_ways_of_asking_can_be_asked_more_often():
     for scene, _ in elements(5):
         asked = screens.queries(scene, np.random.default_rng(1), 6, {"name": 0, "use": 0, "place": 0, "sort": 0})
         assert asked and {query.about for query in asked} == {"none"}
+
+
+def test_what_is_read_stands_there_in_this_order():
+    """Lists have every element of their sort and nothing else, each right of the one before it in its row or in a lower row;
+    "yes" names what shows itself, "no" what the screen has nowhere; what stands beside something is the
+    nearest in line on that side."""
+    seen, refused = Counter(), 0
+    for scene, shown in elements(150):
+        by_name, box = {thing.name: i for i, thing in shown}, {i: thing.box for i, thing in shown}
+        asked = screens.queries(scene, np.random.default_rng(0), 12, mixture=screens.READING)
+        for query in asked:
+            seen[query.about, query.answer in ("No.", "There are none.")] += 1
+            assert query.task == "qa" and query.label == ""
+            if query.about == "exists":
+                name = query.question.removeprefix("Is ").removesuffix(" there?")
+                assert (query.answer == "Yes.") == (name in by_name) and (query.answer == "No.") == (name not in {t.name for t in scene.things})
+            if query.about == "beside":
+                side, other = next((side, query.question.removesuffix("?").split(f" {side} ")[1])
+                                   for side in ("right of", "left of", "below", "above") if f" {side} " in query.question)
+                here, axis, sign = scene.things[by_name[other]], side in ("below", "above"), 1 if side in ("right of", "below") else -1
+                ahead = [(sign * (thing.middle[axis] - here.middle[axis]), thing.word) for _, thing in shown if thing.sort == here.sort
+                         and abs(thing.middle[not axis] - here.middle[not axis]) < (here.box[3] - here.box[1]) / 2]
+                assert query.answer == min(pair for pair in ahead if pair[0] > 0)[1] + "."
+            if query.about == "read":
+                sort = next(sort for sort, plural in SORTS.items() if query.question == f"Which {plural} are there?")
+                alike = [i for i, thing in enumerate(scene.things) if scene.masks[0, i].any() and (thing.ticked if sort == "ticked" else thing.sort == sort)]
+                words = [] if query.answer == "There are none." else query.answer.removesuffix(".").split(", ")
+                assert sorted(words) == sorted(scene.things[i].word for i in alike) and set(alike) <= set(by_name.values())
+                line = [box[next(i for i in alike if scene.things[i].word == word)] for word in words]
+                for a, b in zip(line, line[1:]):
+                    below, same_row = b[1] > a[3], a[1] == b[1] and a[3] == b[3]
+                    assert below or same_row and b[0] > a[2], (query, a, b)
+        refused += len({query.question for query in asked if query.about == "read"}) < len(SORTS)
+    assert min(seen[about, no] for about in ("read", "exists") for no in (False, True)) > 30 and seen["beside", False] > 100 and refused
