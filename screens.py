@@ -298,12 +298,8 @@ def queries(scene: Scene, rng: np.random.Generator, n: int, more: dict[str, floa
 
 def _ask(scene: Scene, there: list[int], rng: np.random.Generator, about: str) -> Query | None:
     pick = lambda options: str(options[rng.integers(len(options))])
-    if about == "exists":
-        named = _ask(scene, there, rng, pick(("name", "absent")))
-        return named and Query("qa", f"Is {named.label} there?", "", named.targets, "Yes." if named.targets else "No.", about)
-    if about == "beside":
-        placed = there and _ask(scene, there, rng, "place")
-        return placed and Query("qa", f"What is {placed.label}?", "", placed.targets, f"{scene.things[placed.targets[0]].word}.", about)
+    if about in READING:
+        return _ask_to_read(scene, there, rng, about)
     if about == "absent":
         sort = pick(list(USES))
         shown = {thing.word for thing in scene.things}
@@ -312,16 +308,11 @@ def _ask(scene: Scene, there: list[int], rng: np.random.Generator, about: str) -
             return None
         label = Element(sort, pick(missing), (0, 0, 0, 0)).name
         return Query("point", pick(BY_NAME).format(label=label), label, [], "", "none")
-    if about in ("sort", "read"):
+    if about == "sort":
         sort = pick(list(SORTS))
-        alike = [i for i, thing in enumerate(scene.things) if thing.sort == sort or sort == "ticked" and thing.ticked]
-        meant = [i for i in alike if i in there]
-        if any(scene.masks[0, i].any() for i in alike if i not in there):
-            return None  # half in view: neither there nor not there
-        if about == "read":
-            line = _in_order(scene, meant)
-            words = ", ".join(scene.things[i].word for i in line or ())
-            return None if line is None else Query("qa", f"Which {SORTS[sort]} are there?", "", line, f"{words}." if line else NONE, about)
+        meant = _all_of(scene, there, sort)
+        if meant is None:
+            return None
         task, wordings = ("point", BY_SORT) if rng.random() < 0.7 else ("point_count", BY_COUNT)
         return Query(task, pick(wordings).format(label=SORTS[sort]), SORTS[sort], meant, "", "sort" if meant else "none")
     if not there:
@@ -333,6 +324,30 @@ def _ask(scene: Scene, there: list[int], rng: np.random.Generator, about: str) -
     if about == "use":
         return Query("point", pick(BY_USE).format(use=USES[thing.sort][thing.word]), thing.name, [i], "", "use")
     return _beside(scene, there, i, pick)
+
+
+def _ask_to_read(scene: Scene, there: list[int], rng: np.random.Generator, about: str) -> Query | None:
+    """As `_ask`, answered in words."""
+    if about == "read":
+        sort = str(rng.choice(list(SORTS)))
+        meant = _all_of(scene, there, sort)
+        line = None if meant is None else _in_order(scene, meant)
+        if line is None:
+            return None
+        words = ", ".join(scene.things[i].word for i in line)
+        return Query("qa", f"Which {SORTS[sort]} are there?", "", line, f"{words}." if line else NONE, about)
+    if about == "exists":
+        named = _ask(scene, there, rng, str(rng.choice(["name", "absent"])))
+        return named and Query("qa", f"Is {named.label} there?", "", named.targets, "Yes." if named.targets else "No.", about)
+    placed = _ask(scene, there, rng, "place")
+    return placed and Query("qa", f"What is {placed.label}?", "", placed.targets, f"{scene.things[placed.targets[0]].word}.", about)
+
+
+def _all_of(scene: Scene, there: list[int], sort: str) -> list[int] | None:
+    """All elements of a sort; None if one of them is half in view: neither there nor not there."""
+    alike = [i for i, thing in enumerate(scene.things) if thing.sort == sort or sort == "ticked" and thing.ticked]
+    half_in_view = any(scene.masks[0, i].any() for i in alike if i not in there)
+    return None if half_in_view else [i for i in alike if i in there]
 
 
 def _in_order(scene: Scene, meant: list[int]) -> list[int] | None:
@@ -347,16 +362,16 @@ def _beside(scene: Scene, there: list[int], i: int, pick) -> Query | None:
     """The nearest element of the same sort on one side of element i: right, left, above or below. None if there is none, or one of
     its sort is half in view; not on a side where another one, out of line but beside a part of it, is as near."""
     thing, here, found = scene.things[i], scene.things[i].middle, []
-    alike = [j for j, other in enumerate(scene.things) if other.sort == thing.sort and j != i]
-    if any(scene.masks[0, j].any() for j in alike if j not in there):
+    alike = _all_of(scene, there, thing.sort)
+    if alike is None:
         return None
     for side, axis, sign in (("right of", 0, 1), ("left of", 0, -1), ("below", 1, 1), ("above", 1, -1)):
         ahead = [(sign * (scene.things[j].middle[axis] - here[axis]), j) for j in alike
-                 if j in there and abs(scene.things[j].middle[1 - axis] - here[1 - axis]) < (thing.box[3] - thing.box[1]) / 2]
+                 if abs(scene.things[j].middle[1 - axis] - here[1 - axis]) < (thing.box[3] - thing.box[1]) / 2]
         if ahead := [(distance, j) for distance, j in ahead if distance > 0]:
             nearest, target = min(ahead)
             overlaps = lambda other: other.box[1 - axis] < thing.box[3 - axis] and thing.box[1 - axis] < other.box[3 - axis]
-            as_near = [j for j in alike if j in there and j != target and overlaps(scene.things[j])
+            as_near = [j for j in alike if j != target and overlaps(scene.things[j])
                        and 0 < sign * (scene.things[j].middle[axis] - here[axis]) <= nearest]
             if not as_near:
                 found.append((f"{side} {thing.name}", target))
