@@ -77,9 +77,13 @@ def question_text(annotation: Annotation, record: Record, rng: np.random.Generat
                            annotation.label) if annotation.task == "track_from" else ""
         wording, article = wordings[rng.integers(len(wordings))], re.match("(the|an?) ", annotation.label, re.IGNORECASE)
         one = len(annotation.objects) == 1 and (article or annotation.about == "motion")
-        words = (wording.replace("the {label}", "{label}") if article else wording).format(
-            label=annotation.label, medium=record.medium, fps=fps, question=annotation.question, options=options(annotation.choices),
-            given=given, do="does" if one else "do", **{"is": "is" if one else "are"})
+        if article:
+            wording = wording.replace("the {label}", "{label}").replace("many {label}", "many {bare}")
+        if record.times is None and len(record.pictures) > 1:
+            wording = wording.replace("this {medium}", "these {medium}s")
+        words = wording.format(
+            label=annotation.label, bare=annotation.label[article.end() if article else 0:], medium=record.medium, fps=fps,
+            question=annotation.question, options=options(annotation.choices), given=given, do="does" if one else "do", **{"is": "is" if one else "are"})
     return f"{task.style}: {words}" if task.style else words
 
 

@@ -94,7 +94,7 @@ class Sequences:
         try:
             return self._record(sequence)
         except ValueError as error:
-            where = "" if str(self.folder) in str(error) else f"{self.file}: {sequence}: "
+            where = "" if str(error).startswith((str(self.folder), str(self.file))) else f"{self.file}: {sequence}: "
             raise ValueError(f"{where}{error}") from None
 
     def _record(self, sequence: str) -> Record:

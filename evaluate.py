@@ -409,7 +409,7 @@ def _count(a: Asked, number: int) -> dict[str, float]:
     """The count is the number of points; of the task `count`, and to see whether the two differ, the last number of the text."""
     asked = a.annotation.task == "count"
     written = re.findall(r"\d+", re.sub(r"<(points?|tracks) .*?</(points?|tracks)>", "", a.text, flags=re.DOTALL))
-    said = int(written[-1]) if written else 0
+    said = int(written[-1].lstrip("0")[:9] or 0) if written else 0  # one digit without end would be too large for a mean
     counted = said if asked else len({p.id for p in a.points})
     off = abs(counted - number)
     answered = not asked or bool(written) or says_none(a.text)  # words without a number are not a count of 0

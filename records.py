@@ -461,8 +461,8 @@ def _turn(message: dict, annotation: Callable[[dict], Annotation]) -> str | Anno
 
 def _written(said: Annotation) -> dict:
     written = {key: value for key, value in vars(said).items() if value not in ("", [], None) or key == "objects"}
-    if not TASKS[said.task].answer:
-        written.pop("objects")
+    if not TASKS[said.task].answer and not said.objects:
+        written.pop("objects")  # (what is answered in words may have some, too)
     if said.task not in TRACKS:
         written.pop("fps")
     if said.messages:

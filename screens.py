@@ -55,6 +55,7 @@ class Element:
     box: tuple[int, int, int, int]
     ticked: bool = False
     text: tuple[int, int, int, int] | None = None  # the box of its word, if that stands beside it
+    hidden: bool = False                           # nothing of it shows, nor of a word beside it
 
     @property
     def name(self) -> str:
@@ -253,13 +254,13 @@ def screen(seed: int, index: int, scale: float = 1.0) -> Scene:
     for i, element in enumerate(elements):
         a, b, c, d = element.box
         owner[b:d + 1, a:c + 1] = i
-    unreadable = set()
+    over, behind = None, 0  # the second window, and how many elements lie behind it
     if rng.random() < 0.3:
         w, h = (int(side * rng.uniform(0.5, 0.7)) for side in (width, height))
         x, y = int(rng.integers(0, width - w)), int(rng.integers(0, height - h))
+        over, behind = (x, y, x + w, y + h), len(elements)
         owner[y:y + h + 1, x:x + w + 1] = -1
-        unreadable = {i for i, element in enumerate(elements) if element.text and covered(element.text, (x, y, x + w, y + h)) > 1 - CLICK_VISIBLE}
-        for element in Window(pen, rng, look, (x, y, x + w, y + h), words).elements:
+        for element in Window(pen, rng, look, over, words).elements:
             a, b, c, d = element.box
             owner[b:d + 1, a:c + 1] = len(elements)
             elements.append(element)
@@ -268,7 +269,9 @@ def screen(seed: int, index: int, scale: float = 1.0) -> Scene:
     for i, element in enumerate(elements):
         a, b, c, d = element.box
         x, y = (v + 0.5 for v in element.middle)  # a box ends with its last pixels
-        if masks[i].sum() >= CLICK_VISIBLE * (c - a + 1) * (d - b + 1) and masks[i, int(y), int(x)] and i not in unreadable:
+        lost = covered(element.text, over) if element.text and i < behind else 0.0
+        element.hidden = not masks[i].any() and (element.text is None or lost == 1)
+        if masks[i].sum() >= CLICK_VISIBLE * (c - a + 1) * (d - b + 1) and masks[i, int(y), int(x)] and lost <= 1 - CLICK_VISIBLE:
             points[0, i] = x, y
     return Scene(np.asarray(image)[None], np.zeros(1), elements, masks[None], points, "screen", False)
 
@@ -287,12 +290,12 @@ def queries(scene: Scene, rng: np.random.Generator, n: int, more: dict[str, floa
     """n questions about one screen, nothing asked twice (fewer if there are no more); `more` as in `questions.queries`."""
     there = [i for i in range(len(scene.things)) if np.isfinite(scene.points[0, i, 0])]
     shares = np.array([share * more.get(about, 1) for about, share in mixture.items()])
-    found: dict[str, Query] = {}
+    found: dict[tuple[str, str, str], Query] = {}
     for _ in range(20 * n):
         about = str(rng.choice(list(mixture), p=shares / shares.sum()))
         query = _ask(scene, there, rng, about)
         if query is not None and len(found) < n:
-            found.setdefault(f"{query.task} {query.label} {query.question}", query)
+            found.setdefault((query.task, query.about, query.label or query.question), query)
     return list(found.values())
 
 
@@ -346,12 +349,13 @@ def _ask_to_read(scene: Scene, there: list[int], rng: np.random.Generator, about
 def _all_of(scene: Scene, there: list[int], sort: str) -> list[int] | None:
     """All elements of a sort; None if one of them is half in view: neither there nor not there."""
     alike = [i for i, thing in enumerate(scene.things) if thing.sort == sort or sort == "ticked" and thing.ticked]
-    half_in_view = any(scene.masks[0, i].any() for i in alike if i not in there)
+    half_in_view = any(not scene.things[i].hidden for i in alike if i not in there)
     return None if half_in_view else [i for i in alike if i in there]
 
 
 def _in_order(scene: Scene, meant: list[int]) -> list[int] | None:
-    """As one reads: row by row from the top, each from the left. None if that is not clear, as in two windows side by side."""
+    """As one reads: row by row from the top, each from the left. None if rows overlap and are not
+    level, as they may in two windows side by side."""
     order = sorted(meant, key=lambda i: (scene.things[i].box[1], scene.things[i].box[0]))
     boxes = [scene.things[i].box for i in order]
     clear = all(b[1] > a[3] or b[1] == a[1] and b[0] > a[2] for a, b in zip(boxes, boxes[1:]))

@@ -225,7 +225,16 @@ def test_labels_with_an_article_keep_it():
             own = label.lower().startswith(("the ", "a ", "an "))
             assert not any(f"{word} {label}" in text.lower() for text in asked for word in ("the the", "the a ", "the an ")), asked
             assert any(f"the {label}" in text for text in asked) == (not own and task != "only_count") or task == "point_count"
+            assert task != "point_count" or any(text == f"How many {label.split(' ', 1)[1] if own else label} are there?" for text in asked), asked
             assert task != "point" or any(text == f"Where {'is' if own else 'are the'} {label}?" for text in asked), asked
+
+
+def test_several_images_are_these():
+    """The wordings of tasks say "this image" of one image only, "this video" of all frames of a video."""
+    album = Record("album", [np.zeros((9, 9, 3), np.uint8)] * 2, None, {1: Object({0: (2, 2)})}, [])
+    for record, words in ((film(), "this video"), (album, "these images"), (replace(album, pictures=album.pictures[:1]), "this image")):
+        asked = [question_text(Annotation(task, "cups", [1]), record, np.random.default_rng(i)) for task in ("point_count", "caption", "transcript") for i in range(40)]
+        assert any(words in text for text in asked) and not any(other in text for text in asked for other in {"this video", "these images", "this image"} - {words})
 
 
 def test_sets_that_tags_cannot_mark():

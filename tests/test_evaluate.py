@@ -237,6 +237,13 @@ def test_the_number_said_is_read_beside_the_tags(record, text, differs):
     assert asked(record, said, text, at((0, 2, 5))).figures["number differs"] == differs
 
 
+def test_a_number_without_end_is_a_wrong_count(record):
+    """A model that repeats one digit until it is cut off leaves the other figures as they are; zeros before a number do not count."""
+    said = Annotation("count", "cups", [0, 1])
+    figures = summarize([asked(record, said, "1" * 480), asked(record, said, "0" * 480 + "2")])
+    assert figures["count exact"] == 0.5 and figures["count error"] < 1e9
+
+
 def test_tracks_are_scored_at_whole_seconds():
     """P, R, F1 look at the frames of whole seconds only, HOTA at all that was asked for."""
     record = clip(5)

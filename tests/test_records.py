@@ -43,8 +43,7 @@ def test_synthetic_records_survive_a_file(name, tmp_path):
         made = data.draw(name, 3, index, 6, masks=True).limited(VIEWS)
         read = lines.record(index, VIEWS)
         assert (read.name, read.times, read.subtitles) == (made.name, made.times, made.subtitles)
-        assert read.annotations == [data.replace(said, objects=said.objects if TASKS[said.task].answer else [])
-                                    for said in made.annotations]
+        assert read.annotations == made.annotations
         one, two = (data.example(record, tokenizer, PRESETS["tiny"], np.random.default_rng(0)) for record in (made, read))
         assert np.array_equal(one.trunk, two.trunk) and np.array_equal(one.pooling, two.pooling)
         differ = 0
