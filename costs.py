@@ -117,6 +117,8 @@ def plan(config: MolmoConfig, stage, gpus: int, context: int, accumulate: int, s
     if gpus % context or stage.packs % (gpus // context * accumulate):
         raise ValueError(f"--plan {gpus}: {stage.packs} packs a step cannot be shared out to {gpus} GPUs in groups of {context}, "
                          f"in {accumulate} parts (--accumulate)")
+    if config.llm.heads % context:
+        raise ValueError(f"--context-parallel {context}: {config.llm.heads} heads cannot be shared out evenly")
     rows, part = stage.packs * context // (gpus * accumulate), parameters(config)
     P, work, v, t = sum(part.values()), pack(config, stage.tokens, stage.crops), config.vit, config.llm
     S, depth, heads = config.views.grid**2, max(v.tapped) + 1, (t.heads + t.kv_heads) * t.head_width
@@ -144,7 +146,8 @@ def plan(config: MolmoConfig, stage, gpus: int, context: int, accumulate: int, s
             "talking": talking, "step": step, "mfu": useful / (step * gpus * PEAK), "gpu hours": step * stage.steps * gpus / 3600}
 
 
-def print_plan(name: str, config: MolmoConfig, number: int, stage, gpus: int, context: int, accumulate: int, sharded: bool) -> None:
+def print_plan(name: str, config: MolmoConfig, number: int, stage, gpus: int, context: int, accumulate: int, sharded: bool, whole: bool = True) -> None:
+    """Prints `plan`; of a `whole` stage, not only some of its steps, also what was published."""
     p, G = plan(config, stage, gpus, context, accumulate, sharded), 2**30
     print(f"{name}, stage {number}: {stage.steps:,} steps on {gpus} H100, {context} to a pack, {accumulate} parts a step")
     print(f"a step          {p['packs']:,} packs of {stage.tokens:,} tokens and {stage.crops} crops: {p['tokens']:,} tokens, {p['crops']:,} crops, "
@@ -154,7 +157,7 @@ def print_plan(name: str, config: MolmoConfig, number: int, stage, gpus: int, co
     print(f"time of a step  {p['step']:.1f} s: computing {p['computing']:.1f} s at {EFFICIENCY:.0%} of the peak, meanwhile collectives {p['talking']:.1f} s "
           f"({p['shards'] / G:.0f} GiB of parameters and gradients, {p['exchanged'] / G:.0f} GiB between heads and tokens per GPU)")
     print(f"the stage       {p['step'] * stage.steps / 3600:.1f} hours, {p['gpu hours']:,.0f} GPU hours, MFU {p['mfu']:.0%}")
-    if name in PUBLISHED and number <= 3:
+    if whole and name in PUBLISHED and number <= 3:
         hours = PUBLISHED[name][number - 1]
         print(f"published       {hours:,} GPU hours, which for these FLOPs is an MFU of {p['flops'] * stage.steps / (hours * 3600 * PEAK):.0%}")
 

@@ -88,7 +88,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--masks", action="store_true", help="the same, and a mask of every object in every frame of the video")
     parser.add_argument("--sam2", metavar="FOLDER", help="for masks: SAM 2 with these weights (default: colour and motion)")
     parser.add_argument("--image-crops", type=command.number(int, 1, 10_000), help="high-resolution crops per image, at most (default: the checkpoint's)")
-    parser.add_argument("--max-frames", type=command.number(int, 1, 10_000), help="frames sampled from a video, at most (default: the checkpoint's)")
+    parser.add_argument("--max-frames", type=command.number(int, 1, 10_000), help="frames sampled from a video, at most (default: the checkpoint's; with --per-frame and --masks no limit)")
     parser.add_argument("--fps", type=command.number(float, 0.001, 1000), help="frames sampled per second of video (default: the checkpoint's, 2)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: as in the checkpoint)")
     parser.add_argument("--int8", action="store_true", help="the language model's weights in eight bits")

@@ -456,7 +456,7 @@ def main(argv: list[str] | None = None):
             stage = stage_of(args)
             parts = parts_of_a_step(args, stage, args.plan // args.context_parallel)
             return costs.print_plan(args.preset, PRESETS[args.preset], args.stage, stage, args.plan, args.context_parallel, parts,
-                                    sharded=args.preset not in LIGHT)
+                                    sharded=args.preset not in LIGHT, whole=args.steps is None)
         with parallel.together(args.device, args.context_parallel) as (world, args.device):
             start(args, world)
 
@@ -517,9 +517,10 @@ def prepare(args: argparse.Namespace, world: World):
         model = model.with_temporal(temporal, args.temporal_init or "zero", args.seed)
     if model.config.llm.heads % world.context:
         raise ValueError(f"--context-parallel {world.context}: {model.config.llm.heads} heads cannot be shared out evenly")
-    views = replace(model.config.views, max_frames=stage.frames)
-    model.config = replace(model.config, views=views)
-    views = replace(views, max_crops=stage.image_crops or views.max_crops)  # in training only
+    if stage.frames > 1:  # a stage of images alone says nothing about videos
+        model.config = replace(model.config, views=replace(model.config.views, max_frames=stage.frames))
+    views = model.config.views
+    views = replace(views, max_frames=stage.frames, max_crops=stage.image_crops or views.max_crops)  # of these the crops in training only
     loader = make_loader(stage, seed, tokenizer, replace(model.config, views=views), args, world, accumulate)
     return stage, settings, state, model.train(), tokenizer, loader
 

@@ -420,17 +420,15 @@ def _tied_if_equal(folder: Path, config: MolmoConfig) -> MolmoConfig:
     they would drift apart."""
     if config.llm.tied:
         return config
-    shards = _shards(folder)
-
-    def equal(head: str, table: str) -> bool:
-        if not {head, table} <= shards.keys():
-            return False
-        one, two = (shards[name].get(name) for name in (head, table))
-        return one.shape == two.shape and torch.equal(one[:64], two[:64]) and torch.equal(one, two)  # a few rows tell most apart
-
-    as_tied = replace(config, llm=replace(config.llm, tied=True))
-    pairs = _tied_copies(as_tied).items()
-    return as_tied if all(equal(head, released_name(table, config)) for head, table in pairs) else config
+    shards, as_tied = _shards(folder), replace(config, llm=replace(config.llm, tied=True))
+    heads, tables = list(_tied_copies(as_tied)), [released_name(name, config) for name in TABLE]
+    if not {*heads, *tables} <= shards.keys():
+        return config
+    head, table = ([shards[name].get(name) for name in names] for names in (heads, tables))
+    if not torch.equal(head[0][:64], table[0][:64]):  # a few rows tell most apart
+        return config
+    head, table = torch.cat(head), torch.cat(table)  # copies made by the library may be split at another row
+    return as_tied if torch.equal(head, table[:len(head)]) else config
 
 
 def _stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:

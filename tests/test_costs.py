@@ -56,9 +56,13 @@ def test_the_plan_adds_up(capsys):
     train.main(["--stage", "2", "--preset", "molmo2-8b", "--plan", "64"])
     said = capsys.readouterr().out
     assert "30,000 steps on 64 H100" in said and "published       8,100 GPU hours" in said
-    with pytest.raises(SystemExit):
-        train.main(["--stage", "2", "--preset", "molmo2-8b", "--plan", "60"])
-    assert "--plan 60: 128 packs a step cannot be shared out" in capsys.readouterr().err
+    train.main(["--stage", "2", "--preset", "molmo2-8b", "--plan", "64", "--steps", "300"])
+    assert "published" not in capsys.readouterr().out  # those hours are of the whole stage
+    for flags, words in ((["2", "--plan", "60"], "--plan 60: 128 packs a step cannot be shared out"),
+                         (["3", "--plan", "12", "--context-parallel", "3", "--accumulate", "1"], "--context-parallel 3: 32 heads")):
+        with pytest.raises(SystemExit):
+            train.main(["--preset", "molmo2-8b", "--stage", *flags])
+        assert words in capsys.readouterr().err
 
 
 def test_presets_have_the_sizes_of_the_released_models(capsys):

@@ -90,11 +90,19 @@ def test_round_trip(name, tiny, tmp_path):
 
 @pytest.mark.parametrize("name", ["points, tied", "text, tied"])
 def test_equal_tables_are_tied(name, tiny, tmp_path):
-    """As the released converter writes 4B: two equal tables that nothing calls tied. Tables that differ in one number are not."""
+    """As the released converter writes 4B: two equal tables that nothing calls tied; also where the word embeddings are split in two
+    halves, as the library saves them. Tables that differ in one number are not."""
     weights.save_released(tmp_path / "made", Molmo(CONFIGS[name]).initialize(1), tiny[1])
     edit(tmp_path / "made", "text_config", tie_word_embeddings=False)
     change(tmp_path / "made", tie_word_embeddings=False)
     assert weights.load(tmp_path / "made")[0].config.llm.tied
+
+    def halve(tensors):
+        names = [weights.released_name(table, CONFIGS[name]) for table in weights.TABLE]
+        tensors |= {n: half.clone() for n, half in zip(names, torch.cat([tensors[n] for n in names]).chunk(2))}
+    shutil.copytree(tmp_path / "made", tmp_path / "halves")
+    retensor(tmp_path / "halves", halve)
+    assert weights.load(tmp_path / "halves")[0].config.llm.tied
     retensor(tmp_path / "made", lambda t: next(value for key, value in t.items() if "lm_head" in key).view(-1)[-1:].add_(1))
     apart = weights.load(tmp_path / "made")[0]
     assert not apart.config.llm.tied and not all(map(torch.equal, apart.lm_head.parameters(), apart.wte.parameters()))

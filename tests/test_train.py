@@ -108,6 +108,13 @@ def test_three_stages_leave_metrics_curves_and_a_checkpoint(watching, tmp_path, 
     assert [model.config.views.max_frames for model in models] == [16, 16, 32]
 
 
+def test_a_stage_of_images_says_nothing_about_videos(quick, monkeypatch, tmp_path):
+    """The released first stage looks at one picture at a time; its checkpoint does not take one frame of a video for all."""
+    monkeypatch.setitem(STAGES, ("tiny", 1), replace(STAGES["tiny", 1], frames=1, watch=()))
+    train.main(["--stage", "1", "--out", str(tmp_path), *quick])
+    assert weights.load(tmp_path / "checkpoint")[0].config.views.max_frames == PRESETS["tiny"].views.max_frames > 1
+
+
 def test_a_run_is_a_pure_function_of_its_seed(quick, first, tmp_path):
     """The same command twice gives the same losses; another seed gives others."""
     for seed in ("0", "1"):
