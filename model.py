@@ -152,7 +152,7 @@ PRESETS = {
         vit=ViTConfig(width=128, layers=5, heads=4, mlp_hidden=512, taps=(-1, -3), grid=9),
         connector=ConnectorConfig(width=128, heads=4, mlp_hidden=256, output_layer=False),
         temporal=TemporalConfig(width=128, heads=4),
-        llm=LLMConfig(vocabulary=768, width=160, layers=6, heads=4, kv_heads=2, head_width=40, mlp_hidden=320,
+        llm=LLMConfig(vocabulary=768, width=160, layers=4, heads=4, kv_heads=2, head_width=40, mlp_hidden=320,
                       rope_theta=1e4, dropout=0.0),
         point=PointConfig(width=256),
         optimizer="muon",
