@@ -72,13 +72,13 @@ def one_line(program: str):
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Around the writing of a file: yields another name to write to; the file has its own once it is complete, or not at all.
-    A link stays and what it leads to is written; /dev/stdout and other things that are no files are written to as they are."""
+    A link stays and what it leads to is written; pipes, and all that is in /dev, are written to as they are."""
     path = Path(path)
-    if path.exists() and not path.is_file():
+    if path.exists() and (path.is_relative_to("/dev") or not path.is_file()):  # (/dev/stdout may lead to a file)
         yield path
         return
-    path = path.resolve()
-    part = path.with_name(f".{os.getpid()}.{path.name}")
+    name, path = path.name, path.resolve()
+    part = path.with_name(f".{os.getpid()}.{name}")  # the suffix may choose the format
     try:
         yield part
         part.replace(path)

@@ -520,7 +520,7 @@ def prepare(args: argparse.Namespace, world: World):
     if stage.frames > 1:  # a stage of images alone says nothing about videos
         model.config = replace(model.config, views=replace(model.config.views, max_frames=stage.frames))
     views = model.config.views
-    views = replace(views, max_frames=stage.frames, max_crops=stage.image_crops or views.max_crops)  # of these the crops in training only
+    views = replace(views, max_frames=stage.frames, max_crops=stage.image_crops or views.max_crops)  # crops: in training only
     loader = make_loader(stage, seed, tokenizer, replace(model.config, views=views), args, world, accumulate)
     return stage, settings, state, model.train(), tokenizer, loader
 

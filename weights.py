@@ -425,10 +425,11 @@ def _tied_if_equal(folder: Path, config: MolmoConfig) -> MolmoConfig:
     if not {*heads, *tables} <= shards.keys():
         return config
     head, table = ([shards[name].get(name) for name in names] for names in (heads, tables))
-    if not torch.equal(head[0][:64], table[0][:64]):  # a few rows tell most apart
-        return config
+    if any(part.shape[1:] != (config.llm.width,) for part in head + table) or not torch.equal(head[0][:64], table[0][:64]):
+        return config  # a few rows tell most apart; what has a wrong shape is refused later
     head, table = torch.cat(head), torch.cat(table)  # copies made by the library may be split at another row
-    return as_tied if torch.equal(head, table[:len(head)]) else config
+    rows = config.llm.vocabulary + (len(heads) - 1) * RESERVED
+    return as_tied if len(head) == rows and torch.equal(head, table[:rows]) else config
 
 
 def _stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -27,17 +27,22 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 def test_links_and_devices_stay_what_they_are(tmp_path):
     """What a link leads to is written and the link stays; a pipe (or /dev/null) is written to and not replaced by a file."""
     (tmp_path / "real").mkdir()
-    (tmp_path / "link.json").symlink_to(tmp_path / "real/file.json")
+    (tmp_path / "link.json").symlink_to(tmp_path / "real/file")
     for text in ("one", "two"):
         with command.atomic_write(tmp_path / "link.json") as part:
             part.write_text(text)
-        assert (tmp_path / "link.json").is_symlink() and (tmp_path / "real/file.json").read_text() == text
+            assert part.suffix == ".json"
+        assert (tmp_path / "link.json").is_symlink() and (tmp_path / "real/file").read_text() == text
     os.mkfifo(tmp_path / "pipe")
     end = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     with command.atomic_write(tmp_path / "pipe") as part:
         part.write_text("three")
     assert os.read(end, 99) == b"three" and (tmp_path / "pipe").is_fifo()
     os.close(end)
+    printed = subprocess.run([sys.executable, "-c", "import command\nprint('before', flush=True)\n"
+                              "with command.atomic_write('/dev/stdout') as part, part.open('a') as file: file.write('this')\nprint(' after')"],
+                             cwd=ROOT, stdout=open(tmp_path / "printed", "a"))
+    assert printed.returncode == 0 and (tmp_path / "printed").read_text() == "before\nthis after\n"
 
 
 def test_ctrl_c_ends_a_command_without_a_word(capsys):
