@@ -489,7 +489,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.data and args.davis:
         raise ValueError("--data and --davis: give one of them")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
+    if args.json and not Path(args.json).resolve().parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no such folder")
     if args.json and Path(args.json).is_dir():
         raise ValueError(f"--json {args.json}: a folder, not a file")

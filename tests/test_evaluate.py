@@ -337,7 +337,8 @@ def test_the_command_writes_its_settings(tmp_path, capsys, monkeypatch):
         evaluate.main(["--data", str(path)])
     said = capsys.readouterr()
     assert end.value.code == 2 and f"{path}:2: " in said.err and "no such file" in said.err and said.out == ""  # before any question
-    for place, word in ((tmp_path, "a folder, not a file"), (tmp_path / "none" / "figures.json", "no such folder")):
+    (tmp_path / "astray.json").symlink_to(tmp_path / "none" / "figures.json")
+    for place, word in ((tmp_path, "a folder, not a file"), (tmp_path / "none" / "figures.json", "no such folder"), (tmp_path / "astray.json", "no such folder")):
         with pytest.raises(SystemExit) as end:
             evaluate.main(["--json", str(place)])
         assert end.value.code == 2 and word in capsys.readouterr().err
