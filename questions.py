@@ -253,6 +253,16 @@ def _ask_motion(scene: Scene, rng: np.random.Generator, task: str) -> Query | No
     return chosen and _ask(scene, rng, task, "motion", *chosen)
 
 
+def mixed_up(scene: Scene, targets: list[int]) -> bool:
+    """Whether nobody can know from the frames which is which: one of the targets and something that looks just like it have both been
+    seen, are both out of view in a frame, and one of them is seen again."""
+    seen = np.isfinite(scene.points[..., 0])
+    before, after = np.logical_or.accumulate(seen), np.logical_or.accumulate(seen[::-1])[::-1]
+    gone, names = before & ~seen, [thing.name for thing in scene.things]
+    return any(name == names[i] and j != i and (gone[:, i] & gone[:, j] & (after[:, i] | after[:, j])).any()
+               for i in targets for j, name in enumerate(names))
+
+
 def subtitles(scene: Scene, rng: np.random.Generator) -> tuple[str, list[Query]]:
     """Somebody names a thing now and then: a text of lines "seconds words", and questions that only it answers."""
     moments = rng.choice(len(scene.times), min(3, len(scene.times)), replace=False)
@@ -323,7 +333,7 @@ def queries(scene: Scene, rng: np.random.Generator, n: int, more: dict[str, floa
     while len(found) < n and misses < 100:
         query = _query(scene, rng, more, mixture)
         key = query and (query.task, query.label or query.question)
-        if query is None or key in found:
+        if query is None or key in found or query.task.startswith("track") and mixed_up(scene, query.targets):
             misses += 1
         else:
             found[key], misses = query, 0

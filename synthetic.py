@@ -486,26 +486,39 @@ def _journey(rng: np.random.Generator, size: float, shape: tuple[int, int], seco
     return Motion(start, velocity, margin, sides - margin, np.zeros(2), np.ones(2))
 
 
+def _away(way: np.ndarray, shape: tuple[int, int], standing: list[Thing], still_at: list[np.ndarray]) -> np.ndarray:
+    """At which moments of a way (moments, 2) the middle of a thing is outside of the picture or behind something large."""
+    outside = ((way < 0) | (way > shape[::-1])).any(1)
+    return outside | np.any([(np.abs(way - place) < 0.4 * thing.size).all(1) for thing, place in zip(standing, still_at)], axis=0)
+
+
 def crowd(seed: int, index: int, seconds: float | None = None) -> World:
     """A clip for tracking, 3 to 6 seconds unless given: three to six things that look much alike (two or three types),
-    all on their way and across each other's, and one or two large ones that stand in front of them for long. A pure
-    function of its arguments."""
+    all on their way and across each other's, and one or two large ones that stand in front of them for long. Of those that look the
+    same, one is out of view at a time if twenty tries find such ways: who comes back is then known. A pure function of its arguments."""
     rng = _generator(seed, index, 4)
     drawn = float(rng.integers(6, 13) / 2)
     seconds = drawn if seconds is None else seconds
-    height, width = (2 * int(rng.integers(75, 130)) for _ in range(2))
-    side, style = min(width, height), str(rng.choice(BACKGROUNDS))
+    shape = height, width = tuple(2 * int(rng.integers(75, 130)) for _ in range(2))
+    side, style, moments = min(shape), str(rng.choice(BACKGROUNDS)), np.arange(0, seconds, 0.25)[:, None]
     made = World(_background(rng, style, width, height), style, seconds, [], [], [])
     while len(made.things) < 3:
         types = _cast(rng, int(rng.integers(2, 4)), 0.22 * side, 0.32 * side)
         movers = [replace(types[rng.integers(len(types))], size=float(rng.uniform(0.22, 0.32) * side))
                   for _ in range(rng.integers(3, 7))]
-        paths: list[Motion] = []
-        for mover in movers:
-            paths.append(_journey(rng, mover.size, (height, width), seconds, paths))
         standing = [Thing(str(rng.choice(["house", "box", "tree"])), str(rng.choice(list(COLORS))),
                           float(rng.uniform(0.4, 0.5) * side)) for _ in range(rng.integers(1, 3))]
         still_at = [rng.uniform(0.25, 0.75, 2) * (width, height) for _ in standing]
+        paths: list[Motion] = []
+        away: list[np.ndarray] = []
+        for mover in movers:
+            for _ in range(20):
+                path = _journey(rng, mover.size, shape, seconds, paths)
+                gone = _away(path(moments), shape, standing, still_at)
+                if not any(other.name == mover.name and (gone & out).any() for other, out in zip(movers, away)):
+                    break
+            paths.append(path)
+            away.append(gone)
         paths += [Motion(place, np.zeros(2), np.zeros(2), np.array([width, height], float), np.zeros(2), np.ones(2)) for place in still_at]
         things = movers + standing
         made = replace(made, things=things, sprites=[_sprite(rng, thing) for thing in things], motions=paths).without_hidden()
