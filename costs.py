@@ -168,7 +168,7 @@ def print_plan(name: str, config: MolmoConfig, number: int, stage, gpus: int, co
 def main(argv: list[str] | None = None) -> None:
     with command.one_line("costs.py"):
         parser = command.Parser(prog="costs.py", description="What a preset costs: parameters, memory, arithmetic.")
-        parser.add_argument("--preset", choices=PRESETS, default="tiny")
+        parser.add_argument("--preset", choices=PRESETS, default="tiny", help="size of the model (default: %(default)s)")
         config = PRESETS[parser.parse_args(argv).preset]
         figures = parameters(config)
         for name, value in (figures | {"parameters": sum(figures.values())}).items():

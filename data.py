@@ -131,7 +131,7 @@ def in_words(annotation: Annotation) -> str:
 
 def answer_pieces(annotation: Annotation, record: Record, views: Views, config: MolmoConfig) -> tuple[str | list[str], np.ndarray]:
     """-> the answer as a text, or as pieces for `Tokenizer.encode_layout` if it points; and the rows (G, 3) of its
-    grounding tokens. Where there is nothing: `There are none.`"""
+    grounding tokens. Where there is nothing: `There are none.` ValueError if tags (a form for one picture) are to point in several."""
     none = np.zeros((0, 3), int)
     if not TASKS[annotation.task].answer:
         return in_words(annotation), none
@@ -516,12 +516,12 @@ def write_set(name: str, folder: Path, n: int, seed: int, branches: int) -> Path
 
 
 def corpus(n: int, seed: int) -> Iterator[str]:
-    """n texts without line breaks to learn a vocabulary from: what is asked and answered about records of all sets in
-    turn, and what stands around it."""
+    """n texts without line breaks to learn a vocabulary from: what is asked and answered about records of the sets in
+    turn (of those that have words of their own), and what stands around it."""
     rng, digits = np.random.default_rng([seed, 9]), [f"{half / 2:.1f} " for half in range(61)]
     pieces = ["user", "assistant", "Image 1", "Image 2", "Image 3", '<points coords="', '<tracks coords="', CLOSE_LIST, NONE, *digits]
     records = (draw(name, seed, index, 8) for index in count() for name in SETS
-               if name not in ("moments", "arrivals", "screen qa"))  # the words of clips and of screens again
+               if name not in ("moments", "arrivals", "screen qa"))
     def texts(record: Record) -> Iterator[str]:
         for said in record.annotations:
             alone = (question_text(said, record, rng), "" if TASKS[said.task].answer else in_words(said))
@@ -551,20 +551,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                                                 help="of a video that are looked at: stage 2 of the tiny preset has 16, stage 3 32")
             commands.choices[name].add_argument("--image-crops", type=command.number(int, 1, 10**4), help="of an image, at most (default: the model's own; "
                                                 "training of the released presets has 8)")
-        commands.choices["check"].add_argument("--max-tokens", type=command.number(int, 1, 10**6), default=1024, help="that a pack holds")
-        commands.choices["check"].add_argument("--max-crops", type=command.number(int, 1, 10**6), default=20, help="that a pack holds")
+        commands.choices["check"].add_argument("--max-tokens", type=command.number(int, 1, 10**6), default=1024, help="that a pack holds (default: %(default)s, as in stages 1 and 2 of the tiny preset)")
+        commands.choices["check"].add_argument("--max-crops", type=command.number(int, 1, 10**6), default=20, help="that a pack holds (default: %(default)s, as there)")
         commands.choices["show"].add_argument("--n", type=command.number(int, 1, 10**6), default=8, help="so many of the first lines")
         commands.choices["show"].add_argument("--out", type=Path, default=Path("out"), help="folder (default: %(default)s)")
         making = commands.choices["draw"]
         making.add_argument("set", choices=SETS, metavar="SET", help=", ".join(SETS))
         making.add_argument("out", type=Path, metavar="DIR")
-        making.add_argument("--n", type=command.number(int, 1, 10**6), default=8)
-        making.add_argument("--seed", type=command.number(int, 0, 2**32), default=0)
-        making.add_argument("--branches", type=command.number(int, 1, 100), default=6, help="annotations a record, at most")
+        making.add_argument("--n", type=command.number(int, 1, 10**6), default=8, help="records (default: %(default)s)")
+        making.add_argument("--seed", type=command.number(int, 0, 2**32), default=0, help="of the records (default: %(default)s)")
+        making.add_argument("--branches", type=command.number(int, 1, 100), default=6, help="annotations a record, at most (default: %(default)s)")
         texts = commands.add_parser("corpus", help="writes texts to learn a vocabulary from, one a line")
         texts.add_argument("out", type=Path, metavar="FILE.txt")
-        texts.add_argument("--n", type=command.number(int, 1, 10**9), default=20_000)
-        texts.add_argument("--seed", type=command.number(int, 0, 2**32), default=0)
+        texts.add_argument("--n", type=command.number(int, 1, 10**9), default=20_000, help="lines (default: %(default)s)")
+        texts.add_argument("--seed", type=command.number(int, 0, 2**32), default=0, help="of the records (default: %(default)s)")
         args = parser.parse_args(argv)
         if args.command == "corpus":
             args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def natural(name: str) -> list:
 
 
 def numbered(path: Path) -> np.ndarray:
-    """A picture of object numbers -> (H, W) int."""
+    """A picture of object numbers -> (H, W) int. Raises MediaError."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             if image.width * image.height > MAX_PIXELS:

@@ -406,7 +406,7 @@ def _points(a: Asked, true: Sequence[Point], number: int) -> dict[str, float]:
 
 
 def _count(a: Asked, number: int) -> dict[str, float]:
-    """The count is the number of points; of the task `count`, and to see whether the two differ, the last number of the text."""
+    """The count is the number of ids; of the task `count`, and to see whether the two differ, the last number of the text."""
     asked = a.annotation.task == "count"
     written = re.findall(r"\d+", re.sub(r"<(points?|tracks) .*?</(points?|tracks)>", "", a.text, flags=re.DOTALL))
     said = int(written[-1].lstrip("0")[:9] or 0) if written else 0  # one digit without end would be too large for a mean
@@ -481,7 +481,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="of each set (default: 300, three questions each, with masks 50; of a file all)")
     parser.add_argument("--seed", type=command.number(int, 0, 2**32), default=EVALUATION_SEED,
                         help="of the synthetic records and of the wordings (default: %(default)s, never trained on)")
-    parser.add_argument("--image-crops", type=command.number(int, 1, 10_000), help="high-resolution crops per image, at most (default: the checkpoint's)")
+    parser.add_argument("--image-crops", type=command.number(int, 1, 10_000), help="high-resolution crops per image, at most (default: the checkpoint's); of several images never more than 8")
     parser.add_argument("--batch", type=command.number(int, 1, 10**4), default=24, help="questions answered at a time (default: %(default)s)")
     parser.add_argument("--json", help="also write figures and settings to this file")
     parser.add_argument("--device", type=command.device, default="cuda" if torch.cuda.is_available() else "cpu",

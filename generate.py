@@ -315,7 +315,8 @@ class TreeDecoding:
 def generate(model: Molmo, batch: Batch, control: ControlTokens, max_new_tokens: int,
              samplers: Callable[[], Callable[[Tensor], int]] = sampler, speed: Speed | None = None, mode: str = "views") -> list[Answer]:
     """Answers every branch of B prompts (padded on the right, one tree a row), row by row and branch by branch, as
-    `generate_slowly` answers each alone: `samplers` makes a sampler for every branch. `mode` of the steps: see `TreeDecoding`."""
+    `generate_slowly` answers each alone: `samplers` makes a sampler for every branch. `mode` of the steps: see `TreeDecoding`.
+    ValueError if a row holds two prompts."""
     # 1. Prefill: every tree once; its keys and values stay.
     device, speed = batch.tokens.device, speed or Speed()
     speed.lap(device)

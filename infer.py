@@ -87,7 +87,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--per-frame", action="store_true", help="ask about every sampled frame of a video on its own")
     parser.add_argument("--masks", action="store_true", help="the same, and a mask of every object in every frame of the video")
     parser.add_argument("--sam2", metavar="FOLDER", help="for masks: SAM 2 with these weights (default: colour and motion)")
-    parser.add_argument("--image-crops", type=command.number(int, 1, 10_000), help="high-resolution crops per image, at most (default: the checkpoint's)")
+    parser.add_argument("--image-crops", type=command.number(int, 1, 10_000), help="high-resolution crops per image, at most (default: the checkpoint's); of several images never more than 8")
     parser.add_argument("--max-frames", type=command.number(int, 1, 10_000), help="frames sampled from a video, at most (default: the checkpoint's; with --per-frame and --masks no limit)")
     parser.add_argument("--fps", type=command.number(float, 0.001, 1000), help="frames sampled per second of video (default: the checkpoint's, 2)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: as in the checkpoint)")
@@ -102,7 +102,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-p", type=command.number(float, 0.001, 1), default=0.95,
                         help="sample among the likeliest tokens that have this probability together (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=command.number(int, 1, 10_000), default=256,
-                        help="of an answer; a point takes 4 (default: %(default)s)")
+                        help="of an answer; a point takes 4 or 5, written as text about 8 (default: %(default)s)")
     args = parser.parse_intermixed_args(argv)
     if not all(map(str.strip, (args.prompt, *args.ask))):
         raise ValueError("the prompt is empty: ask something")
@@ -208,7 +208,9 @@ class ParsedAnswer:
 
     def result(self) -> dict:
         """A part of the report."""
-        return {"text": self.text, "count": len({point.id for point in self.points}), "finish_reason": self.answer.finish_reason}
+        number = self.text.strip().rstrip(".")
+        count = int(number) if re.fullmatch(r"[0-9]{1,9}", number) else len({point.id for point in self.points})
+        return {"text": self.text, "count": count, "finish_reason": self.answer.finish_reason}
 
 
 def ask_and_parse(model: Molmo, tokenizer: Tokenizer, views: Views, args: argparse.Namespace, speed: Speed) -> list[ParsedAnswer]:
@@ -361,7 +363,7 @@ PALETTE = [part for identity in range(256) for part in color(identity)]
 
 
 def numbered(masks: Masks, shape: tuple[int, int]) -> Image.Image:
-    """Masks as a picture of object numbers, 0 = none; where two overlap the higher number stands."""
+    """Masks as a picture of object numbers, 0 = none; where two overlap the higher number stands. ValueError above 65535."""
     if (most := max(masks, default=0)) > 65535:
         raise ValueError("more than 65535 objects: their numbers do not fit into a picture")
     numbers = np.zeros(shape, np.uint8 if most < 256 else np.uint16)

@@ -538,7 +538,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         words.add_argument("file", metavar="FILE.jsonl", help="objects with masks, with or without points")
         words.add_argument("--out", type=Path, help="default: FILE.points.jsonl, in the same folder")
         words.add_argument("--sam2", metavar="FOLDER", help="segment by SAM 2 with these weights (default: by colour)")
-        words.add_argument("--seed", type=command.number(int, 0, 2**32), default=0)
+        words.add_argument("--seed", type=command.number(int, 0, 2**32), default=0, help="of the places of points (default: %(default)s)")
         args = parser.parse_args(argv)
         out = args.out or Path(args.file).with_suffix(".points.jsonl")
         if not out.absolute().parent.is_dir() or out.is_dir():

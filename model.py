@@ -6,7 +6,8 @@
                  |                                                                            |
                  +-- features of each window --------------------------------> point predictor (grounding tokens)
 
-The decoder is Qwen3's: pre-norm, grouped-query attention with an RMSNorm on each head's query and key, RoPE, SwiGLU.
+The decoder is Qwen3's: pre-norm, grouped-query attention with an RMSNorm on each head's query and key, RoPE, SwiGLU. (Or OLMo 3's:
+norms after attention and MLP, over all heads at once, YaRN on some layers.)
 One rule says who may look at whom (attention.py).
 
 B sequences, T tokens, d LLM width, N crops of the batch, S patches per crop, v ViT feature width, M visual tokens of the
@@ -437,7 +438,8 @@ class Molmo(nn.Module):
         return self.is_any(tokens, VISUAL_TOKENS)
 
     def visual_tokens(self, batch: Batch) -> VisualTokens:
-        """ViT and connector over all pictures of the batch, matched to the placeholders in its tokens."""
+        """ViT and connector over all pictures of the batch, matched to the placeholders in its tokens. ValueError if these are not as many as
+        its pool windows."""
         placeholder = self.is_any(batch.tokens, PLACEHOLDERS)
         if (count := int(placeholder.sum())) != len(batch.pooling):
             raise ValueError(f"{count} visual placeholder tokens, but {len(batch.pooling)} pool windows")

@@ -258,10 +258,10 @@ def main(argv: list[str] | None = None) -> None:
 
     with command.one_line("packing.py"):
         parser = command.Parser(prog="packing.py", description="How full packs are, and what trees and packing are worth here.")
-        parser.add_argument("--examples", type=command.number(int, 48, 10**6), default=400)
-        parser.add_argument("--branches", type=command.number(int, 1, 100), default=10)
-        parser.add_argument("--max-tokens", type=command.number(int, 64, 10**6), default=2048)
-        parser.add_argument("--max-crops", type=command.number(int, 1, 10**6), default=32)
+        parser.add_argument("--examples", type=command.number(int, 48, 10**6), default=400, help="of the mixture (default: %(default)s)")
+        parser.add_argument("--branches", type=command.number(int, 1, 100), default=10, help="of an example, at most (default: %(default)s)")
+        parser.add_argument("--max-tokens", type=command.number(int, 64, 10**6), default=2048, help="of a pack (default: %(default)s)")
+        parser.add_argument("--max-crops", type=command.number(int, 1, 10**6), default=32, help="of a pack (default: %(default)s)")
         args = parser.parse_args(argv)
         tokenizer = Tokenizer.load(Path(__file__).resolve().parent / "assets/tokenizer.json")
         sets = loading.synthetic_sets(data.RATES, 0, args.branches)

@@ -4,7 +4,7 @@ A point as **text** (Molmo2) is eight or so tokens of digits. A point as **groun
 each a choice among things the model already has in front of it, from coarse to fine:
 
     <|token_index|>  which visual token?       hidden state x  .  hidden states of all visual tokens  (+ "no more points")
-    <|vit_index|>    which patch of its window?             x  .  the K ViT features of the chosen window
+    <|vit_index|>    which patch of its window (its slot)?  x  .  the K ViT features of the chosen window
     <|vit_loc|>      which ninth of that patch?             x  -> Linear(9)
 
     <points coords="  T V L 1  T V L 2  T ">cups</points>       (T alone: the "no more points" choice won)
@@ -12,7 +12,7 @@ each a choice among things the model already has in front of it, from coarse to 
 Everything is decided one position earlier: the hidden state that predicts <|token_index|> also asks for the visual token.
 The choice is then fed back: <|token_index|> carries the chosen token's connector output, <|vit_index|> the chosen patch.
 
-    PatchMap          pixels <-> (visual token, slot, location)
+    PatchMap          pixels <-> (visual token, slot, location); MolmoPoint calls the slot a sub-patch
     PointPredictor    the three heads and their losses
     PointDecoder      the rules that hold while an answer is being written
     write_text ...    the same points as text, and the strict reader
@@ -65,7 +65,8 @@ class PatchMap:
         self.boxes = patch_boxes[pooling[self.tokens, self.slots]]
 
     def target(self, picture: int, x: float, y: float) -> tuple[int, int, int]:
-        """Pixel -> (visual token, slot, location 3 * column + row); the nearest patch if the point lies outside."""
+        """Pixel -> (visual token, slot, location 3 * column + row); the nearest patch if the point lies outside. ValueError if no patch of
+        the picture can be pointed at."""
         here = self.boxes[:, 0] == picture
         if not here.any():
             raise ValueError(f"picture {picture} has no patch that can be pointed at")
@@ -398,17 +399,10 @@ def _read_list(kind: str, coords: str, places: Sequence[str], sizes) -> list[Poi
 
 def _read_old(attributes: str, sizes) -> list[Point] | None:
     written = re.findall(r'([xy]\d*)="([^"]*)"', attributes)
-    found = dict(written)
-    names = sorted((name[1:] for name in found if name[0] == "x"), key=lambda n: (len(n), n))
-    percent = re.compile(r"\d{1,3}(\.\d+)?", re.ASCII)
-    if len(written) != len(found) or len(found) != 2 * len(names):
-        return None
-    if not all(percent.fullmatch(value) and float(value) <= 100 for value in found.values()):
-        return None
-    if names not in ([""], [str(i) for i in range(1, len(names) + 1)]) or not all("y" + n in found for n in names):
-        return None
-    if not sizes:
+    found, percent = dict(written), re.compile(r"\d{1,3}(\.\d+)?", re.ASCII)
+    names = [""] if "x" in found else [str(i) for i in range(1, len(written) // 2 + 1)]
+    whole = len(written) == 2 * len(names) and found.keys() == {axis + n for axis in "xy" for n in names}
+    if not (sizes and whole and all(percent.fullmatch(value) and float(value) <= 100 for value in found.values())):
         return None
     width, height = sizes[0]
-    return [Point(i, 0, float(found["x" + n]) * width / 100, float(found["y" + n]) * height / 100)
-            for i, n in enumerate(names, start=1)]
+    return [Point(i, 0, float(found["x" + n]) * width / 100, float(found["y" + n]) * height / 100) for i, n in enumerate(names, start=1)]

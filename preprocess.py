@@ -106,7 +106,8 @@ class Views:
 # ---- 1. pictures -> views --------------------------------------------------------------------------------------------
 
 def image_views(images: list[np.ndarray], config: ViewConfig, before: Sequence[np.ndarray] | None = None) -> Views:
-    """Views of one or several images, each (H, W, 3) uint8. Raises MediaError on any other array, or none.
+    """Views of one or several images, each (H, W, 3) uint8; several have 8 high-resolution crops each at most. Raises MediaError on
+    any other array, or none.
 
     With `before`, the one image is a frame of a video and these are the frames before it, oldest first, none at the
     start. They have crops but no tokens: only a temporal module sees them. (VideoMolmo asks about frames in this way.)
@@ -191,7 +192,7 @@ class _Collector:
 
 def select_tiling(height: int, width: int, config: ViewConfig) -> tuple[int, int]:
     """Rows and columns of crops for an image of pixels: the least enlarging that shows it in full, or the least
-    shrinking if none does.
+    shrinking if none does. An image with a side shorter than the margins is one crop, as in the released inference code.
 
     The margins around the image come on top of the rows * columns windows, so they are taken off its sides first; of
     equals the tiling with fewer crops, then with fewer rows, wins. (Molmo2, section on crops.)
@@ -339,7 +340,8 @@ def frame_times(path: str | os.PathLike) -> list[float]:
 def read_video(path: str | os.PathLike, fps: float, max_frames: int) -> tuple[list[np.ndarray], list[float]]:
     """Sample a video as `sample_times` says: frames (H, W, 3) uint8 and the seconds at which they really start.
 
-    A frame that is on the screen at two sampled times comes once. Raises MediaError; warns about a file that ends early.
+    A frame that is on the screen at two sampled times comes once. Raises MediaError, and ValueError if fps or max_frames is not
+    positive; warns about a file that ends early.
     Decoding leaps to the key frame before the next wanted frame if that saves enough. A part leapt over is believed to
     hold the frames that its packets announce, if each of these has a time and arrives whole; damage inside them goes
     unseen, and the clip goes on behind it. Any other damage ends the clip.
@@ -348,7 +350,7 @@ def read_video(path: str | os.PathLike, fps: float, max_frames: int) -> tuple[li
 
 
 def read_video_and_times(path: str | os.PathLike, fps: float, max_frames: int) -> tuple[list[np.ndarray], list[float], list[float]]:
-    """The same, and the seconds of all frames of the file."""
+    """As `read_video`, and the seconds of all frames of the file."""
     frames, times, wanted = _pick(path, lambda times: displayed_at(times, sample_times(times[-1], fps, max_frames)))
     return frames, [times[number] for number in wanted], times
 

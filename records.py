@@ -7,7 +7,8 @@ One line of a JSONL file is one record, paths are relative to the file:
      "subtitles": "0.0 hello",                    plain text that follows the pictures
      "objects": [{"id": 1,
                   "points": [{"x": 212, "y": 80.5}],                         pixels; + "image": from 1, or "time": seconds
-                  "masks": [{"size": [480, 640], "counts": [9, 3, ...]}],    run lengths down the columns, zeros first
+                  "masks": [{"size": [480, 640], "counts": [9, 3, ...]}],    run lengths down the columns, zeros first, or
+                                                                             COCO's text; + "image" or "time"
                   "shown": 0.5}],                                            when a video's `point` marks it (else: first seen)
      "id": "desk-1",                              a name for messages (default: file and line)
      "annotations": [{"task": "point", "label": "cups", "objects": [1]},
@@ -66,7 +67,9 @@ class Runs(NamedTuple):
 
     def holds(self, x: float, y: float) -> bool:
         """Is the pixel at x, y in the mask? Places on the right and lower rim count as the last column and row."""
-        return bool(self.mask()[min(int(y), self.size[0] - 1), min(int(x), self.size[1] - 1)])
+        height, width = self.size
+        pixel = min(int(x), width - 1) * height + min(int(y), height - 1)  # down the columns
+        return int(np.searchsorted(np.cumsum(self.counts), pixel, side="right")) % 2 == 1
 
 
 def compress(counts: Sequence[int]) -> str:

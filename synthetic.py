@@ -495,7 +495,8 @@ def _away(way: np.ndarray, shape: tuple[int, int], standing: list[Thing], still_
 def crowd(seed: int, index: int, seconds: float | None = None) -> World:
     """A clip for tracking, 3 to 6 seconds unless given: three to six things that look much alike (two or three types),
     all on their way and across each other's, and one or two large ones that stand in front of them for long. Of those that look the
-    same, one is out of view at a time if twenty tries find such ways: who comes back is then known. A pure function of its arguments."""
+    same, one at a time is outside or behind a large one, if twenty tries find such ways: who comes back can then be known (but for those
+    that hide behind each other: `questions.mixed_up`). A pure function of its arguments."""
     rng = _generator(seed, index, 4)
     drawn = float(rng.integers(6, 13) / 2)
     seconds = drawn if seconds is None else seconds
@@ -634,8 +635,8 @@ def main() -> None:
         commands = parser.add_subparsers(required=True, metavar="show|cups", parser_class=command.Parser)
         show = commands.add_parser("show", help="draw a sheet of scenes with queries and their targets")
         show.add_argument("out", help="the picture to write")
-        show.add_argument("--seed", type=command.number(int, 0, 2**32), default=0)
-        show.add_argument("--index", type=command.number(int, 0, 10**9), default=0, help="of the first scene")
+        show.add_argument("--seed", type=command.number(int, 0, 2**32), default=0, help="of the scenes (default: %(default)s)")
+        show.add_argument("--index", type=command.number(int, 0, 10**9), default=0, help="of the first scene (default: %(default)s)")
         show.add_argument("--video", action="store_true", help="clips instead of stills")
         show.set_defaults(run=_show)
         cups = commands.add_parser("cups", help="write the sample clip cups.mp4 and its truth cups.json")

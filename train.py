@@ -140,21 +140,22 @@ STAGES = {(preset, n): stage for preset, table in TABLES.items() for n, stage in
 def parse(argv: list[str] | None):
     parser = command.Parser(prog="train.py", description=__doc__.split("\n")[0])
     parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), required=True,
-                        help="1: images; 2: adds video, tracks, screens, words; 3: longer videos; 4: single frames with those before them (VideoMolmo)")
+                        help="1: images; 2: adds video, tracks, screens, captions; 3: longer videos; 4: single frames with those before them (VideoMolmo)")
     parser.add_argument("--preset", default="tiny", choices=sorted({name for name, _ in STAGES}),
                         help="size of the model, and its rows of the stage table (default: %(default)s)")
     parser.add_argument("--points-as", choices=POINTS_AS, help="how the model writes points (default: as the checkpoint or the preset does)")
     parser.add_argument("--init", help="checkpoint to start from: of the stage before, assets/tiny, or a folder of released weights "
                                        "(default: runs/stage<N-1>/checkpoint if there is one and no --out; else stages 1 and 2 begin with random weights)")
     parser.add_argument("--data", nargs="+", metavar="FILE.jsonl",
-                        help="train on these files instead of the stage's synthetic sets; several get shares by the square roots of their lengths")
+                        help="train on these files instead of the stage's synthetic sets; several get shares by the square roots of their lengths. "
+                             "The ViT is then neither trained alone first nor frozen, and nothing is evaluated: begin with --init")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the run folder, if there is one")
     parser.add_argument("--freeze", choices=PARTS, action="append", default=[], help="a part that is not trained (may be given again)")
     parser.add_argument("--temporal", choices=TEMPORAL, help="another temporal module (default: what the checkpoint has)")
     parser.add_argument("--temporal-init", choices=("zero", "xavier"), help="of a new module (default: zero)")
-    parser.add_argument("--missing", choices=("black", "masked"), help="what stands for frames before the first (default: black)")
+    parser.add_argument("--missing", choices=("black", "masked"), help="with --temporal: what stands for frames before the first (default: as the checkpoint has it, black in a new model)")
     parser.add_argument("--out", help="run folder (default: runs/stage<N>)")
-    parser.add_argument("--steps", type=command.number(int, 1, 10**9), help="training steps (default: the stage's)")
+    parser.add_argument("--steps", type=command.number(int, 1, 10**9), help="training steps, and at most as many of the ViT alone (default: the stage's)")
     parser.add_argument("--accumulate", type=command.number(int, 1, 10**6),
                         help="parts of a step, for less memory (default: 1, of the large presets a pack of each process at a time)")
     parser.add_argument("--seed", type=command.number(int, 0, 10_000), default=0, help="of new weights and of the synthetic data (default: %(default)s)")
@@ -164,7 +165,7 @@ def parse(argv: list[str] | None):
                         help="processes that draw scenes or read files, of each training process (default: %(default)s)")
     parser.add_argument("--context-parallel", type=command.number(int, 1, 1024), default=1, metavar="C",
                         help="C processes share every batch, each with a part of its tokens (torchrun)")
-    parser.add_argument("--plan", type=command.number(int, 1, 10**6), metavar="GPUS", help="print the estimated memory and time of the stage on so many GPUs, and end")
+    parser.add_argument("--plan", type=command.number(int, 1, 10**6), metavar="GPUS", help="print the estimated memory and time of the stage on so many H100s, and end")
     parser.add_argument("--device", type=command.device, default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu, cuda or mps (default: cuda if there is one, else cpu)")
     return parser.parse_args(argv)
@@ -600,10 +601,10 @@ def start(args: argparse.Namespace, world: World):
 def same_run(settings: dict, before: dict, folder: Path):
     """ValueError if --resume is asked to go on with another run than the one in the folder."""
     if before.get("format") != settings["format"]:
-        raise ValueError(f"--resume: the run in {folder} was written by an older version: begin another with --init {folder}/checkpoint")
+        raise ValueError(f"--resume: the run in {folder} was written by an older version: begin another with --init {folder}/checkpoint and another --out")
     for name, value in settings.items():
         if before.get(name, value) != value and name.startswith("row "):
-            raise ValueError(f"--resume: {name[4:]!r} in the stage's row has changed since the run in {folder}: begin another with --init {folder}/checkpoint")
+            raise ValueError(f"--resume: {name[4:]!r} in the stage's row has changed since the run in {folder}: begin another with --init {folder}/checkpoint and another --out")
         if before.get(name, value) != value:
             raise ValueError(f"--resume: the run in {folder} has {name} {before[name]}, not {value}: give the same, or another --out")
 

@@ -41,7 +41,7 @@ def save(folder: str | Path, model: Molmo, tokenizer: Tokenizer, training: dict[
          also: Callable[[Path], None] = lambda fresh: None) -> None:
     """`training`: what else a run needs to go on, kept in training.npz; `also` may write more into the folder. Writes the
     folder under another name (`unfinished`) and renames it, so that a reader never meets half a checkpoint. A model that
-    came with a released tokenizer is written in the released layout."""
+    came with a released tokenizer is written in the released layout. CheckpointError if something else has that name."""
     if isinstance(tokenizer, ReleasedTokenizer):
         return save_released(folder, model, tokenizer, training, also)
     with _replacing(folder, training, also) as fresh:
@@ -52,7 +52,7 @@ def save(folder: str | Path, model: Molmo, tokenizer: Tokenizer, training: dict[
 
 
 def load_training(folder: Path) -> dict[str, np.ndarray] | None:
-    """What `save` was given as `training`; None if there is no such checkpoint."""
+    """What `save` was given as `training`; None if there is no such checkpoint. CheckpointError if it cannot be read."""
     recover(folder)
     if not folder.exists():
         return None
@@ -66,7 +66,7 @@ def load_training(folder: Path) -> dict[str, np.ndarray] | None:
 @contextmanager
 def _replacing(folder: str | Path, training: dict[str, np.ndarray] | None, also: Callable[[Path], None]) -> Iterator[Path]:
     """Around the writing of a checkpoint: yields a folder to write to, which gets the name once it is complete, or goes."""
-    folder = _real(Path(folder))
+    folder = Path(folder).resolve()  # where a link leads: the link stays; and "." has a name then
     fresh = _fresh(folder)
     try:
         also(fresh)
@@ -77,11 +77,6 @@ def _replacing(folder: str | Path, training: dict[str, np.ndarray] | None, also:
     except BaseException:  # of Ctrl-C, too
         shutil.rmtree(fresh, ignore_errors=True)
         raise
-
-
-def _real(folder: Path) -> Path:
-    """Where a link leads: what is written lies there, and the link stays. Also "." has a name then."""
-    return folder.resolve()
 
 
 def _fresh(folder: Path) -> Path:
@@ -97,7 +92,7 @@ def _fresh(folder: Path) -> Path:
 
 def unfinished(folder: Path) -> Path:
     """The name of a checkpoint that is being written."""
-    folder = _real(folder)
+    folder = folder.resolve()
     return folder.with_name(f".{folder.name}.new")
 
 
@@ -118,14 +113,14 @@ def _swap(fresh: Path, folder: Path) -> None:
 
 def standing(folder: Path) -> Path:
     """Where the last whole checkpoint is: between the two renames of `_swap`, or after a kill there, beside its name."""
-    folder = _real(folder)
+    folder = folder.resolve()
     old = folder.with_name(f".{folder.name}.old")
     return old if old.is_dir() and not folder.exists() else folder
 
 
 def recover(folder: Path) -> None:
     """Gives the last whole checkpoint its name again. For who writes there; others only read (`standing`)."""
-    folder = _real(folder)
+    folder = folder.resolve()
     if (old := standing(folder)) != folder:
         with suppress(FileNotFoundError):  # another process did it
             os.rename(old, folder)
@@ -531,7 +526,8 @@ def _shards(folder: Path) -> dict[str, _Shard]:
 def save_released(folder: str | Path, model: Molmo, tokenizer: Tokenizer,
                   training: dict[str, np.ndarray] | None = None, also: Callable[[Path], None] = lambda fresh: None) -> None:
     """Writes the released layout, which the `transformers` library loads too (Molmo2, that is: points as text): the
-    tensors in one file, config.json, tokenizer and processor files. The folder appears under its name when complete."""
+    tensors in one file, config.json, tokenizer and processor files. The folder appears under its name when complete. ValueError if
+    that layout does not hold such a model, CheckpointError if something else has that name or safetensors is missing."""
     save_file, config = _extra("safetensors.torch").save_file, model.config
     if config.points_as == "tokens" and config.views.low_res_pointing:
         raise ValueError("the released layout of a model with grounding tokens does not point in the whole-picture crop; this one does")

@@ -287,6 +287,13 @@ def test_command_writes_inside_out_only(media, tmp_path, checkpoint):
     assert tree(tmp_path) - before == {"new", "new/results"} | results
 
 
+@pytest.mark.parametrize("text, count", [("12", 12), ("4.", 4), ("There are none.", 0), ("At 3 o'clock.", 0)])
+def test_a_number_is_a_count(run, media, tiny, monkeypatch, text, count):
+    """An answer that is a number and points at nothing counts so many."""
+    will_write(monkeypatch, Answer(tiny[1].encode_layout([text]), [], "stop"))
+    assert json.loads(run(media / "wide.png", "How many cups are there?", "--json", "-")[1])["count"] == count
+
+
 def test_command_prints_json_alone(media, tmp_path, checkpoint):
     """With --json, stdout is one JSON value, also for a video."""
     done = command("media/clip.mp4", "Point to the cups.", "--json", "-", "--checkpoint", checkpoint,
