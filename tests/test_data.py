@@ -324,6 +324,31 @@ def test_a_chat_may_point(form, tmp_path, capsys):
     assert (made.tokens[:n] == waiting.tokens[:n]).all() and len(waiting.points) == (2 if form == "tokens" else 0)
 
 
+@pytest.mark.parametrize("task, still, clip", [("caption", "other", "video caption"), ("transcript", "other", "video caption"), ("qa", "other", "other"),
+                                               ("count", "other", "other"), ("point", "pointing", "pointing"), ("track", None, "pointing")])
+def test_loss_weights_go_by_category(task, still, clip):
+    """Captions of videos, answers that point, and all others; a number alone does not point."""
+    for kind, found in (("stills", still), ("clips", clip)):
+        record = draw(kind, 0, 0, 1)
+        said = Annotation(task, "things", [0], question="What?", answer="That.")
+        assert found is None or data.category(said, record) == found
+
+
+@pytest.mark.parametrize("mode, seen", [("none", 0), ("attention", 4)])
+def test_the_past_reaches_training_and_evaluation(tiny, mode, seen, monkeypatch):
+    """A frame that is asked about comes with the crops of the four before it, if the model has a temporal module; the frames of a clip
+    are each other's past."""
+    model, batches = tiny[0].with_temporal(replace(tiny[0].config.temporal, mode=mode)), []
+    record = next(r for i in range(9) if len((r := draw("moments", 5, i, 3)).before) == 4)
+    monkeypatch.setattr(evaluate, "generate", lambda m, batch, *_: batches.append(batch) or [Answer([], [], "stop")] * int(batch.branch_ids.max()))
+    tree, alone = example(record, tiny[1], model.config, RNG()), len(data.views_of(record, VIEWS, 0).crops)
+    evaluate.evaluate(model, tiny[1], iter([record]))
+    for made in (tree, batches[0]):
+        assert len(made.crops) == (1 + seen) * alone and made.n_past.max() == seen
+    clip = draw("clips", 5, 0, 1)
+    assert example(clip, tiny[1], model.config, RNG()).n_past.tolist() == list(range(len(clip.times)))
+
+
 def test_a_prompt_is_the_example_up_to_the_answer():
     """What inference feeds is a prefix of what training saw, subtitles included."""
     record = draw("video qa", 0, next(i for i in range(50) if draw("video qa", 0, i, 3).subtitles), 3)

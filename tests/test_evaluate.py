@@ -3,15 +3,19 @@
 import json
 from dataclasses import replace
 from itertools import permutations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import data
 import evaluate
+import loading
 import masks
 import vpos
+from generate import Answer
 from evaluate import Asked, hota, hungarian, matched, precision_recall_f1, scores, summarize, words_f1
+from model import PRESETS
 from pointing import Point
 from records import Annotation, Object, Record, Runs
 
@@ -260,7 +264,11 @@ def test_a_model_is_asked_end_to_end(tiny, name, monkeypatch):
     model, tokenizer = tiny
     make = lambda: evaluate.fresh(name, 1, model.config.views)
     figures, answers = evaluate.evaluate(model, tokenizer, make(), batch=8)
-    again, one_by_one = evaluate.evaluate(model, tokenizer, make(), batch=1)
+    with monkeypatch.context() as patch:  # in the middle of training: dropout is off for as long as it takes
+        patch.setattr(model, "training", True)
+        again, one_by_one = evaluate.evaluate(model, tokenizer, make(), batch=1)
+        assert model.training
+    model.eval()
     assert figures["questions"] == len(answers) > 0 and figures == again
     assert [(a.annotation, a.question, a.text, a.points) for a in answers] == [
         (a.annotation, a.question, a.text, a.points) for a in one_by_one]
@@ -276,6 +284,17 @@ def test_a_choice_is_answered_by_its_letter(text, right, tiny):
     assert scores(asked)["text exact"] == right
 
 
+def test_long_clips_are_seen_as_the_model_sees_them():
+    """Of a clip with more frames than the model looks at, evaluation and training get as many as it looks at; answers about tracks
+    may be longer where it sees more, and coordinates as text twice as long."""
+    views, frames = PRESETS["tiny"].views, lambda records: [len(record.times) for record in records]
+    assert min(frames(data.draw("long tracks", evaluate.EVALUATION_SEED, i, 3) for i in range(3))) > views.max_frames
+    assert frames(evaluate.fresh("long tracks", 3, views)) == [views.max_frames] * 3
+    assert frames(loading.SyntheticSet("long tracks", 0, 3).record(i, views) for i in range(3)) == [views.max_frames] * 3
+    for preset, lengths in (("tiny", [480, 1024]), ("molmo2-8b", [960, 8192])):
+        assert [evaluate.longest(SimpleNamespace(config=PRESETS[preset]), tracks) for tracks in (False, True)] == lengths
+
+
 def test_every_turn_of_a_chat_is_asked(tiny):
     """A chat of two turns is two questions, the second after the true first answer, each compared with its own."""
     record = data.draw("stills", 0, 0, 1)
@@ -285,6 +304,34 @@ def test_every_turn_of_a_chat_is_asked(tiny):
     for a, text in zip(asked, ("A cup.", "Red.")):
         a.text = text
         assert scores(a)["text exact"]
+
+
+def asked_with(monkeypatch, model, tokenizer, record: Record) -> list[str]:
+    """What the model is given about a record: the texts of trunk and branches."""
+    batches = []
+    monkeypatch.setattr(evaluate, "generate", lambda _, batch, *__: batches.append(batch) or [Answer([], [], "stop")] * int(batch.branch_ids.max()))
+    evaluate.evaluate(model, tokenizer, iter([record]))
+    (batch,) = batches
+    return [tokenizer.decode(batch.tokens[0][batch.branch_ids[0] == branch].tolist()) for branch in range(int(batch.branch_ids.max()) + 1)]
+
+
+def test_subtitles_and_earlier_turns_are_in_the_prompt(tiny, monkeypatch):
+    """The model reads the subtitles in the trunk, and before a second turn the first one with its true answer."""
+    record = data.draw("stills", 0, 0, 1)
+    record.subtitles = "\n0.0 hello"
+    record.annotations = [Annotation("chat", messages=[("What is this?", "A cup."), ("Which color?", "Red.")])]
+    trunk, first, second = asked_with(monkeypatch, *tiny, record)
+    assert trunk.endswith("subtitle\n0.0 hello") and first.endswith("What is this?<|im_end|>\n<|im_start|>assistant\n")
+    assert second.endswith("What is this?<|im_end|>\n<|im_start|>assistant\nA cup.<|im_end|>\n<|im_start|>user\nWhich color?<|im_end|>\n"
+                           "<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("number, said, close", [(20, "18", True), (20, "17", False), (19, "17", False), (1, "2", True), (1, "some", False)])
+def test_a_count_is_close_within_one_and_a_twentieth(number, said, close):
+    """One and a twentieth of the true number, rounded down, may be missing or too much; an answer without a number is not close."""
+    record = Record("r", [np.zeros((8, 8, 3), np.uint8)], None, {}, [])
+    figures = scores(Asked(record, Annotation("count", "ants", count=number), None, "", said, []))
+    assert figures["count close"] == close and not figures["count exact"]
 
 
 def test_a_chat_that_points_is_asked_turn_by_turn(tiny):

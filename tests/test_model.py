@@ -530,7 +530,7 @@ def test_a_few_pictures_are_learned_with_adamw():
         for x, y in corners:
             picture[y:y + 14, x:x + 14] = 250, 220, 30
         views = image_views([picture], config.views)
-        things = {i: Object({0: (x + 7.0, y + 7.0)}) for i, (x, y) in enumerate(corners)}
+        things = {i: Object({0: (x + dx, y + dy)}) for i, ((x, y), (dx, dy)) in enumerate(zip(corners, rng.uniform(1, 13, (2, 2))))}
         said = Annotation("point", "spots", [0, 1], question="Where?")
         pieces, rows = data.answer_pieces(said, Record("", [picture], None, things, [said]), views, config)
         examples.append(Example(data.trunk(TOKENIZER, views), views.crops, views.pooling, [data.branch(TOKENIZER, [("Where?", pieces)], rows)]))

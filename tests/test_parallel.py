@@ -95,16 +95,17 @@ def test_a_process_that_dies_stops_the_run_and_the_run_goes_on(tmp_path):
 
 
 def test_two_processes_train_as_one_does(tmp_path):
-    """Two processes of a context group, with the model whole or in shards, log the losses of one process, step by step, from the
-    scenes of the ViT alone on."""
+    """Two processes of a context group, with the model whole or in shards, log the losses and gradient norms of one process, step by
+    step, from the scenes of the ViT alone on."""
     words = ("--steps", 3, "--out")
     processes(2, "train", "whole", 2, 0, *words, tmp_path / "group", "--context-parallel", 2)
     processes(2, "train", "shards", 2, 0, *words, tmp_path / "group in shards", "--context-parallel", 2)
     processes(1, "train", "whole", 2, 0, *words, tmp_path / "one")
-    one = losses(tmp_path / "one")
+    one, norms = losses(tmp_path / "one"), lambda run: json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[2])["norms"]
     assert len(one) == 5
     for run in ("group", "group in shards"):
         assert losses(tmp_path / run) == pytest.approx(one, rel=1e-4), run
+        assert norms(run) == pytest.approx(norms("one"), rel=1e-3)  # of the first step of the whole model
 
 
 def test_loaders_are_shared_out_without_loss():

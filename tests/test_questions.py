@@ -110,6 +110,13 @@ def test_the_mixture_and_its_variety():
         assert len(found) == len(set(found)) == 12
 
 
+def test_shares_of_ways_of_asking_can_be_changed():
+    """Ways with a share of 0 are not asked; a greater share is asked more often."""
+    count = lambda more: Counter(query.about for i, scene in enumerate(scenes(30, 0)) for query in queries(scene, np.random.default_rng(i), 8, more))
+    usual, never, often = count({}), count({"none": 0, "kind": 0}), count({"position": 8})
+    assert usual["none"] and usual["kind"] and not never["none"] and not never["kind"] and often["position"] > 2 * usual["position"] > 0
+
+
 # ---- words and motions -----------------------------------------------------------------------------------------------
 
 

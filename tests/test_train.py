@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,9 +117,9 @@ def test_a_stage_of_images_says_nothing_about_videos(quick, monkeypatch, tmp_pat
 
 
 def test_a_run_is_a_pure_function_of_its_seed(quick, first, tmp_path):
-    """The same command twice gives the same losses; another seed gives others."""
-    for seed in ("0", "1"):
-        train.main(["--stage", "1", "--out", str(tmp_path / seed), "--seed", seed, *quick])
+    """The same command in another folder gives the same losses (--resume: there is nothing to go on with), another seed others."""
+    train.main(["--stage", "1", "--out", str(tmp_path / "0"), "--resume", *quick])
+    train.main(["--stage", "1", "--out", str(tmp_path / "1"), "--seed", "1", *quick])
     assert losses_of(tmp_path / "0") == losses_of(first) and not set(losses_of(tmp_path / "1")) & set(losses_of(first))
 
 
@@ -315,7 +316,8 @@ def test_thirty_steps_learn_a_handful_of_scenes(tiny):
 
 
 def test_learning_rates_warm_up_and_end_at_a_tenth():
-    """Linear from nothing over the part's own warm-up, full after it, a tenth of the peak at the end."""
+    """Linear from nothing over the part's own warm-up, full after it, half a cosine down to a tenth of the peak at the end."""
+    assert train.schedule(1, 100, 549, 1000) == pytest.approx(0.55) and train.schedule(1, 100, 324, 1000) == pytest.approx(0.868, abs=1e-3)
     stage = train.replace(STAGES["tiny", 1], steps=1000, warmup=dict(zip(PARTS, (100, 10, 100, 1))))
     first, later, last = (learning_rates(stage, step) for step in (0, 99, 999))
     assert first["vit"] == pytest.approx(stage.lr["vit"] / 100, rel=1e-3) and first["point"] == pytest.approx(stage.lr["point"])
@@ -323,8 +325,10 @@ def test_learning_rates_warm_up_and_end_at_a_tenth():
 
 
 @pytest.mark.parametrize("form", ["tokens", "text"])
-def test_the_loss_does_not_depend_on_how_a_step_is_cut(quick, form, tmp_path):
-    """Two packs at once or one after the other: the same losses and, up to rounding, the same parameters after some steps."""
+def test_the_loss_does_not_depend_on_how_a_step_is_cut(quick, form, tmp_path, monkeypatch):
+    """Two packs at once or one after the other: the same losses and, up to rounding, the same parameters after some steps, whatever
+    the weights are."""
+    monkeypatch.setitem(STAGES, ("tiny", 2), replace(STAGES["tiny", 2], weights="paper"))
     runs = []
     for parts in ("1", "2"):
         train.main(["--stage", "2", "--points-as", form, "--accumulate", parts, "--out", str(tmp_path / parts), *quick])
@@ -337,6 +341,41 @@ def test_the_loss_does_not_depend_on_how_a_step_is_cut(quick, form, tmp_path):
     one, two = (torch.cat([p.detach().flatten() for p in model.parameters()]) for _, model in runs)
     start = torch.cat([p.detach().flatten() for p in Molmo(runs[0][1].config).initialize(0).parameters()])
     assert (one - two).norm() < 0.02 * (one - start).norm()  # Muon rounds to bfloat16
+
+
+def test_a_row_of_the_table_is_what_a_step_does(quick, tmp_path, monkeypatch):
+    """Crops, shares of questions, loss weights and dropout of the row reach the step, and the logged loss is the weighted sum over the
+    sum of the weights."""
+    row = replace(STAGES["tiny", 1], weights="paper", image_crops=2, drop_responses_only=True, more={"none": 0})
+    monkeypatch.setitem(STAGES, ("tiny", 1), row)
+    words = ["--stage", "1", "--freeze", "vit", "--steps", "1", "--workers", "0", "--out", str(tmp_path / "run")]
+    _, _, _, model, _, loader = train.prepare(train.parse(words), parallel.World())
+    batch, only, losses = next(iter(loader)), [], Molmo.losses
+    assert loader.examples.config.views.max_crops == 2 < model.config.views.max_crops
+    assert loader.examples.all[0].more == row.more and len(batch.loss_weights.unique()) > 2
+    made = losses(model, batch)
+    total = sum(made[name] for name in train.LOSSES) + train.Z_LOSS * made["z"]
+    monkeypatch.setattr(Molmo, "losses", lambda self, b, responses=False: only.append(responses) or losses(self, b, responses))
+    train.main(words)
+    logged = next(line for line in lines_of(tmp_path / "run") if "loss" in line)
+    assert only == [True] and logged["loss"] == pytest.approx((total / batch.loss_weights.sum()).item(), rel=1e-5)
+
+
+def test_a_step_has_each_parts_rate_and_a_norm_of_one():
+    """Gradients are cut to a norm of 1 part by part, and AdamW (the papers' settings) moves each part by its own rate."""
+    tops = {"vit": "vit", "connector": "connector", "blocks": "llm", "point_predictor": "point"}
+    rates = dict(zip(PARTS, (1e-3, 2e-3, 3e-3, 4e-3)))
+    module = torch.nn.ModuleDict({top: torch.nn.Linear(4, 4, bias=False) for top in tops})
+    made = optimizers(module, "adamw")
+    assert [(g["betas"], g["eps"], g["weight_decay"]) for o in made for g in o.param_groups] == [((0.9, 0.95), 1e-6, 0.0)] * 4
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    for p in module.parameters():
+        p.grad = torch.full_like(p, 5.0)
+    assert train.clip(parts_of(module), 0.0, 0) == dict.fromkeys(PARTS, pytest.approx(20))
+    assert all(p.grad.norm() == pytest.approx(1) for p in module.parameters())
+    train.update(made, rates)
+    for name, p in module.named_parameters():
+        assert (before[name] - p).detach().numpy() == pytest.approx(rates[tops[name.split(".")[0]]], rel=1e-3)
 
 
 def test_a_stage_goes_on_from_the_one_before(quick, tmp_path, monkeypatch, capsys):
@@ -377,13 +416,24 @@ def test_stage_table_holds_the_papers_numbers():
     crops = {key: stage.image_crops for key, stage in STAGES.items() if key[0] not in ("tiny", "small")}
     assert crops == {(preset, n): 48 if preset == "molmopoint-gui-8b" and n in (2, 3) else 8 for preset, n in crops}
     assert {key for key in STAGES} == {(preset, n) for preset in PRESETS for n in (1, 2, 3, 4)}
-    for n, (steps, tokens, vit, connector, llm, warmup) in {1: (32_000, 2560, 6e-6, 2e-4, 2e-5, 2000), 2: (30_000, 16_384, 5e-6, 5e-6, 1e-5, 200),
-                                                           3: (2_000, 36_864, 5e-6, 5e-6, 1e-5, 200)}.items():
+    for n, (steps, tokens, lr, warmup) in {1: (32_000, 2560, (6e-6, 2e-4, 2e-5, 1e-4), (2000, 200, 2000, 200)),
+                                           2: (30_000, 16_384, (5e-6, 5e-6, 1e-5, 5e-6), (200,) * 4),
+                                           3: (2_000, 36_864, (5e-6, 5e-6, 1e-5, 5e-6), (200,) * 4)}.items():
         row = STAGES["molmo2-8b", n]
         assert (row.steps, row.packs, row.tokens, row.weights) == (steps, 128, tokens, "uniform" if n == 1 else "paper")
-        assert (row.lr["vit"], row.lr["connector"], row.lr["llm"], row.warmup["vit"]) == (vit, connector, llm, warmup)
-    assert [STAGES["molmo2-8b", n].frames for n in (1, 2, 3)] == [1, 128, 384] and list(STAGES["molmo2-8b", 1].rates.values()) == [60, 30, 10]
+        assert (row.lr, row.warmup) == (dict(zip(PARTS, lr)), dict(zip(PARTS, warmup)))
+    assert [STAGES["molmo2-8b", n].frames for n in (1, 2, 3)] == [1, 128, 384]
+    assert STAGES["molmo2-8b", 1].rates == {"image captions": 60, "image pointing": 30, "text": 10}
+    assert data.RATES == {"captions": 13.6, "image qa": 22.7, "video qa": 18.2, "image pointing": 9.1, "video pointing": 13.6,
+                          "video tracking": 13.6, "text": 9.1}
     assert sum(STAGES["molmo2-8b", 2].rates.values()) == pytest.approx(100, abs=0.2)
+
+
+def test_seeds_of_training_stay_clear_of_those_of_evaluation():
+    """What is evaluated by default was never trained on: no run, whatever its stage and seed, draws those scenes."""
+    assert all(stage + 100 * train.parse(["--stage", str(stage), "--seed", "10000"]).seed < evaluate.EVALUATION_SEED for stage in (1, 2, 3, 4))
+    with pytest.raises(ValueError, match="from 0 to 10000"):
+        train.parse(["--stage", "1", "--seed", "10001"])
 
 
 def test_dropout_acts_in_training_only(tiny):
@@ -673,11 +723,9 @@ def test_a_signal_to_the_whole_group_saves(start, tmp_path):
     assert (tmp_path / "run/checkpoint/training.npz").exists() and losses_of(tmp_path / "run")
 
 
-def test_resume_without_a_run_starts_one_and_with_a_bare_checkpoint_says_so(quick, first, tmp_path, capsys):
-    """--resume in an empty place is a new run; in a folder whose checkpoint holds no training state, or something else under its
-    name, it is one line."""
-    train.main(["--stage", "1", "--out", str(tmp_path / "new"), "--resume", *quick])
-    assert losses_of(tmp_path / "new") == losses_of(first)
+def test_resume_with_a_bare_checkpoint_says_so(quick, first, tmp_path, capsys):
+    """In a folder whose checkpoint holds no training state, or something else under its name, --resume is one line."""
+    shutil.copytree(first, tmp_path / "new")
     state = tmp_path / "new/checkpoint/training.npz"
     for spoil in (lambda: state.write_text("no archive"), lambda: np.save(state.open("wb"), np.zeros(3)), state.unlink):
         spoil()
