@@ -295,14 +295,19 @@ CLOSE = [7, 8]  # `">` as two tokens
 
 
 def decoder(seed: int, M: int = 6, K: int = 4, pointable: bool = True) -> PointDecoder:
-    """Over M random visual tokens, a third of them not indexable, with random empty slots."""
+    return decoder_over(seed, M, K, pointable)[0]
+
+
+def decoder_over(seed: int, M: int, K: int = 4, pointable: bool = True) -> tuple[PointDecoder, torch.Tensor]:
+    """Over M random visual tokens, a third of them not indexable, with random empty slots; and their hidden states."""
     generator = torch.Generator().manual_seed(seed)
     valid = torch.rand(M, K, generator=generator) < 0.6
     valid[range(M), torch.randint(0, K, (M,), generator=generator)] = True
     indexable = torch.tensor([pointable and i % 3 != 0 for i in range(M)], dtype=torch.bool)
     windows = torch.randn(M, K, 6, generator=generator) * valid[..., None]
     visual = VisualTokens.of(windows, valid, torch.randn(M, 10, generator=generator), torch.arange(M), torch.zeros(M, dtype=torch.long), indexable)
-    return PointDecoder(predictor(seed), torch.randn(M, 10, generator=generator), visual, IDS, CLOSE)
+    seen = torch.randn(M, 10, generator=generator)
+    return PointDecoder(predictor(seed), seen, visual, IDS, CLOSE), seen
 
 
 def greedy(logits: torch.Tensor) -> int:
@@ -374,6 +379,36 @@ def test_rules_hold_under_random_scores(stop):
         assert set(lengths) == {1}
     else:
         assert max(lengths) >= 4
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_choices_are_the_best_of_the_slow_scores(seed):
+    """Greedy decoding takes the token, the slot and the location that score best by the definition among those that the rules allow."""
+    asks, number = torch.nn.functional.one_hot(torch.tensor(IDS[TOKEN_INDEX]), 24).float(), lambda x: x.detach().double().numpy()
+    writer, seen = decoder_over(seed, M=7)
+    slow, visual, generator = Slow(writer.predictor), writer.visual, torch.Generator().manual_seed(seed)
+    last, slot, chosen = -1, -1, 0
+    for _ in range(60):
+        h, expects, forced = torch.randn(10, generator=generator), writer.expects, bool(writer.forced)
+        with torch.no_grad():
+            writer.step(asks, h, greedy)
+        if forced:
+            continue
+        if expects is None:
+            allowed = [m for m in range(7) if visual.indexable[m] and (m > last or m == last and visual.valid[m, slot + 1:].any())]
+            scores = slow.patch(number(h), [(number(seen[m]), int(visual.index[m])) for m in allowed], int(visual.index[last]) if last >= 0 else 0)
+            best = int(np.argmax(scores if last >= 0 else scores[:-1]))  # a list begins with a point
+            wanted = allowed[best] if best < len(allowed) else -1
+            slot, last = (slot if wanted == last else -1), wanted
+            assert writer.triples[-1][0] == wanted
+        elif expects == VIT_INDEX:
+            free = [s for s in range(slot + 1, 4) if visual.valid[last, s]]
+            slot = free[int(np.argmax(slow.slot(number(h), [number(visual.windows[last, s]) for s in free])))]
+            assert writer.triples[-1][1] == slot
+        else:
+            assert writer.triples[-1][2] == int(np.argmax(slow.location(number(h))))
+        chosen += 1
+    assert chosen > 20
 
 
 def test_exhausted_slots_force_the_stop():
