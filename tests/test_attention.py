@@ -128,7 +128,7 @@ def test_block_sparse_masks_let_through_what_the_rule_does():
         dense = may_attend(ids, ids)
         assert torch.equal(unfolded(blocks, length), dense)
         skipped += int((blocks.to_dense() == 0).sum())
-    assert skipped > 300
+    assert skipped > 1000
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

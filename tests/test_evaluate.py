@@ -461,7 +461,7 @@ def test_frames_are_asked_about_one_by_one(tiny, monkeypatch):
 def test_true_points_score_full_marks_and_their_masks_well(tiny):
     """With the true points P, R, F1 and counts are perfect, and nothing is found where nothing is; a question about some
     objects is measured on all of them together."""
-    for index in range(5):
+    for index in range(0, 5, 2):
         answers = evaluate.frame_by_frame(*tiny, vpos.record(3, index), between(oracle=True), 0)
         for a in answers:
             wanted = {"precision", "recall", "f1", "f1 present", "count exact"} if a.annotation.objects else {"none recognised"}
