@@ -517,7 +517,7 @@ def write_set(name: str, folder: Path, n: int, seed: int, branches: int) -> Path
 
 def corpus(n: int, seed: int) -> Iterator[str]:
     """n texts without line breaks to learn a vocabulary from: what is asked and answered about records of the sets in
-    turn (of those that have words of their own), and what stands around it."""
+    turn (without `moments`, `arrivals` and `screen qa`), and what stands around it."""
     rng, digits = np.random.default_rng([seed, 9]), [f"{half / 2:.1f} " for half in range(61)]
     pieces = ["user", "assistant", "Image 1", "Image 2", "Image 3", '<points coords="', '<tracks coords="', CLOSE_LIST, NONE, *digits]
     records = (draw(name, seed, index, 8) for index in count() for name in SETS

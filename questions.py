@@ -254,8 +254,8 @@ def _ask_motion(scene: Scene, rng: np.random.Generator, task: str) -> Query | No
 
 
 def mixed_up(scene: Scene, targets: list[int]) -> bool:
-    """Whether nobody can know from the frames which is which: one of the targets and something that looks just like it have both been
-    seen, are both out of view in a frame, and one of them is seen again."""
+    """Whether the frames leave open which is which: one of the targets and something that looks just like it have both been seen, are
+    both out of view in a frame, and one of them is seen again."""
     seen = np.isfinite(scene.points[..., 0])
     before, after = np.logical_or.accumulate(seen), np.logical_or.accumulate(seen[::-1])[::-1]
     gone, names = before & ~seen, [thing.name for thing in scene.things]

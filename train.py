@@ -491,8 +491,7 @@ def prepare(args: argparse.Namespace, world: World):
                          f"for {world.data_size} processes")
     if not args.temporal and (args.temporal_init or args.missing):
         raise ValueError("--temporal-init and --missing go with --temporal")
-    # every stage draws other examples (but the ViT alone learns from those of --seed in each); all below evaluate.EVALUATION_SEED
-    seed, folder = args.stage + 100 * args.seed, run_folder(args)
+    seed, folder = data_seed(args), run_folder(args)
     state = weights.load_training(folder / "checkpoint") if args.resume else None
     weights.recover(folder / "checkpoint")  # a kill may have left it beside its name
     if not args.resume and (folder / "checkpoint").exists():
@@ -596,6 +595,11 @@ def start(args: argparse.Namespace, world: World):
             else:
                 parallel.shard(model, world, args.device, recompute=True)
             train(run, loader, state)
+
+
+def data_seed(args) -> int:
+    """Every stage draws other examples (but the ViT alone learns from those of --seed in each); all below evaluate.EVALUATION_SEED."""
+    return args.stage + 100 * args.seed
 
 
 def same_run(settings: dict, before: dict, folder: Path):

@@ -158,6 +158,7 @@ def test_block_sparse_gradients_equal_dense_ones():
 def test_one_compilation_serves_all_lengths(monkeypatch):
     """Making the block mask is compiled once for rows of any length, not once a batch."""
     counter, compile = CompileCounterWithBackend("eager"), torch.compile
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)  # which it changes
     monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=counter))
     make = attention.compiled.__wrapped__(create_block_mask)
     rng = np.random.default_rng(3)

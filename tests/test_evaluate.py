@@ -15,7 +15,7 @@ import masks
 import vpos
 from generate import Answer
 from evaluate import Asked, hota, hungarian, matched, precision_recall_f1, scores, summarize, words_f1
-from model import PRESETS
+from model import PRESETS, Molmo
 from pointing import Point
 from records import Annotation, Object, Record, Runs
 
@@ -264,11 +264,7 @@ def test_a_model_is_asked_end_to_end(tiny, name, monkeypatch):
     model, tokenizer = tiny
     make = lambda: evaluate.fresh(name, 1, model.config.views)
     figures, answers = evaluate.evaluate(model, tokenizer, make(), batch=8)
-    with monkeypatch.context() as patch:  # in the middle of training: dropout is off for as long as it takes
-        patch.setattr(model, "training", True)
-        again, one_by_one = evaluate.evaluate(model, tokenizer, make(), batch=1)
-        assert model.training
-    model.eval()
+    again, one_by_one = evaluate.evaluate(model, tokenizer, make(), batch=1)
     assert figures["questions"] == len(answers) > 0 and figures == again
     assert [(a.annotation, a.question, a.text, a.points) for a in answers] == [
         (a.annotation, a.question, a.text, a.points) for a in one_by_one]
@@ -282,6 +278,14 @@ def test_a_choice_is_answered_by_its_letter(text, right, tiny):
     _, (asked,) = evaluate.evaluate(*tiny, iter([record]))
     asked.text = text
     assert scores(asked)["text exact"] == right
+
+
+def test_an_evaluation_in_the_middle_of_training_leaves_the_model_as_it_was(tiny, monkeypatch):
+    """Dropout is off while the model answers and on again when training goes on."""
+    model, modes = Molmo(tiny[0].config).train(), []
+    monkeypatch.setattr(evaluate, "generate", lambda m, batch, *_: modes.append({part.training for part in m.modules()}) or [Answer([], [], "stop")])
+    evaluate.evaluate(model, tiny[1], iter([data.draw("stills", 0, 0, 1)]))
+    assert modes == [{False}] and all(part.training for part in model.modules())
 
 
 def test_long_clips_are_seen_as_the_model_sees_them():

@@ -220,7 +220,7 @@ def test_who_comes_back_by_hand(first, second, lost):
 
 
 def test_tracked_things_can_be_told_apart():
-    """No question is asked about the ways of things that the frames do not tell apart, and hardly one in ten things is such."""
+    """No question is asked about the ways of things that were out of view together with their like, and hardly one in ten things is such."""
     lost = total = 0
     for scene in (synthetic.tracks(2, index) for index in range(40)):
         seen = [{int(f) for f in np.flatnonzero(np.isfinite(scene.points[:, i, 0]))} for i in range(len(scene.things))]
