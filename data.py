@@ -551,7 +551,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                                                 help="of a video that are looked at: stage 2 of the tiny preset has 16, stage 3 32")
             commands.choices[name].add_argument("--image-crops", type=command.number(int, 1, 10**4), help="of an image, at most (default: the model's own; "
                                                 "training of the released presets has 8)")
-        commands.choices["check"].add_argument("--max-tokens", type=command.number(int, 1, 10**6), default=1024, help="that a pack holds (default: %(default)s, as in stages 1 and 2 of the tiny preset)")
+        commands.choices["check"].add_argument("--max-tokens", type=command.number(int, 1, 10**6), default=1024,
+                                                help="that a pack holds (default: %(default)s, as in stages 1 and 2 of the tiny preset)")
         commands.choices["check"].add_argument("--max-crops", type=command.number(int, 1, 10**6), default=20, help="that a pack holds (default: %(default)s, as there)")
         commands.choices["show"].add_argument("--n", type=command.number(int, 1, 10**6), default=8, help="so many of the first lines")
         commands.choices["show"].add_argument("--out", type=Path, default=Path("out"), help="folder (default: %(default)s)")
