@@ -82,12 +82,18 @@ class Lists(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-if __name__ == "__main__":
+def main(program: str, *words: str):
     backend_registration._setup_privateuseone_for_python_backend("afar", backend_module=Backend())
     torch.inference_mode = torch.no_grad  # in which these tensors cannot be views
     torch.is_inference_mode_enabled = lambda: not torch.is_grad_enabled()
     root = Path(__file__).resolve().parent.parent
     sys.path.insert(0, str(root))
-    program, *sys.argv[1:] = sys.argv[1:]
+    for name in [path.stem for path in root.glob("*.py")]:
+        sys.modules.pop(name, None)  # what was imported before has the old inference_mode
+    sys.argv[1:] = words
     with Lists(), Operations():
         runpy.run_path(str(root / program), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -5,40 +5,72 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 import warnings
+from collections.abc import Sequence
 from itertools import islice
+from multiprocessing.connection import wait
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
+import forks
 import loading
 import parallel
 import train
 import weights
 from packing import Branch, Example, Packer
+from processes import check
 from test_model import scrambled
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def processes(n: int, *words: object, fails: bool = False) -> subprocess.CompletedProcess:
-    """tests/processes.py under torchrun, or, of one, as it is."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+class Done(NamedTuple):
+    returncode: int  # of the first process that failed, or 0
+    stdout: str
+    stderr: str
 
-    def run() -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, *(torchrun if n > 1 else []), str(ROOT / "tests/processes.py"), *map(str, words)], cwd=ROOT, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}, capture_output=True, timeout=300)
 
-    done = run()
+def processes(n: int, *words: object, fails: bool = False) -> Done:
+    """A check of tests/processes.py in n processes."""
+    done = run(n, words)
     if "Fatal Python error: Segmentation fault" in done.stderr and "Current thread" not in done.stderr:
         # Once in a few hundred runs gloo's own thread breaks inside of malloc (NOTES, 2026-11-29): a crash in a thread that runs no
         # Python is shown, and the processes are started once more. Any other crash, and a second one, is a failure.
         warnings.warn(f"a thread of torch crashed in one of {n} processes:\n{done.stderr}", stacklevel=2)
-        done = run()
+        done = run(n, words)
     assert fails or done.returncode == 0, done.stderr
     return done
+
+
+def run(n: int, words: Sequence[object]) -> Done:
+    """Where there are several they meet as torchrun's do, in a store of the process that starts them. When one has failed the others have
+    a minute to notice."""
+    store, here = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if n > 1 else None, {}
+    with tempfile.TemporaryDirectory() as folder:
+        said = [[Path(folder, f"{rank} {name}") for rank in range(n)] for name in ("out", "err")]
+        started = []
+        for rank, (out, err) in enumerate(zip(*said)):
+            if store:
+                here = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port),
+                        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+            started.append(forks.start(check, *words, out=out, err=err, environment=here))
+        patience = time.time() + 300
+        while any(one.is_alive() for one in started) and time.time() < patience:
+            wait([one.sentinel for one in started if one.is_alive()], timeout=1)
+            if any(one.exitcode for one in started):
+                patience = min(patience, time.time() + 60)
+        for one in started:
+            one.kill()
+            one.join()
+        codes = [one.exitcode for one in started]
+        return Done(next(filter(None, codes), 0), *("".join(file.read_text() for file in files) for files in said))
 
 
 def losses(folder: Path) -> list[float]:
@@ -77,11 +109,13 @@ def test_a_checkpoint_is_read_by_another_number_of_processes(tmp_path):
 
 
 def test_a_process_that_dies_stops_the_run_and_the_run_goes_on(tmp_path):
-    """Process 1 of two, with the model in shards, ends in the third step after two of the ViT alone: process 0 says so in one line,
+    """Process 1 of two under torchrun, with the model in shards, ends in the third step after two of the ViT alone: process 0 says so in one line,
     nothing hangs, and the last checkpoint is gone on from by two processes, which come to the same numbers as a run that nobody
     died in, and by one."""
     words = ("--steps", "4", "--save-every", "2", "--out")
-    died = processes(2, "train", "shards", 2, 5, *words, tmp_path / "run", fails=True)
+    died = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d",
+                           "--rdzv-endpoint", "localhost:0", "tests/processes.py", "train", "shards", "2", "5", *words, tmp_path / "run"],
+                          cwd=ROOT, capture_output=True, text=True, timeout=300)
     lines = [line for line in died.stderr.splitlines() if line.startswith("train.py")]
     assert died.returncode and len(lines) == 1 and "another process has gone" in lines[0] and "--resume" in lines[0], died.stderr[-3000:]
     shutil.copytree(tmp_path / "run", tmp_path / "alone")

@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from PIL import Image
 
 import data
 import evaluate
+import forks
 import parallel
 import questions
 import synthetic
@@ -27,6 +31,7 @@ from generate import Answer, generate
 from model import PRESETS, Molmo
 from conftest import ROOT
 from packing import collate
+from processes import killed_in_a_save, small_run
 from train import PARTS, STAGES, learning_rates, optimizers, part_of, parts_of
 from vit import ViT
 
@@ -594,44 +599,27 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(quick, whole, tmp_path, m
         assert losses_of(folder) == losses_of(whole)
 
 
-SMALL_RUN = """
-import sys
-import train
-train.STAGES["tiny", 2] = train.replace(train.STAGES["tiny", 2], packs=2, tokens=600, pool=3, branches=2, vit_steps=4, watch=())
-train.main(["--stage", "2", "--steps", "14", "--workers", "1", "--save-every", "2", *sys.argv[1:]])
-"""
-
-
-# The second save ends in the middle of its largest file, by the system.
-KILLED_IN_A_SAVE = """
-import io, os
-import numpy as np
-saved = []
-def savez(path, **arrays):
-    whole = io.BytesIO()
-    real(whole, **arrays)
-    saved.append(path)
-    with open(path, "wb") as file:
-        file.write(whole.getvalue() if len(saved) < 4 else whole.getvalue()[:99_999])
-    if len(saved) == 4:
-        os.kill(os.getpid(), 9)
-real, np.savez = np.savez, savez
-"""
-
-
 @pytest.fixture
-def start():
-    """Starts a program as a process group of its own. What still runs when the test is over is killed."""
+def start(tmp_path):
+    """Starts a run of tests/processes.py as a process group of its own; -> it and the file of its complaints. What still runs when the
+    test is over is killed."""
     runs = []
 
-    def start(program: str, *words: object) -> subprocess.Popen:
-        runs.append(subprocess.Popen([sys.executable, "-c", program, *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True))
-        return runs[-1]
+    def start(run: Callable, *words: object) -> tuple[BaseProcess, Path]:
+        err = tmp_path / f"{len(runs)}.err"
+        runs.append(forks.start(run, *words, out=os.devnull, err=err))
+        return runs[-1], err
 
     yield start
     for run in runs:
-        if run.poll() is None:
+        if run.is_alive():
             os.killpg(run.pid, signal.SIGKILL)
+
+
+def status(run: BaseProcess, seconds: float) -> int | None:
+    """Of a run that ends by itself; None if it goes on."""
+    run.join(seconds)
+    return run.exitcode
 
 
 def test_kill_9_at_five_random_steps_and_in_a_save_changes_nothing(start, tmp_path):
@@ -640,23 +628,23 @@ def test_kill_9_at_five_random_steps_and_in_a_save_changes_nothing(start, tmp_pa
     that was left alone."""
     rng, folder = np.random.default_rng(0), tmp_path / "killed"
     metrics, waiting = folder / "metrics.jsonl", []
-    whole, run = start(SMALL_RUN, "--out", tmp_path / "whole"), start(KILLED_IN_A_SAVE + SMALL_RUN, "--out", folder)
-    assert run.wait(120) == -signal.SIGKILL, run.stderr.read().decode()
+    (whole, _), (run, err) = start(small_run, "--out", tmp_path / "whole"), start(killed_in_a_save, "--out", folder)
+    assert status(run, 120) == -signal.SIGKILL, err.read_text()
     assert weights.load_training(folder / "checkpoint")["step"] == -2 and (folder / ".checkpoint.new").is_dir()
     for step in (3, *sorted(rng.choice(np.arange(8, 17), 5, replace=False))):  # four are the ViT's
         before, patience = metrics.stat().st_ino, time.time() + 120
-        run = start(SMALL_RUN, "--out", folder, "--resume")
-        while run.poll() is None and time.time() < patience:  # the run that goes on begins with a new file
+        run, err = start(small_run, "--out", folder, "--resume")
+        while run.is_alive() and time.time() < patience:  # the run that goes on begins with a new file
             if metrics.stat().st_ino != before and metrics.read_text().count("\n") >= step:
                 break
             time.sleep(0.01)
-        assert run.poll() is None, (step, run.stderr.read().decode())
+        assert run.is_alive(), (step, err.read_text())
         time.sleep(rng.uniform(0, 0.3))  # a save takes as long
         os.killpg(run.pid, signal.SIGKILL)
-        assert run.wait() in (0, -signal.SIGKILL), step
+        assert status(run, 60) in (0, -signal.SIGKILL), step
         waiting += [state["pool"] for state in json.loads(str(weights.load_training(folder / "checkpoint")["loaders"])) if state]
-    last = start(SMALL_RUN, "--out", folder, "--resume")
-    assert (whole.wait(120), last.wait(120)) == (0, 0), last.stderr.read().decode()
+    last, err = start(small_run, "--out", folder, "--resume")
+    assert (status(whole, 120), status(last, 120)) == (0, 0), err.read_text()
     assert losses_of(folder) == losses_of(tmp_path / "whole") and len(losses_of(folder)) == 18
     assert any(waiting)  # a pack was half made
 
@@ -714,13 +702,13 @@ def test_dropout_resumes_too(quick, whole, tmp_path, monkeypatch):
 
 def test_a_signal_to_the_whole_group_saves(start, tmp_path):
     """SIGTERM to program and workers, as a batch system sends it: the step is finished and saved, status 0."""
-    run, metrics = start(SMALL_RUN, "--out", tmp_path / "run", "--steps", 5000), tmp_path / "run/metrics.jsonl"
+    (run, err), metrics = start(small_run, "--out", tmp_path / "run", "--steps", 5000), tmp_path / "run/metrics.jsonl"
     for _ in range(600):
-        if run.poll() is not None or metrics.exists() and '"loss"' in metrics.read_text():
+        if not run.is_alive() or metrics.exists() and '"loss"' in metrics.read_text():
             break
         time.sleep(0.1)
     os.killpg(run.pid, signal.SIGTERM)
-    assert run.wait(60) == 0, run.stderr.read().decode()
+    assert status(run, 60) == 0, err.read_text()
     assert (tmp_path / "run/checkpoint/training.npz").exists() and losses_of(tmp_path / "run")
 
 
