@@ -478,9 +478,9 @@ CANDIDATES = 10
 
 
 def annotate(frame: np.ndarray, mask: np.ndarray, rng: np.random.Generator,
-             segmenter: Callable[[np.ndarray, float, float], np.ndarray] = segment) -> tuple[float, float]:
-    """x, y of the point whose own mask is most like the one given: candidates are drawn the more often the farther they
-    lie from the mask's edge. ValueError if the mask is empty. (VideoMolmo, semi-automatic annotation.)"""
+             segmenter: Callable[[np.ndarray, float, float], np.ndarray] = segment) -> tuple[tuple[float, float], float]:
+    """x, y of the point whose own mask is most like the one given, and how like it is (IoU): candidates are drawn the more often the
+    farther they lie from the mask's edge. ValueError if the mask is empty. (VideoMolmo, semi-automatic annotation.)"""
     if not mask.any():
         raise ValueError("an empty mask has no point")
     if mask.shape != frame.shape[:2]:
@@ -488,7 +488,7 @@ def annotate(frame: np.ndarray, mask: np.ndarray, rng: np.random.Generator,
     rows, columns, depth = depths(mask)
     drawn = rng.choice(len(depth), min(CANDIDATES, len(depth)), replace=False, p=depth / depth.sum())
     places = [(float(columns[i] + 0.5), float(rows[i] + 0.5)) for i in drawn]
-    return max(places, key=lambda place: iou(segmenter(frame, *place), mask))
+    return max(((place, iou(segmenter(frame, *place), mask)) for place in places), key=lambda tried: tried[1])
 
 
 def annotate_line(line: Line, rng: np.random.Generator, segmenter: Callable[[np.ndarray, float, float], np.ndarray]) -> list[float]:
@@ -505,8 +505,8 @@ def annotate_line(line: Line, rng: np.random.Generator, segmenter: Callable[[np.
             record.check_place(identity, moment, picture.shape[:2])
             thing = record.objects[identity]
             if moment in thing.masks and (mask := thing.masks[moment].mask()).any():
-                thing.points[moment] = annotate(picture, mask, rng, segmenter)
-                fits.append(iou(segmenter(picture, *thing.points[moment]), mask))
+                thing.points[moment], fit = annotate(picture, mask, rng, segmenter)
+                fits.append(fit)
     if not all(thing.points for thing in record.objects.values()):
         raise ValueError("an object has empty masks only")
     return fits

@@ -240,6 +240,9 @@ def packs(examples: Iterable[tuple[int, Example]], packer: Packer) -> Iterator[l
 # python packing.py
 
 
+TIMED = 6  # batches of either kind
+
+
 def useful_tokens(model: Molmo, batches: Sequence[Batch]) -> tuple[int, float]:
     """Tokens with loss, and the seconds that forward and backward took."""
     useful, start = 0, time.perf_counter()
@@ -286,10 +289,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"crops filled       {crops.mean():.1%}")
         print(f"the fuller of both {np.maximum(tokens, crops).mean():.1%}")
 
-        alone = [replace(e, branches=[b]) for e in trees for b in e.branches][:96]
+        alone = [replace(e, branches=[b]) for e in trees for b in e.branches][:16 * TIMED]
         rng = np.random.default_rng(0)
         padded = [collate([alone[i] for i in rows]) for rows in rng.permutation(len(alone))[:len(alone) // 16 * 16].reshape(-1, 16)]
-        packed = [collate([pack]) for pack in steady[:6]]
+        packed = [collate([pack]) for pack in steady[:TIMED]]
         useful_tokens(model, packed[:1])  # warm up
         (few, alone_took), (many, packs_took) = useful_tokens(model, padded), useful_tokens(model, packed)
         print(f"useful tokens/s    {few / alone_took:.0f} in padded batches of single annotations, {many / packs_took:.0f} in packs of trees: "

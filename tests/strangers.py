@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 KINDS = ("clocks", "keys", "leaves", "mushrooms")
+PICTURES = {"train": 200, "test": 60}
 BIG = 4  # drawn so many times too large
 
 
@@ -130,7 +131,7 @@ def main() -> None:
         reason = error if isinstance(error, OSError) else "give one folder to write to"
         print(f"strangers.py: {reason}", file=sys.stderr)
         raise SystemExit(2) from None
-    for seed, (name, count) in enumerate((("train", 200), ("test", 60))):
+    for seed, (name, count) in enumerate(PICTURES.items()):
         rng = np.random.default_rng(seed)
         lines = [json.dumps(record(rng, out / f"{name}-{i}.png")) for i in range(count)]
         (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n")

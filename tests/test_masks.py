@@ -268,8 +268,8 @@ def test_annotation_finds_a_point_whose_mask_fits():
     other = disc(frame, 42, 20, 8, (40, 60, 190))
     rng = np.random.default_rng(0)
     for mask in (one & ~other, other):
-        x, y = annotate(frame, mask, rng)
-        assert mask[int(y), int(x)] and iou(segment(frame, x, y), mask) > 0.9
+        (x, y), fit = annotate(frame, mask, rng)
+        assert mask[int(y), int(x)] and iou(segment(frame, x, y), mask) == fit > 0.9
 
 
 def test_candidates_lie_deep_in_the_mask():
@@ -282,7 +282,7 @@ def test_candidates_lie_deep_in_the_mask():
         return mask if len(seen) % masks.CANDIDATES == 3 else ~mask
 
     chosen = [annotate(frame, mask, rng, segmenter) for _ in range(40)]
-    assert len(seen) == 400 and chosen == seen[2::10]
+    assert len(seen) == 400 and chosen == [(place, 1.0) for place in seen[2::10]]
     depth = squared_distance(mask) ** 0.5
     drawn = np.array([depth[int(y), int(x)] for x, y in seen])
     assert drawn.min() >= 1 and drawn.mean() > 1.3 * depth[mask].mean()

@@ -100,7 +100,9 @@ def test_every_python_command_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "SMALL_EVALUATION", 1)
     monkeypatch.setattr(evaluate, "LONGEST", {False: 16, True: 16})
-    monkeypatch.setattr(masks, "CANDIDATES", 2)
+    monkeypatch.setattr(masks, "CANDIDATES", 1)
+    monkeypatch.setattr(packing, "TIMED", 1)
+    monkeypatch.setattr(strangers, "PICTURES", {"train": 12, "test": 4})
     for key, stage in train.STAGES.items():
         monkeypatch.setitem(train.STAGES, key, train.replace(stage, pool=4, branches=2))
     missing = set()
