@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-MOST_DENSE = 4096  # tokens of a row on a GPU that still get a mask of all pairs
-MOST_COMPILED = 64  # graphs of a function: torch gives up after 8, silently, and FlexAttention would then hold all scores
+MOST_DENSE = 4096  # longest row, in tokens, that gets a dense mask on a GPU
+MOST_COMPILED = 64  # graphs per function: torch silently stops compiling after 8, and FlexAttention would then materialise all scores
 
 
 def set_cuda_numerics() -> None:
     """What the commands ask of CUDA, for the whole process: float32 products on tensor cores (TF32, 10 bits of the mantissa), and
-    none of cuDNN's attention, which H100s take first: it builds and keeps a plan for every new shape, and here nearly every call
-    has one."""
+    no cuDNN attention, which H100s would otherwise prefer: it builds and keeps a plan for every new shape, and here nearly every
+    call has a new shape."""
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -132,7 +132,7 @@ class Sparse(NamedTuple):
 
 
 def mask_mod(ids: MaskIds):
-    """`sees` as FlexAttention asks for it: by the numbers of a row, a head, a query and a key."""
+    """`sees` in the form FlexAttention needs: a function of the indices of row, head, query and key."""
     return lambda row, head, q, k: sees(MaskIds(*(x[row, q] for x in ids)), MaskIds(*(x[row, k] for x in ids)))
 
 
@@ -141,8 +141,8 @@ Mask = Dense | DenseDecode | PerExample | Sparse
 
 @cache
 def compiled(function):
-    """For the first length of rows, and once more for all others. (A kernel for one length is the faster one: it needs fewer
-    registers. Rows of training have one length.)"""
+    """Compiles once for the first row length and once more for all other lengths. (A kernel for a single length is faster, as it
+    needs fewer registers; on a GPU all rows of a training run have one length.)"""
     torch._dynamo.config.recompile_limit = MOST_COMPILED
     return torch.compile(function)
 
@@ -154,7 +154,7 @@ def compilations() -> int:
 
 
 def make_mask(ids: MaskIds) -> Mask:
-    """The way for these tokens' device and number; on a GPU short rows are not worth the compilation. (On Apple's GPUs
+    """Chooses the way by device and row length; on a GPU short rows are not worth compiling for. (On Apple's GPUs
     FlexAttention has no backward pass; on CUDA it is compiled by Triton, which not every system has.)"""
     if ids.example.device.type == "cuda" and ids.example.shape[1] <= MOST_DENSE:
         return Dense.of(ids, ids)

@@ -1,4 +1,4 @@
-"""The manners of every command: bad input ends in one line, and a file is written whole or not at all."""
+"""What all commands share: bad input ends in a one-line error, and a file is written completely or not at all."""
 
 import argparse
 import os

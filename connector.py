@@ -39,13 +39,13 @@ class TemporalConfig:
 
     mode: str = "none"      # add: the past is added; concat: it joins the keys of the pooling; attention: cross-attention
     history: int = 4        # frames before
-    missing: str = "black"  # those before the first are "black" frames, which count in the mean, or "masked"
+    missing: str = "black"  # what stands for frames before the first: "black" frames, which count in the mean, or nothing ("masked")
     width: int = 1024       # of the attention
     heads: int = 16
 
     @property
     def memory(self) -> int:
-        """Frames before one that make a difference."""
+        """How many earlier frames influence a frame."""
         return self.history if self.mode != "none" else 0
 
     def __post_init__(self):
@@ -136,7 +136,7 @@ class Projector(nn.Module):
 def gather_windows(patches: Tensor, pooling: Tensor) -> tuple[Tensor, Tensor]:
     """patches (N*S, v), pooling (M, K) -> windows (M, K, v) with zeros in empty slots, valid (M, K) bool."""
     valid = pooling >= 0
-    # empty slots read patches in turn, then zeros: on CUDA the gradients of one that all of them read would be added one after another
+    # empty slots read different patches, then become zeros: if all read the same one, CUDA would add up its gradients one by one
     some = torch.arange(pooling.numel(), device=pooling.device).view_as(pooling) % max(len(patches), 1)
     return patches[torch.where(valid, pooling, some)].masked_fill(~valid[..., None], 0), valid
 

@@ -10,11 +10,11 @@
 Points: a predicted point is a hit if it lies inside the visible mask of the object it was matched to (where no mask is
 known: within 5% of the picture's longer side of its point); predictions and objects are matched one to one by least
 total distance (Hungarian). P = hits / predicted, R = hits / true, and F1; where nothing is true they are 1 if nothing was
-predicted, else 0 ("f1 present" leaves these questions out). Counting: the number of distinct ids (of a question for a number
-alone: the number), exact, or close: off by 1 + a twentieth at most. Tracks: P, R, F1 over the frames at whole seconds, and HOTA
-over all frames, of what is there. "None" is recognised by an answer that says so to its end, without points. Words:
-exact match, and F1 of the words. Masks (VideoMolmo: every so-many-th frame is asked about on its own): J, F and J&F, with the
-masks of all that is meant in one.
+predicted, else 0 ("f1 present" leaves these questions out). Counting: the number of distinct ids (where only a number is
+asked for: that number), exact, or close: off by at most 1 + a twentieth. Tracks: P, R, F1 over the frames at whole seconds, and HOTA
+over all frames, of what is there. "None" is recognised if a complete answer says so, without points. Words:
+exact match, and F1 of the words. Masks (VideoMolmo: every k-th frame is asked about on its own): J, F and J&F, with the
+masks of all objects that are meant joined into one.
 
 The figures are means over questions. Synthetic records come from seeds that training never uses.
 """

@@ -1,5 +1,5 @@
 """Writing answers, twice: `generate_slowly`, a few lines that run the whole sequence through the model for every token, and
-`generate`, which keeps keys and values; the first is the oracle of the second.
+`generate`, which caches keys and values and is tested against the first.
 
 What is asked is a message tree, as in training: a trunk (pictures), read once, and a branch for every question. All branches
 grow together, a token each in every step, under the mask rule that holds in training too; one question is a tree with one
@@ -84,7 +84,7 @@ def start_decoder(model: Molmo, h: Tensor, visual: VisualTokens, owner: int, clo
 
 
 def speakable(model: Molmo, device=None) -> Tensor:
-    """(V,) or (V + RESERVED,) bool: all but the extra tokens that only a picture or a prompt may bring."""
+    """(V,) or (V + RESERVED,) bool, the tokens an answer may contain: all but the extra tokens of pictures and prompts."""
     vocabulary, grounding = model.config.llm.vocabulary, model.point_predictor is not None
     spoken = torch.zeros(vocabulary + RESERVED * grounding, dtype=torch.bool, device=device)
     spoken[:vocabulary] = True
@@ -126,9 +126,9 @@ def _with_token(batch: Batch, token: int, triples: list[list[int]]) -> Batch:
 
 
 class Linear8(nn.Module):
-    """A matrix without bias in whole numbers from -127 to 127 and a scale for every output: a byte a weight. No weight is off
-    by more than half a scale, which is 1/254 of the largest weight of its output. Arithmetic stays in the dtype of x: the
-    matrix is widened for every call, in a compiled step of one token inside its loop."""
+    """A linear layer without bias, stored as int8 from -127 to 127 with one scale per output: one byte per weight. No weight is
+    off by more than half a scale, which is 1/254 of the largest weight of its output. Arithmetic stays in the dtype of x: the
+    matrix is converted on every call (in a compiled step of one token, inside its loop)."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -183,7 +183,7 @@ class Speed:
     since: float = 0.0    # when `lap` was last called
 
     def lap(self, device: torch.device) -> float:
-        """Seconds since the last call; all that the device was told to do is done."""
+        """Seconds since the last call; waits until the device has finished its work."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         before, self.since = self.since, perf_counter()
@@ -255,7 +255,7 @@ def static_cache(c: LLMConfig, batch: int, room: int, like: Tensor) -> Cache:
 
 @functools.cache
 def compiled_hidden_states():
-    """For every shape of a grid and of a cache once; on a GPU a CUDA graph. (Not yet run on a GPU.)"""
+    """Compiled once for every shape of grid and cache; on a GPU, a CUDA graph. (Not yet run on a GPU.)"""
     torch._dynamo.config.recompile_limit = MOST_COMPILED
     return torch.compile(Molmo.hidden_states, mode="reduce-overhead", dynamic=False)
 
@@ -294,7 +294,7 @@ class TreeDecoding:
         return MaskIds(*(field[:, start:end] for field in self.ids))
 
     def keep(self, alive: list[int]) -> None:
-        """The other branches have ended."""
+        """Goes on with the branches in `alive`; the others have ended."""
         self.frontier = self.frontier._replace(position=self.position[self.frontier.row, self.frontier.column])
         self.frontier = Frontier(*(field[alive] for field in self.frontier))
         if not self.static:

@@ -93,14 +93,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: as in the checkpoint)")
     parser.add_argument("--int8", action="store_true", help="the language model's weights in eight bits")
     parser.add_argument("--released-inference", action="store_true",
-                        help="a released MolmoPoint as its own inference code computes it, which is not as it was trained")
+                        help="compute as MolmoPoint's released inference code does, which differs from how the model was trained")
     parser.add_argument("--compile", action="store_true", help="compile the decoding step first, which takes up to a minute; on a GPU it becomes a CUDA graph")
     parser.add_argument("--device", type=command.device, default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu, cuda, cuda:1, mps, ... (default: cuda if there is one, else cpu)")
     parser.add_argument("--seed", type=command.number(int, 0, 2**32), default=0, help="of the sampling, for temperatures above 0 (default: %(default)s)")
     parser.add_argument("--temperature", type=command.number(float, 0, 100), default=0, help="of the sampling; 0, the default, takes the likeliest token")
     parser.add_argument("--top-p", type=command.number(float, 0.001, 1), default=0.95,
-                        help="sample among the likeliest tokens that have this probability together (default: %(default)s)")
+                        help="sample among the likeliest tokens whose probabilities add up to this (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=command.number(int, 1, 10_000), default=256,
                         help="of an answer; a point takes 4 or 5, written as text about 8 (default: %(default)s)")
     args = parser.parse_intermixed_args(argv)
@@ -142,8 +142,8 @@ def result_names(paths: Sequence[str]) -> list[str]:
 
 @dataclass
 class Media:
-    """What was given. Of a video `images` is empty; of images `frame_times` (seconds of all frames) and `times` (seconds of the
-    frames that the model sees) are."""
+    """What was given. For a video `images` is empty; for images `frame_times` (seconds of all frames) and `times` (seconds of
+    the frames that the model sees) are empty."""
     paths: list[str]
     images: list[np.ndarray]
     frame_times: list[float]
@@ -170,7 +170,7 @@ def read_media(paths: list[str], config: ViewConfig) -> tuple[Media, Views]:
 
 
 def ask(model: Molmo, tokenizer: Tokenizer, views: Views, args: argparse.Namespace, speed: Speed) -> list[Answer]:
-    """To every question; what is seen is read once."""
+    """Answers every question; the pictures are encoded once."""
     batch = collate([data.prompts(tokenizer, views, [args.prompt, *args.ask])]).to(args.device)
     write = lambda speed: generate(model, batch, data.control_tokens(tokenizer), args.max_new_tokens,
                                    partial(sampler, args.temperature, args.top_p, args.seed), speed, "compiled" if args.compile else "views")

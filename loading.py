@@ -1,4 +1,4 @@
-"""Sets of records, their mixture, and the loader that goes on where it was.
+"""Sets of records, their mixture, and a loader that can resume where it stopped.
 
     sets --Mixture--> numbered examples --worker processes--> a pool of them --Packer--> packs --collate--> batches --prefetch--> device
 
@@ -36,7 +36,7 @@ from tokenizer import Tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
 # Sets and their mixture
 
-NOMINAL = 100_000  # what an endless set counts for beside a finite one of its category
+NOMINAL = 100_000  # the size that an endless set is given, to weigh it against finite ones of its category
 
 
 @dataclass
@@ -290,7 +290,7 @@ def reshard_state(states: Sequence[dict[str, list]], rank: int, world: int) -> d
 
 
 def ignore_signals(worker: int):
-    """Worker processes leave Ctrl-C and SIGTERM, which may go to the whole group, to the program, which ends them."""
+    """Worker processes ignore Ctrl-C and SIGTERM, which may reach the whole group: the main program handles them and ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -308,7 +308,7 @@ FILMED = {"clips": synthetic.world, "tracks": synthetic.crowd}
 
 @dataclass
 class PatchSet(Dataset):
-    """Crops with a label for every patch, to teach a ViT to see before it has anyone to tell. Item i -> crops
+    """Crops with a label for every patch, to train a ViT alone, before a language model reads it. Item i -> crops
     (N, S, 3P²) and labels (N, S, 5) in PATCH_CLASSES: kind and colour of the thing at the middle of the patch, the kind of the
     thing whose point lies in it, the element of a screen at its middle (0 = none), and the background. Item by item `scenes`
     in turn: "stills", "screens", or a frame of "clips" or "tracks"."""

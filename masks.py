@@ -228,7 +228,7 @@ LONGEST_SIDE = 400  # pixels; larger frames are shrunk by a whole number
 BINS = 12        # of a colour histogram, per channel
 REACH = 0.25     # of the shorter side: the farthest an object goes from one frame to the next
 LOST = 0.05      # of its area: an object that shows less is not there
-FAITH = 0.2      # in the velocity: what a displacement as far off as the reach costs, in shares of the object
+FAITH = 0.2      # in the velocity: the cost, as a share of the object, of a displacement that is off by the whole reach
 
 
 @dataclass
@@ -404,7 +404,7 @@ FUSIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "larger": lambda left, right: left if np.count_nonzero(left) >= np.count_nonzero(right) else right,
     "smaller": lambda left, right: left if np.count_nonzero(left) <= np.count_nonzero(right) else right,
 }
-PATIENCE = 3     # anchors through which an object is followed that they do not show
+PATIENCE = 3     # an object that anchors do not show is still followed through this many of them
 
 
 def same_objects(left: Sequence[Masks], right: Sequence[Masks]) -> dict[int, int]:

@@ -76,7 +76,7 @@ class LLMConfig:
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     tied: bool = False         # the head reuses the embedding table
-    norm_after: bool = False   # OLMo 3 normalises what attention and MLP give; Qwen 3 what they take
+    norm_after: bool = False   # OLMo 3 normalises the outputs of attention and MLP; Qwen 3 their inputs
     norm_heads: bool = True    # one RMSNorm for each head's query and key (Qwen 3) or over all heads at once (OLMo 3)
     yarn: Yarn | None = None
     dropout: float = 0.1       # of what attention and MLP add, in training
@@ -92,7 +92,7 @@ class MolmoConfig:
     point: PointConfig = field(default_factory=PointConfig)
     points_as: str = "tokens"  # "tokens": grounding tokens (MolmoPoint); "text": coordinates written out (Molmo2); "tags":
     #                            percent, of one picture (Molmo-1, VideoMolmo)
-    optimizer: str = "adamw"   # "adamw" as in the papers; "muon" for the matrices of small models trained from nothing
+    optimizer: str = "adamw"   # "adamw" as in the papers; "muon" for the matrices of small models trained from scratch
 
     def __post_init__(self):
         if self.points_as not in POINTS_AS:
@@ -200,7 +200,7 @@ class Batch:
         return Batch(*(getattr(self, f.name).to(device, non_blocking=on_gpu) for f in fields(self)))
 
     def pinned(self) -> "Batch":
-        """In memory from which the copy to a GPU does not keep the program waiting."""
+        """In pinned memory, from which a copy to the GPU does not block the program."""
         return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
 
 
@@ -211,8 +211,8 @@ class Batch:
 class Cache:
     """Keys and values of all layers, allocated once: of each layer (B, kv_heads, room, head_width).
 
-    A layer reads what is written so far, a view. After `read_whole` it reads the whole room every time, so that no shape
-    ever changes and a compiled step, or a CUDA graph of it, serves every token; the mask then hides what is not written.
+    A layer reads a view of what has been written so far. After `read_whole` it always reads the full capacity (`room`), so
+    that shapes never change and one compiled step, or CUDA graph, serves every token; the mask hides what is not yet written.
     """
 
     def __init__(self, c: LLMConfig, batch: int, room: int, like: Tensor):
@@ -235,7 +235,7 @@ class Cache:
 
     def read_whole(self) -> None:
         for tensor in (*self.keys, *self.values):
-            tensor[:, :, self.used:] = 0  # hidden numbers count nothing, unless they are NaN
+            tensor[:, :, self.used:] = 0  # masked values do no harm, unless they are NaN
             torch._dynamo.mark_static_address(tensor, guard=False)  # a CUDA graph may write only to what never moves
         self.whole, self.end = True, self.room
 
@@ -267,8 +267,8 @@ def row_by_row(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., i), weight (o, i) -> (..., o). A compiled step of one token on a CPU goes row by row, which reads the matrix as fast as
-    the memory delivers it; BLAS is tuned for many tokens and reaches down to a quarter of that."""
+    """x (..., i), weight (o, i) -> (..., o). A compiled step of one token on a CPU goes row by row, which streams the matrix
+    from memory; BLAS is tuned for many tokens and can drop to a quarter of that speed."""
     return row_by_row(x, weight) if x.device.type == "cpu" and compiling_one_token(x) else F.linear(x, weight)
 
 
@@ -370,8 +370,8 @@ class Embedding(nn.Module):
 
 class Alone:
     """One process does all the work on a batch. `parallel.Context` has the same methods for several: `mask` wraps the
-    attention mask, `part` takes the own tokens, `whole` gathers all, `own` zeroes the loss weights of the others' tokens, and
-    `spread` runs a module on a share of the rows and gathers."""
+    attention mask, `part` takes this process's tokens, `whole` gathers those of all, `own` zeroes the loss weights of the other
+    processes' tokens, and `spread` runs a module on a share of the rows and gathers the results."""
 
     mask = part = whole = own = staticmethod(lambda x: x)
 
@@ -410,7 +410,7 @@ class Molmo(nn.Module):
             elif name.endswith("embedding"):
                 p.normal_(0, 0.2, generator=generator)
             else:
-                # w2 of the connector too: visual tokens much larger than words would not hear what the blocks add to them
+                # w2 of the connector too: visual tokens much larger than words would hardly be changed by what the blocks add to them
                 # (the connector's own wo does not write there: it feeds the projector, which multiplies its input by itself)
                 residual = name.endswith(("attention.wo.weight", "w2.weight", "attn_out.weight", "ff_out.weight"))
                 gain = 0.1 if residual else 2.0 if name.endswith("patch_embedding.weight") else 1.0
@@ -450,8 +450,8 @@ class Molmo(nn.Module):
         return VisualTokens.of(windows, valid, embeddings, at, self.owners(batch)[placeholder], indexable)
 
     def encode(self, batch: Batch) -> Tensor:
-        """ViT features (N, S, v). Crops that no visual token reads show the past only: they come without gradient, or, if
-        there is no temporal module, not at all."""
+        """ViT features (N, S, v). Crops that no visual token reads serve the temporal module only: they are encoded without
+        gradient, or, if there is no such module, not at all."""
         read = torch.zeros(len(batch.crops), dtype=torch.bool, device=batch.crops.device)
         read[batch.pooling[batch.pooling >= 0] // batch.crops.shape[1]] = True
         seen = self.context.spread(self.vit, batch.crops[read])

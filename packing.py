@@ -41,8 +41,8 @@ import command
 from model import PRESETS, Batch, Molmo
 
 IGNORED = 0      # target where there is no loss, its weight being 0: any id would do
-CROP_VALUE = 30  # what a crop counts in tokens when the fullest pack is sought
-PATIENCE = 4     # an example that has seen so many pools of others come goes into the next pack
+CROP_VALUE = 30  # a crop counts as this many tokens when the fullest pack is sought
+PATIENCE = 4     # an example that has waited while this many poolfuls of others arrived goes into the next pack
 STEPS = 512      # a pack's tokens are counted in about so many steps, of 32 tokens at most: a smaller table, hardly a worse pack
 
 
@@ -190,9 +190,9 @@ def knapsack(tokens: Sequence[int], crops: Sequence[int], max_tokens: int, max_c
 
 @dataclass
 class Packer:
-    """A pool of examples, by their numbers, which ascend by `stride`; `take` removes the fullest pack. Examples that go badly with
-    others would wait for ever, until the pool holds little else: one that is overdue goes first, with the fullest that fits beside
-    it. What `take` will give is a function of the numbers in the pool alone, so they are all that a checkpoint needs (`numbers`)."""
+    """A pool of examples, by their numbers, which ascend by `stride`; `take` removes the fullest pack. Examples that combine
+    badly with others would wait for ever and gradually fill the pool, so an overdue one goes first, with the fullest selection
+    that fits beside it. What `take` will give is a function of the numbers in the pool alone, so they are all that a checkpoint needs (`numbers`)."""
 
     max_tokens: int
     max_crops: int

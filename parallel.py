@@ -13,7 +13,7 @@ batch, each on a part of its tokens and of its pictures (context parallelism, gr
 Everything but attention works on tokens one by one, so a part of the row is enough. For attention (Ulysses) an all-to-all
 exchanges parts of the row with all heads for the whole row with a part of the heads, and back: any mask will do. Every
 parameter, gradient and optimiser state is cut over all processes; of a small model each process keeps the whole. A process
-without pictures runs ViT, connector and pointing head on nothing, so that nobody waits for it in vain.
+without pictures runs ViT, connector and pointing head on empty inputs, so that it joins every collective operation.
 
     loss of a process = its weighted sum of losses / (mean over processes of the summed weights)
 
@@ -110,7 +110,7 @@ class World:
 
 @contextmanager
 def said_once():
-    """Around what all processes do alike: of bad input one process of each machine complains."""
+    """Around work that all processes do alike: only one process of each machine reports bad input."""
     try:
         yield
     except ValueError:

@@ -214,7 +214,7 @@ class PointPredictor(nn.Module):
         chosen = points[:, 0]                            # (G,), -1 = stop
         token, slot, location = points[chosen >= 0].T    # each (P,)
 
-        # 1. Which visual token? One of the own example, none before the last choice of the same list; or the stop class.
+        # 1. Which visual token? One of the same example, not before the last choice in the same list; or the stop class.
         previous = previous_choices(chosen, owner[at_token], branch[at_token])  # (G,), -1 where a list begins
         keys = self.patch_keys(self.x_norm(h[visual.at]), visual.index)         # (M, w)
         index = F.pad(visual.index, (0, 1))[previous]                           # RoPE position; -1 reads the 0 at the end

@@ -342,9 +342,9 @@ def read_video(path: str | os.PathLike, fps: float, max_frames: int) -> tuple[li
 
     A frame that is on the screen at two sampled times comes once. Raises MediaError, and ValueError if fps or max_frames is not
     positive; warns about a file that ends early.
-    Decoding leaps to the key frame before the next wanted frame if that saves enough. A part leapt over is believed to
-    hold the frames that its packets announce, if each of these has a time and arrives whole; damage inside them goes
-    unseen, and the clip goes on behind it. Any other damage ends the clip.
+    Decoding leaps to the key frame before the next wanted frame if that saves enough. A skipped part is trusted to
+    hold the frames that its packets announce, if each packet has a timestamp and arrives whole; damage inside them goes
+    unnoticed, and the clip continues after it. Any other damage ends the clip.
     """
     return read_video_and_times(path, fps, max_frames)[:2]
 

@@ -23,8 +23,8 @@ One line of a JSONL file is one record, paths are relative to the file:
                                                    {"role": "user", "content": "Where are the cups?"},
                                                    {"role": "assistant", "task": "point", "label": "cups", "objects": [1]}, ...]}]}
 
-An object that has no point at some moment is out of view then. What points between the frames that are looked at (those of a long
-video lie far apart) is left out. `TASKS` names all tasks and what they need.
+An object that has no point at some moment is out of view then. Annotations whose points fall between the sampled frames (far apart
+in a long video) are left out. `TASKS` names all tasks and what they need.
 """
 
 import json
@@ -41,7 +41,7 @@ import questions
 from preprocess import ViewConfig, check_file, displayed_at, read_image, read_video, sample_times
 
 T = TypeVar("T")
-AT_A_FRAME = 0.25  # seconds: what was said of a moment holds for a frame so near
+AT_A_FRAME = 0.25  # seconds: what is said about a moment holds for frames this close to it
 ROUNDING = 0.005   # seconds: moments are written with two decimals
 
 
@@ -202,8 +202,8 @@ class Record:
 
     def moment(self, frame: int, history: int) -> "Record":
         """One frame of a video as an image that has frames before it. What was asked about the video is asked about this
-        frame: tracks become points, and what is not in view is not there. Answers in words are left out, and so is what
-        means the one thing that a point was given for, since its label may fit others."""
+        frame: tracks become points, and what is not in view is not there. Answers in words are left out, and so is
+        `track_from`: it means one thing, by a given point, and its label may fit others."""
         here = {}
         for identity, thing in self.objects.items():
             points, masks = self.seen(thing.points), self.seen(thing.masks)
@@ -232,7 +232,7 @@ class Task(NamedTuple):
     needs: str                  # fields that it cannot do without
     wordings: tuple[str, ...]   # of its prompts; with a question of its own an annotation needs none
     answer: str = ""            # around the list of points {}, with their number {n}
-    style: str = ""             # a style that is not for chat stands in front of its prompts
+    style: str = ""             # put in front of its prompts, if the style is not that of a chat
 
 
 OPTIONS = ("{question}\n{options}\nAnswer with the letter.", "{question}\n{options}\nWhich option is right?",

@@ -1,6 +1,6 @@
 """Training, top to bottom.
 
-    python train.py --stage 1                                  # images, from nothing
+    python train.py --stage 1                                  # images, from random weights
     python train.py --stage 2 --init runs/stage1/checkpoint    # adds video, tracking, screens, words
     python train.py --stage 3 --init runs/stage2/checkpoint    # longer videos
     python train.py --stage 4 --init assets/tiny --temporal attention    # VideoMolmo: frame by frame, with a temporal module
@@ -108,9 +108,9 @@ RELEASED = {
     4: Stage(1_125, 256, 2_560, 160, 384, {"moments": 1.0}, "paper", per_part(5e-6, 5e-6, 1e-5, 5e-6), per_part(10, 10, 10, 10), image_crops=8,
              pool=1),
 }
-# A ViT that learns from points at once forgets what points do not ask for: it is frozen until the language model reads backgrounds and
-# colours. After stage 1 the connector has a low rate: nothing bounds the product of its matrices, and visual tokens much larger than what
-# the blocks add are hardly changed by the blocks. In `more`, "" is what has no way of its own: captions and answers in words.
+# If the ViT learned from points at once, it would forget what points do not need: it stays frozen until the language model reads backgrounds
+# and colours. After stage 1 the connector has a low rate: nothing bounds the product of its matrices, and visual tokens much larger than what
+# the blocks add are hardly changed by the blocks. In `more`, "" stands for questions without a named way of asking: captions and answers in words.
 TINY = {
     1: Stage(1160, 2, 1024, 20, 16, {"stills": 95, "text": 5}, "uniform", per_part(2e-4, 2e-3, 2e-3, 2e-3), per_part(20, 20, 20, 20),
              ("stills",), vit_steps=1240, vit_scenes=("stills",), more={"none": 0.4, "": 0.5, "size": 2, "position": 1.5},
@@ -157,7 +157,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--out", help="run folder (default: runs/stage<N>)")
     parser.add_argument("--steps", type=command.number(int, 1, 10**9), help="training steps, and at most as many of the ViT alone (default: the stage's)")
     parser.add_argument("--accumulate", type=command.number(int, 1, 10**6),
-                        help="parts of a step, for less memory (default: 1, of the large presets a pack of each process at a time)")
+                        help="parts of a step, for less memory (default: 1; for the large presets, one pack per process at a time)")
     parser.add_argument("--seed", type=command.number(int, 0, 10_000), default=0, help="of new weights and of the synthetic data (default: %(default)s)")
     parser.add_argument("--eval-every", type=command.number(int, 1, 10**9), default=400, help="steps between small evaluations (default: %(default)s)")
     parser.add_argument("--save-every", type=command.number(int, 1, 10**9), default=200, help="steps between checkpoints (default: %(default)s)")
@@ -290,7 +290,7 @@ class Log:
 
 
 def thinned(curve: list[tuple[float, float]], most: int = 240) -> list[tuple[float, float]]:
-    """At most so many points, each the mean of neighbours: what many steps share is not hidden by how they differ."""
+    """At most `most` points, each the mean of its neighbours, so that noise does not hide the trend."""
     size = -(-len(curve) // most)
     return [tuple(map(float, np.mean(curve[i:i + size], axis=0))) for i in range(0, len(curve), size or 1)]
 
@@ -314,7 +314,7 @@ def plot(sheet: Image.Image, left: int, width: int, height: int, curves: dict[st
 
 
 def small_evaluation(model: Molmo, tokenizer: Tokenizer, sets: Sequence[str], stop_signals: Sequence[int] = ()) -> dict[str, float]:
-    """The figures to watch, on fresh records: a few, so they jump about by some hundredths. After a stop signal no more are asked about."""
+    """The figures to watch, on a few fresh records, hence noisy by some hundredths. After a stop signal no more records are evaluated."""
     figures, shown = {}, ("precision", "recall", "f1", "hota", "count exact", "none recognised")
     for name in sets:
         records = fresh(name, SMALL_EVALUATION, model.config.views)
@@ -469,7 +469,7 @@ def stage_of(args: argparse.Namespace) -> Stage:
 
 
 def settings_of(args: argparse.Namespace, stage: Stage) -> dict:
-    """What makes a run this one: --resume goes on with no other."""
+    """What identifies a run: --resume continues no run with other settings."""
     unused = {"steps", "watch", *(("rates", "more", "branches", "vit_steps", "vit_scenes", "vit_frozen_steps") if args.data else ())}
     row = {f"row {name}": value for name, value in asdict(stage).items() if name not in unused}
     return {"stage": args.stage, "preset": args.preset, "freeze": sorted(args.freeze), "seed": args.seed, "steps": stage.steps,
@@ -580,7 +580,7 @@ def start(args: argparse.Namespace, world: World):
     torch.use_deterministic_algorithms(torch.device(args.device).type == "cpu")  # else threads add gradients in any order
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     torch.manual_seed(settings["seed"] + 1_000_003 * world.rank)  # of dropout
-    log = Log(run_folder(args), int(state["step"]) if state else None, silent=world.rank > 0)  # not before bad input is out: it begins a new file
+    log = Log(run_folder(args), int(state["step"]) if state else None, silent=world.rank > 0)  # only now that bad input is ruled out: it begins a new file
     with stoppable() as stop_signals:
         run = Run(model, tokenizer, stage, settings, args, log, stop_signals, world)
         resumes = state is not None and "probe weight" in state  # was stopped while the ViT was alone

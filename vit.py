@@ -4,8 +4,8 @@
                                                                     |           |
                                                     features (N, S, v) = [ block j | block i ]
 
-Pre-norm blocks, biases everywhere, no class token, no final norm. A crop is a row of patches, S = grid * grid; pictures
-never meet here, so N counts crops of the whole batch. Molmo2 taps the third- and the ninth-from-last block: two depths of
+Pre-norm blocks, biases everywhere, no class token, no final norm. A crop is a row of patches, S = grid * grid; crops
+never attend to each other, so N counts crops of the whole batch. Molmo2 taps the third- and the ninth-from-last block: two depths of
 the same patch, one more abstract than the other. Blocks after the deepest tap are never built.
 
 N crops, S patches per crop, P patch side in pixels, e width of a block, v = taps * e.
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CPU_PATCHES, GPU_PATCHES = 1500, 50_000  # at once: on a CPU what its caches hold, two crops of 27x27; on a GPU 68 of them
+CPU_PATCHES, GPU_PATCHES = 1500, 50_000  # encoded at a time: on a CPU what fits its caches, two crops of 27x27; on a GPU 68 crops
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class ViT(nn.Module):
             return self.positional_embedding
         table = self.positional_embedding.unflatten(0, (self.config.grid, -1)).permute(2, 0, 1)[None]  # (1, e, grid, grid)
         side = round(patches**0.5)
-        table = F.interpolate(table.float(), size=(side, side), mode="bicubic", align_corners=False, antialias=True)  # of bf16 CPUs have none
+        table = F.interpolate(table.float(), size=(side, side), mode="bicubic", align_corners=False, antialias=True)  # no bf16 version on CPUs
         return table[0].flatten(1).T.to(self.positional_embedding.dtype)
 
     def forward(self, crops: Tensor) -> Tensor:
