@@ -74,8 +74,8 @@ class Dense(NamedTuple):
     allowed: Tensor  # (B, Tq, Tk) bool
 
     @classmethod
-    def of(cls, q: MaskIds, k: MaskIds) -> "Dense":
-        return cls(may_attend(q, k))
+    def of(cls, ids: MaskIds) -> "Dense":
+        return cls(may_attend(ids, ids))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.is_cuda:  # the kernels that take a mask and do not hold all scores want a key head for each query head
@@ -107,7 +107,7 @@ class PerExample(NamedTuple):
             ends = example.unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
             for span in map(slice, [0, *ends], ends):
                 part = MaskIds(*(field[row:row + 1, span] for field in ids))
-                pieces.append((row, span, Dense.of(part, part)))
+                pieces.append((row, span, Dense.of(part)))
         return cls(pieces)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -140,11 +140,11 @@ Mask = Dense | DenseDecode | PerExample | Sparse
 
 
 @cache
-def compiled(function):
+def compiled(function, **how):
     """Compiles once for the first row length and once more for all other lengths. (A kernel for a single length is faster, as it
     needs fewer registers; on a GPU all rows of a training run have one length.)"""
     torch._dynamo.config.recompile_limit = MOST_COMPILED
-    return torch.compile(function)
+    return torch.compile(function, **how)
 
 
 def compilations() -> int:
@@ -157,7 +157,7 @@ def make_mask(ids: MaskIds) -> Mask:
     """Chooses the way by device and row length; on a GPU short rows are not worth compiling for. (On Apple's GPUs
     FlexAttention has no backward pass; on CUDA it is compiled by Triton, which not every system has.)"""
     if ids.example.device.type == "cuda" and ids.example.shape[1] <= MOST_DENSE:
-        return Dense.of(ids, ids)
+        return Dense.of(ids)
     return Sparse.of(ids) if ids.example.device.type == "cuda" and find_spec("triton") else PerExample.of(ids)
 
 

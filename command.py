@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+HOME = Path(__file__).resolve().parent  # assets are found from any folder
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):

@@ -115,9 +115,8 @@ class AttentionPooling(nn.Module):
         mean = windows.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None].to(windows.dtype)
         if more is not None:
             windows, valid = torch.cat([windows, more[0]], dim=1), torch.cat([valid, more[1]], dim=1)
-        q = self.wq(mean).unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (M, heads, 1, p / heads)
-        k = self.wk(windows).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (M, heads, K or 2K, p / heads)
-        v = self.wv(windows).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q, k, v = (w(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (M, heads, 1 or K or 2K, p / heads)
+                   for w, x in ((self.wq, mean), (self.wk, windows), (self.wv, windows)))
         pooled = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None, :])
         return self.wo(pooled.transpose(1, 2).flatten(1))
 

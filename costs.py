@@ -33,10 +33,10 @@ def parameters(config: MolmoConfig) -> dict[str, int]:
             "word embeddings": count(model.wte), "decoder blocks": count(model.blocks, model.ln_f), "head": count(model.lm_head)}
 
 
-def cache_bytes(config: MolmoConfig, size: int = 2) -> int:
-    """Of the key-value cache per token, in numbers of `size` bytes."""
+def cache_bytes(config: MolmoConfig) -> int:
+    """Of the key-value cache per token, in bfloat16."""
     t = config.llm
-    return 2 * t.layers * t.kv_heads * t.head_width * size
+    return 2 * t.layers * t.kv_heads * t.head_width * 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,15 +74,15 @@ def seen(tokens: float, visual: float) -> float:
 def flops(config: MolmoConfig, work: Work) -> dict[str, float]:
     """Of a forward pass, per part."""
     v, c, t, S = config.vit, config.connector, config.llm, config.views.grid**2
-    depth, features, heads = max(v.tapped) + 1, v.feature_width, t.heads * t.head_width
+    depth, features, queries = max(v.tapped) + 1, v.feature_width, t.heads * t.head_width
     patch = 3 * v.patch_size**2 * v.width + depth * (4 * v.width**2 + 2 * v.width * v.mlp_hidden)
     window = ((2 * work.slots + 1) * features + (c.width if c.output_layer else 0)) * c.width + (2 * c.width + t.width) * c.mlp_hidden
-    token = t.layers * ((heads + 2 * t.kv_heads * t.head_width + heads) * t.width + 3 * t.width * t.mlp_hidden)
+    token = t.layers * ((2 * queries + 2 * t.kv_heads * t.head_width) * t.width + 3 * t.width * t.mlp_hidden)
     pointing = config.points_as == "tokens"
     return {
         "vit": work.crops * S * (2 * patch + 4 * depth * S * v.width),
         "connector": work.windows * (2 * window + 4 * work.slots * c.width),
-        "llm": 2 * token * work.tokens + 4 * t.layers * heads * work.pairs,
+        "llm": 2 * token * work.tokens + 4 * t.layers * queries * work.pairs,
         "head": 2 * work.scored * t.width * (t.vocabulary + RESERVED * pointing),
         "point": 2 * work.windows * t.width * config.point.width * pointing,
     }
@@ -121,12 +121,13 @@ def plan(config: MolmoConfig, stage, gpus: int, context: int, accumulate: int, s
         raise ValueError(f"--context-parallel {context}: {config.llm.heads} heads cannot be shared out evenly")
     rows, part = stage.packs * context // (gpus * accumulate), parameters(config)
     P, work, v, t = sum(part.values()), pack(config, stage.tokens, stage.crops), config.vit, config.llm
-    S, depth, heads = config.views.grid**2, max(v.tapped) + 1, (t.heads + t.kv_heads) * t.head_width
+    S, depth = config.views.grid**2, max(v.tapped) + 1
+    qkvo = 2 * (t.heads + t.kv_heads) * t.head_width  # widths of queries, keys, values and what attention gives
 
     # memory: parameters, gradients and two moments in float32; what is gathered at a time; what the backward pass needs
     gathered = sharded * (8 * (part["word embeddings"] + part["head"]) + 2 * 2 * part["decoder blocks"] / t.layers)
     kept = 2 * (stage.tokens * t.width * t.layers + stage.crops * S * v.width * depth) / context  # the inputs of the blocks
-    block = 2 * stage.tokens * (2 * heads + 4 * t.mlp_hidden + 6 * t.width) / context, 2 * stage.crops * S * (8 * v.width + 2 * v.mlp_hidden) / context
+    block = 2 * stage.tokens * (qkvo + 4 * t.mlp_hidden + 6 * t.width) / context, 2 * stage.crops * S * (8 * v.width + 2 * v.mlp_hidden) / context
     inside = max(block) if sharded else t.layers * block[0] + depth * block[1]
     seen_whole = 2 * v.feature_width * (2 * stage.crops * S + work.windows * work.slots)
     logits = 3 * 4 * work.scored * t.vocabulary / context
@@ -138,7 +139,7 @@ def plan(config: MolmoConfig, stage, gpus: int, context: int, accumulate: int, s
     # parameters twice in bfloat16 and gradients in float32 for every part of a step; or gradients there and back, once
     shards = (accumulate * (2 * 2 + 4) if sharded else 2 * 4) * P * (gpus - 1) / gpus
     exchanged = 0.0 if context == 1 else accumulate * rows * 3 * 2 * (
-        2 * t.layers * stage.tokens / context * heads + stage.crops * S * v.feature_width)
+        t.layers * stage.tokens / context * qkvo + stage.crops * S * v.feature_width)
     talking = shards / (NVLINK if gpus <= NODE else NETWORK) + exchanged / (NVLINK if context <= NODE else NETWORK)
     step = max(computing, talking)
     return {"packs": stage.packs, "tokens": stage.packs * stage.tokens, "crops": stage.packs * stage.crops, "flops": useful,
@@ -146,7 +147,7 @@ def plan(config: MolmoConfig, stage, gpus: int, context: int, accumulate: int, s
             "talking": talking, "step": step, "mfu": useful / (step * gpus * PEAK), "gpu hours": step * stage.steps * gpus / 3600}
 
 
-def print_plan(name: str, config: MolmoConfig, number: int, stage, gpus: int, context: int, accumulate: int, sharded: bool, whole: bool = True) -> None:
+def print_plan(name: str, config: MolmoConfig, number: int, stage, gpus: int, context: int, accumulate: int, sharded: bool, whole: bool) -> None:
     """Prints `plan`; of a `whole` stage, not only some of its steps, also what was published."""
     p, G = plan(config, stage, gpus, context, accumulate, sharded), 2**30
     print(f"{name}, stage {number}: {stage.steps:,} steps on {gpus} H100, {context} to a pack, {accumulate} parts a step")
@@ -173,7 +174,8 @@ def main(argv: list[str] | None = None) -> None:
         figures = parameters(config)
         for name, value in (figures | {"parameters": sum(figures.values())}).items():
             print(f"{name:24}{value:>18,}{value * 2 / 2**30:>9.2f} GiB bf16{value * 4 / 2**30:>9.2f} GiB float32")
-        token, crop = (flops(config, Work(n, 0, 4, 1 - n, 0, 1 - n)) for n in (0, 1))
+        token = flops(config, Work(crops=0, windows=0, slots=4, tokens=1, pairs=0, scored=1))
+        crop = flops(config, Work(crops=1, windows=0, slots=4, tokens=0, pairs=0, scored=0))
         print(f"{'cache bytes per token':24}{cache_bytes(config):>18,}")
         print(f"{'flops per token':24}{int(sum(token.values())):>18,}")
         print(f"{'flops per crop':24}{int(crop['vit']):>18,}")

@@ -53,7 +53,6 @@ from records import DEFAULT_FPS, TASKS, TRACKS, Annotation, Lines, Object, Recor
 from synthetic import Scene
 from tokenizer import Tokenizer
 
-HOME = Path(__file__).resolve().parent
 HISTORY = TemporalConfig.history  # frames before the one that is asked about
 
 
@@ -546,7 +545,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands.add_parser(name, help=text, description=text)
         for name in ("check", "show"):
             commands.choices[name].add_argument("file", metavar="FILE.jsonl")
-            commands.choices[name].add_argument("--checkpoint", default=HOME / "assets/tiny", help="the model whose crop settings and tokenizer are used")
+            commands.choices[name].add_argument("--checkpoint", default=command.HOME / "assets/tiny", help="the model whose crop settings and tokenizer are used")
             commands.choices[name].add_argument("--max-frames", type=command.number(int, 1, 10**6), default=16,
                                                 help="of a video that are looked at: stage 2 of the tiny preset has 16, stage 3 32")
             commands.choices[name].add_argument("--image-crops", type=command.number(int, 1, 10**4), help="of an image, at most (default: the model's own; "

@@ -23,6 +23,7 @@ from PIL import Image
 
 from preprocess import MAX_PIXELS, MediaError, ViewConfig, read_image
 from records import Annotation, Object, Record, Runs, only, runs_of, take
+from synthetic import inner
 
 FPS = 6.0  # the frames bear no times; that of YouTube-VOS
 
@@ -164,10 +165,3 @@ class Sequences:
             except ValueError as error:
                 raise ValueError(f"{path}: annotation {identity}: {error}") from None
         return found
-
-
-def inner(mask: np.ndarray) -> tuple[float, float]:
-    """x, y of the pixel of a mask that is nearest to its middle."""
-    rows, columns = np.nonzero(mask)
-    nearest = np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2)
-    return float(columns[nearest] + 0.5), float(rows[nearest] + 0.5)

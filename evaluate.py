@@ -50,9 +50,9 @@ from preprocess import ViewConfig, Views
 from records import TASKS, TRACKS, Annotation, Lines, Record
 from tokenizer import Tokenizer
 
-HOME = Path(__file__).resolve().parent
 EVALUATION_SEED = 2_000_000  # training seeds lie below
 PER_RECORD = 3               # questions about a synthetic record, at most
+BATCH = 24                   # questions answered at a time
 FAR = 1e6                    # pixels: the distance to an object that is not in that picture
 NEAR = 0.05                  # of the longer side: a hit where no mask is known
 LONGEST = {False: 480, True: 1024}  # tokens of an answer: 60 points; of one with tracks, eight things in 32 frames
@@ -105,8 +105,6 @@ def inside(point: Point, record: Record, identity: int) -> bool:
 
 def matched(points: Sequence[Point], record: Record, objects: Sequence[int]) -> list[tuple[Point, int]]:
     """The points that hit the object they are matched to, each with its object."""
-    if not points or not objects:
-        return []
     distance = np.full((len(points), len(objects)), FAR)
     for column, identity in enumerate(objects):
         places = record.seen(record.objects[identity].points)
@@ -259,7 +257,7 @@ def ask(model: Molmo, tokenizer: Tokenizer, asked: list[Asked]) -> None:
 
 
 def evaluate(model: Molmo, tokenizer: Tokenizer, records: Iterator[Record], seed: int = EVALUATION_SEED,
-             batch: int = 24) -> tuple[dict[str, float], list[Asked]]:
+             batch: int = BATCH) -> tuple[dict[str, float], list[Asked]]:
     """Asks about all records, read as they are needed; -> the figures and every answer (without its pictures)."""
     asked, waiting = [], {False: [], True: []}  # with tracks: much longer
 
@@ -284,9 +282,9 @@ def evaluate(model: Molmo, tokenizer: Tokenizer, records: Iterator[Record], seed
     return summarize(asked), asked
 
 
-def fresh(name: str, count: int, config: ViewConfig, seed: int = EVALUATION_SEED, per_record: int = PER_RECORD) -> Iterator[Record]:
+def fresh(name: str, count: int, config: ViewConfig, seed: int = EVALUATION_SEED) -> Iterator[Record]:
     """Records 0 to count - 1 of a synthetic set, with masks; without what is asked of things that no frame looked at shows."""
-    return (data.draw(name, seed, index, per_record, masks=True).limited(config) for index in range(count))
+    return (data.draw(name, seed, index, PER_RECORD, masks=True).limited(config) for index in range(count))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,7 +301,7 @@ class Between:
     oracle: bool = False      # the true points instead of the model's
 
 
-def frame_by_frame(model: Molmo, tokenizer: Tokenizer, record: Record, how: Between, seed: int, batch: int = 24) -> list[Asked]:
+def frame_by_frame(model: Molmo, tokenizer: Tokenizer, record: Record, how: Between, seed: int, batch: int = BATCH) -> list[Asked]:
     """Every question about a video, asked about single frames; figures of points and numbers are means over these
     frames, those of masks over all. The masks of all objects meant make one."""
     anchors, shape = range(0, len(record.pictures), how.every), record.pictures[0].shape[:2]
@@ -352,10 +350,7 @@ def remembered(propagate: Propagator) -> Propagator:
 
 
 def union(masks: Iterable[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    whole = np.zeros(shape, bool)
-    for mask in masks:
-        whole |= mask
-    return whole
+    return np.any([np.zeros(shape, bool), *masks], axis=0)
 
 
 MASK_SETS = {"vpos-synthetic": vpos.record, "occlusions": vpos.occlusions}
@@ -466,7 +461,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", default=HOME / "assets/tiny", help="a folder written by train.py, or of released weights (default: assets/tiny)")
+    parser.add_argument("--checkpoint", default=command.HOME / "assets/tiny", help="a folder written by train.py, or of released weights (default: assets/tiny)")
     parser.add_argument("--set", nargs="+", choices=[*data.SETS, *MASK_SETS], metavar="SET",
                         help=f"synthetic sets: {', '.join([*data.SETS, *MASK_SETS])} (default: stills clips)")
     parser.add_argument("--data", help="a JSONL file instead")
@@ -482,7 +477,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=command.number(int, 0, 2**32), default=EVALUATION_SEED,
                         help="of the synthetic records and of the wordings (default: %(default)s, never trained on)")
     parser.add_argument("--image-crops", type=command.number(int, 1, 10_000), help="high-resolution crops per image, at most (default: the checkpoint's); of several images never more than 8")
-    parser.add_argument("--batch", type=command.number(int, 1, 10**4), default=24, help="questions answered at a time (default: %(default)s)")
+    parser.add_argument("--batch", type=command.number(int, 1, 10**4), default=BATCH, help="questions answered at a time (default: %(default)s)")
     parser.add_argument("--json", help="also write figures and settings to this file")
     parser.add_argument("--device", type=command.device, default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu, cuda, cuda:1, mps, ... (default: cuda if there is one, else cpu)")

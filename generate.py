@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import MOST_COMPILED, DenseDecode, MaskIds, make_mask, may_attend
-from model import Batch, Cache, Embedding, LLMConfig, Molmo, compiling_one_token, row_by_row
+from attention import DenseDecode, MaskIds, compiled, make_mask, may_attend
+from model import Batch, Cache, Embedding, Molmo, compiling_one_token, row_by_row
 from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, PointDecoder, VisualTokens
 from tokenizer import RESERVED
 
@@ -243,21 +243,8 @@ def rank_in_row(row: Tensor) -> Tensor:
     return (row[:, None] == row).tril(-1).sum(1)
 
 
-@functools.lru_cache(1)
-def _last_cache(c: LLMConfig, batch: int, room: int, dtype: torch.dtype, device: torch.device) -> Cache:
-    return Cache(c, batch, room, torch.empty(0, dtype=dtype, device=device))
-
-
-def static_cache(c: LLMConfig, batch: int, room: int, like: Tensor) -> Cache:
-    """The last cache again, if it fits exactly: a CUDA graph belongs to the memory on which it was recorded."""
-    return _last_cache(c, batch, room, like.dtype, like.device)
-
-
-@functools.cache
-def compiled_hidden_states():
-    """Compiled once for every shape of grid and cache; on a GPU, a CUDA graph. (Not yet run on a GPU.)"""
-    torch._dynamo.config.recompile_limit = MOST_COMPILED
-    return torch.compile(Molmo.hidden_states, mode="reduce-overhead", dynamic=False)
+# The last cache again, if it fits exactly: a CUDA graph belongs to the memory on which it was recorded.
+static_cache = functools.lru_cache(1)(Cache)
 
 
 class TreeDecoding:
@@ -270,7 +257,8 @@ class TreeDecoding:
 
     def __init__(self, model: Molmo, cache: Cache, ids: MaskIds, frontier: Frontier, mode: str):
         self.model, self.cache, self.frontier, self.static = model, cache, frontier, mode != "views"
-        self.hidden_states = compiled_hidden_states() if mode == "compiled" else Molmo.hidden_states
+        # compiled once for every shape of grid and cache; on a GPU a CUDA graph (not yet run on one)
+        self.hidden_states = compiled(Molmo.hidden_states, mode="reduce-overhead", dynamic=False) if mode == "compiled" else Molmo.hidden_states
         empty = lambda field, fill: F.pad(field, (0, cache.room - field.shape[1]), value=fill)
         index = torch.arange(cache.room, device=frontier.row.device).expand(len(ids.index), -1)
         self.ids = MaskIds(empty(ids.example, -1), empty(ids.branch, 0), index, empty(ids.visual, False))
@@ -325,7 +313,7 @@ def generate(model: Molmo, batch: Batch, control: ControlTokens, max_new_tokens:
     ids, visual = model.mask_ids(batch), model.visual_tokens(batch)
     x = model.input_embeddings(batch, visual)
     made = static_cache if mode == "compiled" else Cache
-    cache = made(model.config.llm, len(x), room if mode == "views" else -(-room // STATIC_ROOM) * STATIC_ROOM, like=x).empty()
+    cache = made(model.config.llm, len(x), room if mode == "views" else -(-room // STATIC_ROOM) * STATIC_ROOM, x.dtype, x.device).empty()
     cache.reserve(x.shape[1])
     h = model.hidden_states(x, batch.positions, make_mask(ids), cache)
     owners = model.owners(batch)[frontier.row, place].tolist()

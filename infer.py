@@ -31,7 +31,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import torch
@@ -60,14 +59,13 @@ from preprocess import (
     is_video,
     read_image,
     read_video_and_times,
-    sample_times,
+    sample_frames,
     video_views,
     write_video,
 )
 from records import Runs, compress
 from tokenizer import Tokenizer
 
-HOME = Path(__file__).resolve().parent
 SHOWN, FADING = 1.0, 0.5  # seconds: how long a point of a video has a marker, and how much of that it fades
 MOST_ROWS = 40            # of points on the terminal; the JSON has all
 SAM2_PIXELS = 8 << 20     # a frame of any size takes as much memory in SAM 2 as a frame of so many pixels itself
@@ -80,7 +78,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.Parser(prog="infer.py", description=__doc__.split("\n")[0])
     parser.add_argument("media", nargs="+", metavar="MEDIA", help="an image, several images or one video")
     parser.add_argument("prompt", metavar="PROMPT", help='for example "Point to the cups."')
-    parser.add_argument("--checkpoint", default=HOME / "assets/tiny", help="a folder written by train.py, or of released weights (default: assets/tiny)")
+    parser.add_argument("--checkpoint", default=command.HOME / "assets/tiny", help="a folder written by train.py, or of released weights (default: assets/tiny)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default: %(default)s)")
     parser.add_argument("--json", choices=["-"], help="print the result as JSON and nothing else (the files are written all the same)")
     parser.add_argument("--ask", action="append", default=[], metavar="PROMPT", help="another question; may be given again")
@@ -169,16 +167,6 @@ def read_media(paths: list[str], config: ViewConfig) -> tuple[Media, Views]:
     return Media(paths, images, [], []), image_views(images, config)
 
 
-def ask(model: Molmo, tokenizer: Tokenizer, views: Views, args: argparse.Namespace, speed: Speed) -> list[Answer]:
-    """Answers every question; the pictures are encoded once."""
-    batch = collate([data.prompts(tokenizer, views, [args.prompt, *args.ask])]).to(args.device)
-    write = lambda speed: generate(model, batch, data.control_tokens(tokenizer), args.max_new_tokens,
-                                   partial(sampler, args.temperature, args.top_p, args.seed), speed, "compiled" if args.compile else "views")
-    if args.compile and not speed.prompt:
-        write(None)  # the first time is for the compiler
-    return write(speed)
-
-
 GROUNDING_RUN = re.compile("(?:%s(?:%s(?:%s[0-9]*)?)?)+" % tuple(map(re.escape, (TOKEN_INDEX, VIT_INDEX, VIT_LOC))))
 
 
@@ -213,9 +201,15 @@ class ParsedAnswer:
         return {"text": self.text, "count": count, "finish_reason": self.answer.finish_reason}
 
 
-def ask_and_parse(model: Molmo, tokenizer: Tokenizer, views: Views, args: argparse.Namespace, speed: Speed) -> list[ParsedAnswer]:
+def ask(model: Molmo, tokenizer: Tokenizer, views: Views, args: argparse.Namespace, speed: Speed) -> list[ParsedAnswer]:
+    """Answers every question; the pictures are encoded once."""
+    batch = collate([data.prompts(tokenizer, views, [args.prompt, *args.ask])]).to(args.device)
+    write = lambda speed: generate(model, batch, data.control_tokens(tokenizer), args.max_new_tokens,
+                                   partial(sampler, args.temperature, args.top_p, args.seed), speed, "compiled" if args.compile else "views")
+    if args.compile and not speed.prompt:
+        write(None)  # the first time is for the compiler
     found = []
-    for answer in ask(model, tokenizer, views, args, speed):
+    for answer in write(speed):
         text, points = data.read_answer(answer, tokenizer, views)
         found.append(ParsedAnswer(answer, readable(text, points, views) if answer.triples else text, points))
     return found
@@ -230,7 +224,7 @@ class FrameByFrame:
         self.memory = model.config.temporal.memory
         times = frame_times(args.media[0])
         most = args.max_frames or int(times[-1] * config.fps) + 2
-        sampled = sorted(set(displayed_at(times, sample_times(times[-1], config.fps, most))))
+        sampled = sample_frames(times, config.fps, most)
         self.picture = {number: picture for picture, number in enumerate(sampled)}  # frame of the file -> of the sampled ones
         self.media = Media(args.media, [], times, [times[number] for number in sampled])
         height, width, _ = next(frames_of(args.media[0]))[1].shape
@@ -247,7 +241,7 @@ class FrameByFrame:
     def ask(self, number: int, recent: Sequence[np.ndarray]) -> dict[int, tuple[float, float]]:
         """Ask about the last of some frames, number `number` of the file; -> the places of its points."""
         views = image_views([recent[-1]], self.config, recent[:-1])
-        parsed, = ask_and_parse(self.model, self.tokenizer, views, self.args, self.speed)
+        parsed, = ask(self.model, self.tokenizer, views, self.args, self.speed)
         self.answers.append(parsed.answer)
         self.frame_answers.append({"frame": number, "time": round(self.media.frame_times[number], 3), "text": parsed.text})
         return {order: (point.x, point.y) for order, point in enumerate(parsed.points, start=1)}
@@ -425,21 +419,13 @@ def rates(speed: Speed, device: torch.device) -> dict:
             "decode_tokens_per_second": per_second(speed.written, speed.decode), **share}
 
 
-def stopwatch():
-    """Returns a function that tells the seconds since its last call."""
-    last = perf_counter()
-
-    def lap() -> float:
-        nonlocal last
-        before, last = last, perf_counter()
-        return round(last - before, 3)
-    return lap
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     with command.one_line("infer.py"):
         # 1. What is asked
-        args, lap, timing, speed = arguments(argv), stopwatch(), {}, Speed()
+        args, timing, clock, speed = arguments(argv), {}, Speed(), Speed()
+        device = torch.device(args.device)
+        lap = lambda: round(clock.lap(device), 3)
+        lap()
 
         # 2. The model
         set_cuda_numerics()
@@ -466,13 +452,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 per_frame.follow(propagate, folder) if args.masks else per_frame.point()
                 points, answers, summary = per_frame.points, per_frame.answers, per_frame.result()
             else:
-                parsed = ask_and_parse(model, tokenizer, views, args, speed)
+                parsed = ask(model, tokenizer, views, args, speed)
                 points, answers, summary = parsed[0].points, [one.answer for one in parsed], parsed[0].result()
                 if args.ask:
                     summary["answers"] = [{"prompt": prompt, "text": one.text, "points": describe(one.points, media), **one.result()}
                                           for prompt, one in zip([args.prompt, *args.ask], parsed)]
             timing["generate"] = lap()
-            timing |= {"tokens": sum(len(answer.tokens) for answer in answers), **rates(speed, torch.device(args.device)),
+            timing |= {"tokens": sum(len(answer.tokens) for answer in answers), **rates(speed, device),
                        **({"graphs_compiled": compilations()} if args.compile else {})}
 
             # 5. The results: all of them, or none

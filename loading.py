@@ -130,7 +130,7 @@ class Mixture(Dataset):
         if key not in self._orders:
             if len(self._orders) > 64:
                 self._orders.clear()
-            rng = np.random.default_rng([self.seed, *key, 15, len(key)])  # 15, 16: streams that no world has
+            rng = np.random.default_rng([self.seed, *key, 15, len(key)])
             self._orders[key] = rng.permutation(np.repeat(np.arange(len(self.all)), self.counts) if len(key) == 1
                                                 else self.all[key[0]].size)
         return self._orders[key]

@@ -389,14 +389,8 @@ AGREED = 0.7  # intersection over union of two masks that agree
 SAME = 0.5    # of two masks of one object
 
 
-def _agreed(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    if not left.any() or not right.any():
-        return left | right
-    return left & right if iou(left, right) >= AGREED else left | right
-
-
 FUSIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "fused": _agreed,
+    "fused": lambda left, right: left & right if iou(left, right) >= AGREED else left | right,  # (one is empty: the union is the other)
     "left": lambda left, right: left,
     "right": lambda left, right: right,
     "intersection": np.logical_and,

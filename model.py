@@ -32,6 +32,7 @@ from vit import ViT, ViTConfig
 
 PLACEHOLDERS = ("<im_patch>", "<im_low>")  # one per visual token
 POINTS_AS = ("tokens", "text", "tags")
+LOSSES = ("token", "patch", "slot", "location")  # what is learned; the last three by models that point with grounding tokens
 VISUAL_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<im_low>",
                  "<frame_start>", "<frame_end>")  # these see each other in both directions
 
@@ -215,9 +216,9 @@ class Cache:
     that shapes never change and one compiled step, or CUDA graph, serves every token; the mask hides what is not yet written.
     """
 
-    def __init__(self, c: LLMConfig, batch: int, room: int, like: Tensor):
+    def __init__(self, c: LLMConfig, batch: int, room: int, dtype: torch.dtype, device: torch.device):
         shape = (batch, c.kv_heads, room, c.head_width)
-        self.keys, self.values = ([like.new_empty(shape) for _ in range(c.layers)] for _ in range(2))
+        self.keys, self.values = ([torch.empty(shape, dtype=dtype, device=device) for _ in range(c.layers)] for _ in range(2))
         self.room = room
         self.empty()
 
@@ -266,20 +267,16 @@ def row_by_row(x: Tensor, weight: Tensor) -> Tensor:
     return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., i), weight (o, i) -> (..., o). A compiled step of one token on a CPU goes row by row, which streams the matrix
-    from memory; BLAS is tuned for many tokens and can drop to a quarter of that speed."""
-    return row_by_row(x, weight) if x.device.type == "cpu" and compiling_one_token(x) else F.linear(x, weight)
-
-
 class Linear(nn.Linear):
-    """Without bias."""
+    """Without bias. A compiled step of one token on a CPU goes row by row, which streams the matrix from memory; BLAS is tuned for
+    many tokens and can drop to a quarter of that speed."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        by_row = x.device.type == "cpu" and compiling_one_token(x)
+        return row_by_row(x, self.weight) if by_row else F.linear(x, self.weight)
 
 
 class SelfAttention(nn.Module):

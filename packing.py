@@ -31,14 +31,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import command
-from model import PRESETS, Batch, Molmo
+from model import LOSSES, PRESETS, Batch, Molmo
 
 IGNORED = 0      # target where there is no loss, its weight being 0: any id would do
 CROP_VALUE = 30  # a crop counts as this many tokens when the fullest pack is sought
@@ -248,7 +247,7 @@ def useful_tokens(model: Molmo, batches: Sequence[Batch]) -> tuple[int, float]:
     useful, start = 0, time.perf_counter()
     for batch in batches:
         losses = model.losses(batch)
-        sum(losses[name] for name in ("token", "patch", "slot", "location")).backward()
+        sum(losses[name] for name in LOSSES).backward()
         model.zero_grad()
         useful += int((batch.loss_weights > 0).sum())
     return useful, time.perf_counter() - start
@@ -266,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument("--max-tokens", type=command.number(int, 64, 10**6), default=2048, help="of a pack (default: %(default)s)")
         parser.add_argument("--max-crops", type=command.number(int, 1, 10**6), default=32, help="of a pack (default: %(default)s)")
         args = parser.parse_args(argv)
-        tokenizer = Tokenizer.load(Path(__file__).resolve().parent / "assets/tokenizer.json")
+        tokenizer = Tokenizer.load(command.HOME / "assets/tokenizer.json")
         sets = loading.synthetic_sets(data.RATES, 0, args.branches)
         examples = loading.Mixture(sets, data.RATES, 0, tokenizer, PRESETS["tiny"], args.max_tokens)
         model = Molmo(PRESETS["tiny"]).initialize(0)

@@ -266,9 +266,9 @@ def replicate(model: Molmo, world: World, device: str) -> Molmo:
 @torch.no_grad()
 def average(model: nn.Module, world: World) -> None:
     """Gradients become their mean over processes, in one message. Those of shards are that already."""
-    learned = [p for p in model.parameters() if p.requires_grad]
-    if world.mesh is None or any(isinstance(p, DTensor) for p in learned):
+    if world.mesh is None or is_sharded(model):
         return
+    learned = [p for p in model.parameters() if p.requires_grad]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learned]
     means = world.sum(torch.cat([g.flatten() for g in gradients])) / world.size
     for p, mean in zip(learned, means.split([p.numel() for p in learned])):
@@ -299,6 +299,10 @@ def shard(model: Molmo, world: World, device: str, recompute: bool = False) -> M
 
 def _recomputed(forward: Callable) -> Callable:
     return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def full(x: Tensor) -> Tensor:
@@ -366,4 +370,6 @@ def load(shards: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]
 
 def placed(value: Tensor, p: Tensor) -> Tensor:
     """A tensor of the shape of a parameter, cut and stored as that is."""
+    if isinstance(value, DTensor):
+        return value
     return distribute_tensor(value.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) else value.to(p.device)

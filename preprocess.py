@@ -276,6 +276,11 @@ def displayed_at(times: Sequence[float], wanted: Sequence[float]) -> list[int]:
     return np.maximum(started - 1, 0).tolist()
 
 
+def sample_frames(times: Sequence[float], fps: float, max_frames: int) -> list[int]:
+    """Numbers of the frames to look at, ascending, of a video whose frames start at `times`: those on the screen at `sample_times`."""
+    return sorted(set(displayed_at(times, sample_times(times[-1], fps, max_frames))))
+
+
 # ---- 4. files -> pictures --------------------------------------------------------------------------------------------
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
@@ -351,7 +356,7 @@ def read_video(path: str | os.PathLike, fps: float, max_frames: int) -> tuple[li
 
 def read_video_and_times(path: str | os.PathLike, fps: float, max_frames: int) -> tuple[list[np.ndarray], list[float], list[float]]:
     """As `read_video`, and the seconds of all frames of the file."""
-    frames, times, wanted = _pick(path, lambda times: displayed_at(times, sample_times(times[-1], fps, max_frames)))
+    frames, times, wanted = _pick(path, lambda times: sample_frames(times, fps, max_frames))
     return frames, [times[number] for number in wanted], times
 
 
@@ -362,7 +367,7 @@ def _pick(path: str | os.PathLike, choose: Callable[[list[float]], list[int]]) -
     """The frames that `choose` numbers, given the seconds of all: by the list of the packets, as far as decoding bears it
     out, leaping or from the start, or else slowly. All ways give the same."""
     if listed := _list_frames(path):
-        wanted = sorted(set(choose(listed.times)))
+        wanted = choose(listed.times)
         for leap in (True, False):
             try:
                 return _pick_listed(path, listed, wanted, leap), listed.times, wanted
@@ -377,7 +382,7 @@ def _pick_slowly(path: str | os.PathLike, choose: Callable[[list[float]], list[i
     for seconds, frame in _decode(path):
         times.append(seconds)
         pixels = pixels or frame.width * frame.height
-    wanted = sorted(set(choose(times)))
+    wanted = choose(times)
     if pixels * len(wanted) > MAX_CLIP_PIXELS:
         raise MediaError(f"{path}: {len(wanted)} frames of {pixels} pixels are more than fits in memory: "
                          f"sample at most {MAX_CLIP_PIXELS // pixels} frames, or shrink the video")

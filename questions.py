@@ -6,6 +6,7 @@ A label is a noun phrase ("red cups", "leftmost star"); the things it means are 
 pixels. Some of the questions are about what is not there. Everything is a pure function of a scene and a generator.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -76,7 +77,7 @@ def _match(scene: Scene, kind: str = "", color: str = "") -> list[int]:
     return [i for i, thing in enumerate(scene.things) if kind in ("", thing.kind) and color in ("", thing.color)]
 
 
-def _plural(kind: str = "", color: str = "") -> str:
+def _plural(kind: str, color: str) -> str:
     return f"{color} {PLURALS.get(kind, 'things')}".strip()
 
 
@@ -135,7 +136,7 @@ def _extreme(scene: Scene, group: list[int], word: str) -> int | None:
     return order[0] if foremost(order, key=lambda i: np.count_nonzero(scene.masks[0, i])) == order[0] else None
 
 
-def _choose(rng: np.random.Generator, options: list):
+def choose(rng: np.random.Generator, options: Sequence):
     """One of the options, or None if there is none."""
     return options[rng.integers(len(options))] if options else None
 
@@ -145,7 +146,7 @@ def _ask_one(scene: Scene, rng: np.random.Generator, about: str) -> Query | None
     words, find = (LARGEST + SMALLEST, _extreme) if about == "size" else (tuple(SIDES), _outermost)
     kinds = [""] + sorted({thing.kind for thing in scene.things})
     found = [(f"{word} {kind or 'thing'}", find(scene, _match(scene, kind), word)) for kind in kinds for word in words]
-    chosen = _choose(rng, [(label, target) for label, target in found if target is not None])
+    chosen = choose(rng, [(label, target) for label, target in found if target is not None])
     return chosen and _ask(scene, rng, "point", about, chosen[0], [chosen[1]])
 
 
@@ -166,7 +167,7 @@ def _ask_qa(scene: Scene, rng: np.random.Generator) -> Query | None:
                  if _match(scene, color=thing.color) == [i]]
         outermost = {} if scene.is_video else {side: _outermost(scene, _match(scene), side) for side in SIDES}
         found += [(f"What is the {side} thing?", i, things[i].name) for side, i in outermost.items() if i is not None]
-    chosen = _choose(rng, found)
+    chosen = choose(rng, found)
     return chosen and Query("qa", chosen[0], "", [chosen[1]], chosen[2], about)
 
 
@@ -249,7 +250,7 @@ def _ask_motion(scene: Scene, rng: np.random.Generator, task: str) -> Query | No
                 clear = _reach(-ways[meant[0]], word) < far and all(_reach(ways[i], word) < far for i in others)
             if len(group) > 1 and len(meant) == 1 and clear:
                 found.append((f"{kind or 'thing'} that {word}", meant))
-    chosen = _choose(rng, sorted(found))
+    chosen = choose(rng, sorted(found))
     return chosen and _ask(scene, rng, task, "motion", *chosen)
 
 

@@ -38,7 +38,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 import questions
-from preprocess import ViewConfig, check_file, displayed_at, read_image, read_video, sample_times
+from preprocess import ViewConfig, check_file, read_image, read_video, sample_frames
 
 T = TypeVar("T")
 AT_A_FRAME = 0.25  # seconds: what is said about a moment holds for frames this close to it
@@ -218,7 +218,7 @@ class Record:
     def limited(self, config: ViewConfig) -> "Record":
         """With no more frames than the model looks at, and without what is said of things that these do not show. Changes the record."""
         if self.times is not None and len(self.times) > config.max_frames:
-            kept = sorted(set(displayed_at(self.times, sample_times(self.times[-1], config.fps, config.max_frames))))
+            kept = sample_frames(self.times, config.fps, config.max_frames)
             self.pictures, self.times = [self.pictures[i] for i in kept], [self.times[i] for i in kept]
             self.annotations = self.answerable()
         return self

@@ -14,11 +14,12 @@ pure function of (seed, index).
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from questions import NONE, Query
+from questions import NONE, Query, choose
 from synthetic import Scene
 
 CLICK_VISIBLE = 0.7  # of its box, and of a word beside it: what an element must show to be asked for
@@ -248,28 +249,31 @@ def screen(seed: int, index: int, scale: float = 1.0) -> Scene:
     image = Image.new("RGB", (width, height), look.desk)
     pen = ImageDraw.Draw(image)
     margin = lambda side: int(rng.integers(0, 10) * side / 150)
-    box = (margin(width), margin(height), width - 1 - margin(width), height - 1 - margin(height))
-    elements = Window(pen, rng, look, box, words).elements
+    elements: list[Element] = []
     owner = np.full((height, width), -1, int)
-    for i, element in enumerate(elements):
-        a, b, c, d = element.box
-        owner[b:d + 1, a:c + 1] = i
-    over, behind = None, 0  # the second window, and how many elements lie behind it
-    if rng.random() < 0.3:
-        w, h = (int(side * rng.uniform(0.5, 0.7)) for side in (width, height))
-        x, y = int(rng.integers(0, width - w)), int(rng.integers(0, height - h))
-        over, behind = (x, y, x + w, y + h), len(elements)
-        owner[y:y + h + 1, x:x + w + 1] = -1
-        for element in Window(pen, rng, look, over, words).elements:
+
+    def show(box: tuple[int, int, int, int]) -> None:
+        """A window over what is there, and its elements."""
+        a, b, c, d = box
+        owner[b:d + 1, a:c + 1] = -1
+        for element in Window(pen, rng, look, box, words).elements:
             a, b, c, d = element.box
             owner[b:d + 1, a:c + 1] = len(elements)
             elements.append(element)
+
+    show((margin(width), margin(height), width - 1 - margin(width), height - 1 - margin(height)))
+    over, behind = None, len(elements)  # the second window, and how many elements lie behind it
+    if rng.random() < 0.3:
+        w, h = (int(side * rng.uniform(0.5, 0.7)) for side in (width, height))
+        x, y = int(rng.integers(0, width - w)), int(rng.integers(0, height - h))
+        over = (x, y, x + w, y + h)
+        show(over)
     masks = owner == np.arange(len(elements))[:, None, None]
     points = np.full((1, len(elements), 2), np.nan, np.float32)
     for i, element in enumerate(elements):
         a, b, c, d = element.box
         x, y = (v + 0.5 for v in element.middle)  # a box ends with its last pixels
-        lost = covered(element.text, over) if element.text and i < behind else 0.0
+        lost = covered(element.text, over) if over and element.text and i < behind else 0.0
         element.hidden = not masks[i].any() and (element.text is None or lost == 1)
         if masks[i].sum() >= CLICK_VISIBLE * (c - a + 1) * (d - b + 1) and masks[i, int(y), int(x)] and lost <= 1 - CLICK_VISIBLE:
             points[0, i] = x, y
@@ -292,15 +296,16 @@ def queries(scene: Scene, rng: np.random.Generator, n: int, more: dict[str, floa
     shares = np.array([share * more.get(about, 1) for about, share in mixture.items()])
     found: dict[tuple[str, str, str], Query] = {}
     for _ in range(20 * n):
-        about = str(rng.choice(list(mixture), p=shares / shares.sum()))
-        query = _ask(scene, there, rng, about)
-        if query is not None and len(found) < n:
+        query = _ask(scene, there, rng, str(rng.choice(list(mixture), p=shares / shares.sum())))
+        if query is not None:
             found.setdefault((query.task, query.about, query.label or query.question), query)
+        if len(found) == n:
+            break
     return list(found.values())
 
 
 def _ask(scene: Scene, there: list[int], rng: np.random.Generator, about: str) -> Query | None:
-    pick = lambda options: str(options[rng.integers(len(options))])
+    pick = partial(choose, rng)
     if about in READING:
         return _ask_to_read(scene, there, rng, about)
     if about == "absent":
@@ -318,15 +323,15 @@ def _ask(scene: Scene, there: list[int], rng: np.random.Generator, about: str) -
             return None
         task, wordings = ("point", BY_SORT) if rng.random() < 0.7 else ("point_count", BY_COUNT)
         return Query(task, pick(wordings).format(label=SORTS[sort]), SORTS[sort], meant, "", "sort" if meant else "none")
-    if not there:
+    i = pick(there)
+    if i is None:
         return None
-    i = there[rng.integers(len(there))]
     thing = scene.things[i]
     if about == "name":
         return Query("point", pick(BY_NAME).format(label=thing.name), thing.name, [i], "", "name")
     if about == "use":
         return Query("point", pick(BY_USE).format(use=USES[thing.sort][thing.word]), thing.name, [i], "", "use")
-    return _beside(scene, there, i, pick)
+    return _beside(scene, there, i, rng)
 
 
 def _ask_to_read(scene: Scene, there: list[int], rng: np.random.Generator, about: str) -> Query | None:
@@ -362,7 +367,7 @@ def _in_order(scene: Scene, meant: list[int]) -> list[int] | None:
     return order if clear else None
 
 
-def _beside(scene: Scene, there: list[int], i: int, pick) -> Query | None:
+def _beside(scene: Scene, there: list[int], i: int, rng: np.random.Generator) -> Query | None:
     """The nearest element of the same sort on one side of element i: right, left, above or below. None if there is none, or one of
     its sort is half in view; not on a side where another one, out of line but beside a part of it, is as near."""
     thing, here, found = scene.things[i], scene.things[i].middle, []
@@ -379,9 +384,9 @@ def _beside(scene: Scene, there: list[int], i: int, pick) -> Query | None:
                        and 0 < sign * (scene.things[j].middle[axis] - here[axis]) <= nearest]
             if not as_near:
                 found.append((f"{side} {thing.name}", target))
-    if not found:
+    chosen = choose(rng, found)
+    if chosen is None:
         return None
-    where, target = found[int(pick(range(len(found))))]
-    sort = "box" if thing.sort == "tick" else thing.sort
-    label = f"the {sort} {where}"
-    return Query("point", pick(BY_NAME).format(label=label), label, [target], "", "place")
+    where, target = chosen
+    label = f"the {'box' if thing.sort == 'tick' else thing.sort} {where}"
+    return Query("point", choose(rng, BY_NAME).format(label=label), label, [target], "", "place")

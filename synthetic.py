@@ -17,7 +17,7 @@ Points are in pixels, continuous: the centre of the pixel in row r and column c 
 
 import argparse
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -221,15 +221,21 @@ def _visible(sprites: list[Sprite], places: np.ndarray, shape: tuple[int, int]) 
     return seen / np.array([sprite.area for sprite in sprites])
 
 
+def inner(mask: np.ndarray) -> tuple[float, float]:
+    """x, y of the pixel of a mask that is nearest to its middle."""
+    rows, columns = np.nonzero(mask)
+    nearest = np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2)
+    return float(columns[nearest] + 0.5), float(rows[nearest] + 0.5)
+
+
 def _deepest(mask: np.ndarray) -> tuple[float, float]:
     """x, y of the pixel of a (h, w) mask that is farthest from its edge: peel layers off until nothing is left."""
     layer = np.pad(mask, 1)
     while layer.any():
         core, layer = layer, layer.copy()
         layer[1:-1, 1:-1] &= core[:-2, 1:-1] & core[2:, 1:-1] & core[1:-1, :-2] & core[1:-1, 2:]
-    rows, columns = np.nonzero(core)
-    middle = np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2)  # the innermost may be a ridge
-    return columns[middle] - 0.5, rows[middle] - 0.5  # + 0.5 for the pixel's centre, - 1 for the padding
+    x, y = inner(core)  # the innermost may be a ridge
+    return x - 1, y - 1  # the padding
 
 
 def _point(mask: np.ndarray, x: float, y: float) -> tuple[float, float]:
@@ -285,6 +291,9 @@ def _cast(rng: np.random.Generator, n: int, smallest: float, largest: float) -> 
     return [Thing(*types[pick], float(rng.uniform(smallest, largest))) for pick in rng.permutation(picks)]
 
 
+# Streams of random numbers are told apart by the number after seed and index: 0 stills, 1 clips, 3 `show`, 4 crowds, 5 screens, 6 questions
+# (data.draw), 7 lengths of long clips, 8 wordings in evaluation, 9 arrivals (and, in place of the index, the corpus), 11 vpos, 13 moments of
+# files, 14 frames for the ViT alone, 15 the order of a mixture, 16 wordings in training.
 def _generator(seed: int, index: int, salt: int) -> np.random.Generator:
     if min(seed, index) < 0:
         raise ValueError(f"seed and index must be 0 or more, not {seed} and {index}")
@@ -339,13 +348,19 @@ class Motion:
     velocity: np.ndarray
     low: np.ndarray      # bounds of the straight part
     high: np.ndarray
-    swing: np.ndarray    # amplitude
-    period: np.ndarray   # of the swing
+    swing: np.ndarray = field(default_factory=lambda: np.zeros(2))  # amplitude
+    period: np.ndarray = field(default_factory=lambda: np.ones(2))  # of the swing
 
     def __call__(self, time: float) -> np.ndarray:
         span = self.high - self.low
         folded = span - np.abs((self.start - self.low + self.velocity * time) % (2 * span) - span)
         return self.low + folded + self.swing * np.sin(2 * np.pi * time / self.period)
+
+
+def _velocity(rng: np.random.Generator, slowest: float, fastest: float, shape: tuple[int, int]) -> np.ndarray:
+    """In any direction, its speed between two shares of the shorter side a second."""
+    angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(slowest, fastest) * min(shape)
+    return speed * np.array([np.cos(angle), np.sin(angle)])
 
 
 def _motion(rng: np.random.Generator, size: float, shape: tuple[int, int], seconds: float,
@@ -357,8 +372,7 @@ def _motion(rng: np.random.Generator, size: float, shape: tuple[int, int], secon
     margin = size * (-0.6 if leaves else 0.5)
     low, high = np.full(2, margin), sides - margin
     start = rng.uniform(np.full(2, size / 2), sides - size / 2)
-    angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 0.35) * min(shape)
-    velocity = speed * np.array([np.cos(angle), np.sin(angle)])
+    velocity = _velocity(rng, 0.1, 0.35, shape)
     swing, period = rng.uniform(0.05, 0.2, 2) * sides, rng.uniform(2, 5, 2)
     if rests or swings:
         velocity = np.zeros(2)
@@ -395,13 +409,13 @@ class World:
 
     def without_hidden(self) -> "World":
         """Leaves out what is never clearly in view on the 2 fps grid (the grid of the truth, whatever is filmed)."""
-        best = np.max([self.visible(time) for time in frame_times(2.0, self.seconds)], 0)
+        best = np.max([self.visible(time) for time in filming_times(2.0, self.seconds)], 0)
         stay = np.flatnonzero(best >= CLEARLY_VISIBLE)
         things, sprites, motions = ([part[i] for i in stay] for part in (self.things, self.sprites, self.motions))
         return replace(self, things=things, sprites=sprites, motions=motions)
 
 
-def frame_times(fps: float, seconds: float) -> np.ndarray:
+def filming_times(fps: float, seconds: float) -> np.ndarray:
     """0, 1/fps, 2/fps, ... and always the last moment, `seconds`, itself."""
     if not (fps > 0 and seconds > 0):
         raise ValueError(f"a clip needs fps > 0 and seconds > 0, not {fps} and {seconds}")
@@ -435,7 +449,7 @@ def clip(seed: int, index: int, fps: float = 2.0, seconds: float | None = None) 
     """Films world (seed, index) at `fps`: another rate shows the same motion at other moments. The last frame is always
     at `seconds`. ValueError for a negative seed or index and for fps or seconds <= 0."""
     made = world(seed, index, seconds)
-    return made.film(frame_times(fps, made.seconds))
+    return made.film(filming_times(fps, made.seconds))
 
 
 def _arrival(rng: np.random.Generator, size: float, shape: tuple[int, int], seconds: float) -> Motion:
@@ -447,21 +461,20 @@ def _arrival(rng: np.random.Generator, size: float, shape: tuple[int, int], seco
     first = -outside if rng.random() < 0.5 else sides[axis] + outside
     start[axis], velocity[axis] = first, (inside[axis] - first) / moment  # is `inside` at that moment
     low[axis], high[axis] = min(low[axis], first), max(high[axis], first)
-    return Motion(start, velocity, low, high, np.zeros(2), np.ones(2))
+    return Motion(start, velocity, low, high)
 
 
 def _emergence(rng: np.random.Generator, size: float, shape: tuple[int, int], front: Motion) -> Motion:
     """Behind another thing at first: moves out from there, straight on, and bounces off the frame."""
-    sides, angle = np.array(shape[::-1], float), rng.uniform(0, 2 * np.pi)
-    velocity = rng.uniform(0.1, 0.35) * min(shape) * np.array([np.cos(angle), np.sin(angle)])
+    sides, velocity = np.array(shape[::-1], float), _velocity(rng, 0.1, 0.35, shape)
     start = np.clip(front(0) + rng.normal(0, 0.1 * size, 2), size / 2, sides - size / 2)
-    return Motion(start, velocity, np.full(2, size / 2), sides - size / 2, np.zeros(2), np.ones(2))
+    return Motion(start, velocity, np.full(2, size / 2), sides - size / 2)
 
 
-def arrivals(seed: int, index: int, fps: float = 2.0, seconds: float | None = None) -> Scene:
+def arrivals(seed: int, index: int) -> Scene:
     """As `clip`, but about half of the things come into view one after the other, from outside or from behind another:
     where each is seen first has to be looked for. At least two things; a pure function of its arguments."""
-    made, rng = world(seed, index, seconds), _generator(seed, index, 9)
+    made, rng = world(seed, index), _generator(seed, index, 9)
     shape, came = made.background.shape[:2], made
     while came is made or len(came.things) < 2:
         motions: list[Motion] = []
@@ -471,19 +484,18 @@ def arrivals(seed: int, index: int, fps: float = 2.0, seconds: float | None = No
                            _emergence(rng, thing.size, shape, motions[rng.integers(len(motions))]) if way == "comes out" and motions else
                            _arrival(rng, thing.size, shape, made.seconds))
         came = replace(made, motions=motions[::-1]).without_hidden()
-    return came.film(frame_times(fps, came.seconds))
+    return came.film(filming_times(2.0, came.seconds))
 
 
 def _journey(rng: np.random.Generator, size: float, shape: tuple[int, int], seconds: float, others: list[Motion]) -> Motion:
     """Always on its way: bounces off the frame or turns outside of it; mostly sent across the path of another."""
     sides = np.array(shape[::-1], float)
     margin = np.full(2, size * (-0.7 if rng.random() < 0.25 else 0.5))
-    angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.15, 0.4) * min(shape)
-    velocity, start = speed * np.array([np.cos(angle), np.sin(angle)]), rng.uniform(size / 2, sides - size / 2)
+    velocity, start = _velocity(rng, 0.15, 0.4, shape), rng.uniform(size / 2, sides - size / 2)
     if others and rng.random() < 0.7:
         moment = rng.uniform(0.2, 0.8) * seconds
         start = others[rng.integers(len(others))](moment) - velocity * moment
-    return Motion(start, velocity, margin, sides - margin, np.zeros(2), np.ones(2))
+    return Motion(start, velocity, margin, sides - margin)
 
 
 def _away(way: np.ndarray, shape: tuple[int, int], standing: list[Thing], still_at: list[np.ndarray]) -> np.ndarray:
@@ -520,7 +532,7 @@ def crowd(seed: int, index: int, seconds: float | None = None) -> World:
                     break
             paths.append(path)
             away.append(gone)
-        paths += [Motion(place, np.zeros(2), np.zeros(2), np.array([width, height], float), np.zeros(2), np.ones(2)) for place in still_at]
+        paths += [Motion(place, np.zeros(2), np.zeros(2), np.array([width, height], float)) for place in still_at]
         things = movers + standing
         made = replace(made, things=things, sprites=[_sprite(rng, thing) for thing in things], motions=paths).without_hidden()
     return made
@@ -529,7 +541,7 @@ def crowd(seed: int, index: int, seconds: float | None = None) -> World:
 def tracks(seed: int, index: int, fps: float = 2.0, seconds: float | None = None) -> Scene:
     """Films crowd (seed, index) at `fps`."""
     made = crowd(seed, index, seconds)
-    return made.film(frame_times(fps, made.seconds))
+    return made.film(filming_times(fps, made.seconds))
 
 
 def _long(seed: int, index: int) -> float:
@@ -618,10 +630,10 @@ def _cups(args: argparse.Namespace) -> None:
 
     made, fps, folder = cups_world(), 24, Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    frames = (made.film(np.array([time])).frames[0] for time in frame_times(fps, made.seconds))
+    frames = (made.film(np.array([time])).frames[0] for time in filming_times(fps, made.seconds))
     write_video(folder / "cups.mp4", frames, fps)
 
-    truth = made.film(frame_times(2.0, made.seconds))
+    truth = made.film(filming_times(2.0, made.seconds))
     height, width = truth.frames.shape[1:3]
     things = [{"id": i, "kind": thing.kind, "color": thing.color, "track": _track(made, truth, i)}
               for i, thing in enumerate(made.things)]

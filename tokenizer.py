@@ -146,10 +146,13 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids. Special tokens are written by their spelling; bytes that are no UTF-8, and reserved rows
         without a name, as U+FFFD. Raises ValueError for an id outside the vocabulary."""
+        return b"".join(self.spelling[i] for i in self._checked(ids)).decode("utf-8", errors="replace")
+
+    def _checked(self, ids: Iterable[int]) -> list[int]:
         ids = list(ids)
         if outside := [i for i in ids if not 0 <= i < self.size]:
             raise ValueError(f"token id {outside[0]} is outside the vocabulary (0 to {self.size - 1})")
-        return b"".join(self.spelling[i] for i in ids).decode("utf-8", errors="replace")
+        return ids
 
     def encode_layout(self, pieces: Iterable[str]) -> list[int]:
         """Ids of a layout: a piece that is exactly a special spelling becomes that token, any other is encoded as text.
@@ -236,11 +239,8 @@ class ReleasedTokenizer(Tokenizer):
         return self.library.encode(utf8(text).decode("utf-8"), add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        ids = list(ids)
-        if outside := [i for i in ids if not 0 <= i < self.size]:
-            raise ValueError(f"token id {outside[0]} is outside the vocabulary (0 to {self.size - 1})")
         parts, text = [], []  # the library leaves out ids that it has no name for, Molmo2's files lack the pointing tokens
-        for i in [*ids, -1]:
+        for i in [*self._checked(ids), -1]:
             if i in self._names or i < 0:
                 parts += [self.library.decode(text, skip_special_tokens=False), self._names.get(i, "")]
                 text = []

@@ -35,7 +35,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -48,16 +47,14 @@ import weights
 from attention import compilations, set_cuda_numerics
 from connector import TEMPORAL
 from evaluate import evaluate, fresh
-from model import POINTS_AS, PRESETS, Batch, Molmo, MolmoConfig
+from model import LOSSES, POINTS_AS, PRESETS, Batch, Molmo, MolmoConfig
 from packing import Packer
 from parallel import World
 from records import Lines
 from tokenizer import Tokenizer
 
-HOME = Path(__file__).resolve().parent
 PARTS = ("vit", "connector", "llm", "point")
 LIGHT = ("tiny", "small")  # presets that need no care for memory: whole in every process, all activations kept
-LOSSES = ("token", "patch", "slot", "location")
 SMALL_EVALUATION = 40  # records of each set
 FORMAT = 8             # what the loader's numbers mean: a run of another format cannot be resumed
 Z_LOSS = 1e-4          # weight of the squared log-normaliser of the head, which keeps it from drifting
@@ -313,7 +310,7 @@ def plot(sheet: Image.Image, left: int, width: int, height: int, curves: dict[st
             draw.line([place(*p) for p in curve], fill=color, width=2)
 
 
-def small_evaluation(model: Molmo, tokenizer: Tokenizer, sets: Sequence[str], stop_signals: Sequence[int] = ()) -> dict[str, float]:
+def small_evaluation(model: Molmo, tokenizer: Tokenizer, sets: Sequence[str], stop_signals: Sequence[int]) -> dict[str, float]:
     """The figures to watch, on a few fresh records, hence noisy by some hundredths. After a stop signal no more records are evaluated."""
     figures, shown = {}, ("precision", "recall", "f1", "hota", "count exact", "none recognised")
     for name in sets:
@@ -356,6 +353,10 @@ class Run:
     def checkpoint(self) -> Path:
         return self.log.folder / "checkpoint"
 
+    def stops(self) -> bool:
+        """Has any process got a stop signal? All of them ask together."""
+        return self.world.any(bool(self.stop_signals))
+
     def save(self, module: nn.Module, optimisers: list[torch.optim.Optimizer], step: int, loader: dict | None = None, **more: np.ndarray):
         """A checkpoint with all that the run is besides the model's parameters; `step` is the next one."""
         names = {p: name for name, p in module.named_parameters()}
@@ -366,8 +367,8 @@ class Run:
                  "rng": np.stack(self.world.collect(torch.get_rng_state().numpy()))} | more
         if next(module.parameters()).is_cuda:  # there dropout draws
             state["rng of the GPU"] = np.stack(self.world.collect(torch.cuda.get_rng_state(self.args.device).numpy()))
-        full_model, sharded = self.model, any(isinstance(p, DTensor) for p in names)
-        if sharded:
+        full_model = self.model
+        if parallel.is_sharded(module):
             full_model = parallel.gather_model(self.model, self.world)
         else:
             state |= {name: value.cpu().numpy() for name, value in moments.items()}
@@ -385,7 +386,7 @@ def restore(module: nn.Module, optimisers: list[torch.optim.Optimizer], state: d
     for name, value in moments.items():
         i, parameter, key = name.split("/")
         p = parameters[parameter]
-        optimisers[int(i)].state[p][key] = value if key == "step" or isinstance(value, DTensor) else parallel.placed(value, p)
+        optimisers[int(i)].state[p][key] = value if key == "step" else parallel.placed(value, p)
     own = lambda name: torch.from_numpy(state[name][run.world.rank % len(state[name])])
     torch.set_rng_state(own("rng"))
     if next(module.parameters()).is_cuda and "rng of the GPU" in state:
@@ -436,7 +437,7 @@ def pretrain_vit(run: Run, state: dict[str, np.ndarray] | None):
         line = {"naming": totals["naming"] / totals["patches"]} | {name: totals[name] / totals[f"all {name}"]
                                                                   for name in totals if totals.get(f"all {name}")}
         run.log.write(step=step, **line)
-        stop = world.any(bool(run.stop_signals))
+        stop = run.stops()
         if stop or (step + 1) % args.save_every == 0:
             run.save(seeing, optimisers, step + 1, **{f"probe {key}": value.cpu().numpy() for key, value in probe.state_dict().items()})
         bar.set_postfix(line)  # after saving: Ctrl-C has perhaps ended who reads the bar, as in `| tee`
@@ -546,7 +547,7 @@ def model_for(args: argparse.Namespace, folder: Path, resumes: bool):
             for block in model.blocks:
                 block.dropout.p = dropout
     else:
-        tokenizer, config = Tokenizer.load(HOME / "assets/tokenizer.json"), PRESETS[args.preset]
+        tokenizer, config = Tokenizer.load(command.HOME / "assets/tokenizer.json"), PRESETS[args.preset]
         if tokenizer.base_size != config.llm.vocabulary:
             raise ValueError(f"--preset {args.preset} has a vocabulary of {config.llm.vocabulary} tokens, which comes with its "
                              "released weights: give their folder, --init FOLDER")
@@ -589,7 +590,7 @@ def start(args: argparse.Namespace, world: World):
             parallel.replicate(model, world, args.device)
             pretrain_vit(run, state)
             state = None
-        if not world.any(bool(stop_signals)):
+        if not run.stops():
             if args.preset in LIGHT:
                 parallel.replicate(model, world, args.device)
             else:
@@ -641,7 +642,7 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
     evaluation_due = lambda done: stage.watch and not args.data and (done == stage.steps or done % args.eval_every == 0)
     if first and evaluation_due(first) and world.any(not run.log.silent and not run.log.evaluated(first - 1)):
         watch(run, first - 1)  # the run was stopped or killed while it was evaluated
-        if world.any(bool(run.stop_signals)):
+        if run.stops():
             return run.log.say(f"stopped after step {first}: --resume goes on from there")
     for step in bar:
         if step in (first, stage.vit_frozen_steps):  # the ViT may thaw in mid-run
@@ -661,13 +662,13 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
         run.log.write(step=step, loss=totals["loss"], **shown, norms=norms, **({"left out": len(left_out)} if left_out else {}))
 
         # save, evaluate, stop
-        stop, due = world.any(bool(run.stop_signals)), evaluation_due(step + 1)
+        stop, due = run.stops(), evaluation_due(step + 1)
         if step + 1 == stage.steps or (step + 1) % args.save_every == 0 or due or stop:  # before evaluating
             run.save(model, optimisers, step + 1, loader.state)
         bar.set_postfix({"loss": totals["loss"], **shown, "tokens/s": int(tokens / (time.time() - started))})  # after saving, as above
         if due and not stop:
             watch(run, step)
-            stop = world.any(bool(run.stop_signals))
+            stop = run.stops()
         if stop:
             run.log.say(f"stopped after step {step + 1}: --resume goes on from there")
             break
@@ -683,8 +684,8 @@ def gradients(run: Run, parts: dict, loader: loading.Loader, batches: Iterable[B
     """A step's gradients, of all processes, clipped. -> what its batches amount to (losses a loss weight; tokens, choices), and the
     gradient norms of the parts. ValueError, with the examples' names, if one of these is not finite."""
     model, world, device = run.model, run.world, torch.device(run.args.device).type
-    sharded = any(isinstance(p, DTensor) for p in model.parameters())  # shards are cast when they are gathered
-    autocast = torch.autocast(device, torch.bfloat16, enabled=has_bfloat16(run.args.device) and not sharded)
+    # shards are cast when they are gathered
+    autocast = torch.autocast(device, torch.bfloat16, enabled=has_bfloat16(run.args.device) and not parallel.is_sharded(model))
     totals, names = Counter(), []
     for batch in batches:  # each is made while the one before is learned from
         names += loader.names

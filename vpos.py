@@ -299,8 +299,8 @@ WORLDS = {"cells": cells, "desk": desk, "road": road, "recording": recording, "a
 
 def film(name: str, seed: int, index: int, fps: float = FPS) -> tuple[World, np.ndarray, np.ndarray, np.ndarray]:
     """-> the world, times (T,), frames (T, H, W, 3) uint8, masks (T, n, H, W) bool; a pure function of its arguments."""
-    make = posts if name == "posts" else WORLDS[name]
-    world = make(np.random.default_rng([seed, index, 11, [*WORLDS, "posts"].index(name)]))
+    worlds = WORLDS | {"posts": posts}
+    world = worlds[name](np.random.default_rng([seed, index, 11, list(worlds).index(name)]))
     times = np.arange(int(world.seconds * fps) + 1) / fps
     shown = [world.paint(t) for t in times]
     frames = np.stack([np.clip(canvas.picture, 0, 255).round().astype(np.uint8) for canvas in shown])

@@ -20,14 +20,14 @@ import costs  # noqa: E402
 import loading  # noqa: E402
 import model as model_file  # noqa: E402
 from attention import Dense, MaskIds, PerExample, Sparse, rope_cos_sin, rope_frequencies  # noqa: E402
-from model import PRESETS, Block, Molmo  # noqa: E402
+from model import LOSSES, PRESETS, Block, Molmo  # noqa: E402
 from packing import collate  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 REPEATS = 3
 HOME = Path(__file__).resolve().parent.parent
 DATA_SHEETS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 FLOPs a second
-WAYS = {"dense": lambda ids: Dense.of(ids, ids), "per example": PerExample.of, "sparse": Sparse.of}
+WAYS = {"dense": Dense.of, "per example": PerExample.of, "sparse": Sparse.of}
 
 
 def seconds(work, device: str) -> float:
@@ -80,7 +80,7 @@ def packed_step(device: str, room: int, top: float):
     def step():
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             losses = model.losses(batch)
-        sum(losses[name] for name in ("token", "patch", "slot", "location")).backward()
+        sum(losses[name] for name in LOSSES).backward()
         model.zero_grad()
 
     unit = "s" if device == "cuda" else "CPU s"

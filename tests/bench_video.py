@@ -37,7 +37,7 @@ def everything(path: str, config: ViewConfig) -> Views:
         container.streams.video[0].thread_type = "SLICE"  # as in preprocess
         seconds, pictures = zip(*((frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)))
     times = [second - seconds[0] for second in seconds]
-    wanted = sorted(set(preprocess.displayed_at(times, preprocess.sample_times(times[-1], config.fps, config.max_frames))))
+    wanted = preprocess.sample_frames(times, config.fps, config.max_frames)
     return preprocess.video_views([pictures[n] for n in wanted], [times[n] for n in wanted], config)
 
 

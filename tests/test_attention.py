@@ -107,7 +107,7 @@ def test_cut_attention_equals_dense_attention():
     example = torch.tensor([[0] * 9 + [1] * 7, [0] * 12 + [-1] * 4, [0] * 16])
     branch, order = torch.randint(0, 3, (3, 16)), torch.arange(16).expand(3, 16)
     ids = MaskIds(example, branch, order, torch.rand(3, 16) < 0.4)
-    cut, dense = PerExample.of(ids), Dense.of(ids, ids)
+    cut, dense = PerExample.of(ids), Dense.of(ids)
     assert [(row, span.start, span.stop) for row, span, _ in cut.pieces] == [(0, 0, 9), (0, 9, 16), (1, 0, 12), (1, 12, 16), (2, 0, 16)]
     q, k, v = (torch.randn(3, heads, 16, 8, requires_grad=True) for heads in (4, 2, 2))
     one, two = cut.attend(q, k, v), dense.attend(q, k, v)
@@ -138,7 +138,7 @@ def test_block_sparse_attention_equals_dense_attention():
     for length in (7, 128, 300):
         ids = packed(rng, 2, length)
         q, k, v = (torch.from_numpy(rng.normal(size=(2, heads, length, 16)).astype(np.float32)) for heads in (4, 2, 2))
-        torch.testing.assert_close(Sparse.of(ids).attend(q, k, v), Dense.of(ids, ids).attend(q, k, v))
+        torch.testing.assert_close(Sparse.of(ids).attend(q, k, v), Dense.of(ids).attend(q, k, v))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has no backward pass on a CPU")
@@ -148,7 +148,7 @@ def test_block_sparse_gradients_equal_dense_ones():
     for length in (128, 300, 1000):
         ids = MaskIds(*(field.cuda() for field in packed(rng, 2, length)))
         q, k, v = (torch.randn(2, heads, length, 64, device="cuda", requires_grad=True) for heads in (4, 2, 2))
-        one, two = Sparse.of(ids).attend(q, k, v), Dense.of(ids, ids).attend(q, k, v)
+        one, two = Sparse.of(ids).attend(q, k, v), Dense.of(ids).attend(q, k, v)
         torch.testing.assert_close(one, two, atol=1e-2, rtol=1e-2)
         by = torch.randn_like(one)
         for a, b in zip(torch.autograd.grad(one, (q, k, v), by), torch.autograd.grad(two, (q, k, v), by)):

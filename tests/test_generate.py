@@ -81,7 +81,7 @@ def test_a_compiled_step_writes_the_same(model, monkeypatch, questions, eight): 
     one, for which products are loops over rows, in eight bits too; and that one graph serves all tokens."""
     counter = CompileCounterWithBackend("eager")
     step = torch.compile(Molmo.hidden_states, backend=counter, dynamic=False, fullgraph=True)
-    monkeypatch.setattr(generation, "compiled_hidden_states", lambda: step)
+    monkeypatch.setattr(generation, "compiled", lambda *_, **__: step)
     model, batch = to_int8(deepcopy(model)) if eight else model, collate([tree(74, questions, **SEEN["image"])])
     assert generate(model, batch, CONTROL, 12, mode="compiled") == generate(model, batch, CONTROL, 12)
     assert counter.frame_count == 1
@@ -91,12 +91,12 @@ def test_a_compiled_step_writes_the_same(model, monkeypatch, questions, eight): 
 
 def test_compiled_answers_share_their_cache(model, monkeypatch):  # noqa: F811
     """A second prompt of the same room is answered in the same memory, as if it had been answered first."""
-    monkeypatch.setattr(generation, "compiled_hidden_states", lambda: Molmo.hidden_states)
-    generation._last_cache.cache_clear()
+    monkeypatch.setattr(generation, "compiled", lambda *_, **__: Molmo.hidden_states)
+    generation.static_cache.cache_clear()
     for text in QUESTIONS[:2]:
         batch = collate([prompt(74, text, **SEEN["image"])])
         assert generate(model, batch, CONTROL, 12, mode="compiled") == generate(model, batch, CONTROL, 12)
-    assert generation._last_cache.cache_info()[:2] == (1, 1)  # hits, misses
+    assert generation.static_cache.cache_info()[:2] == (1, 1)  # hits, misses
 
 
 def test_a_trunk_without_questions_goes_on_itself(model):  # noqa: F811
@@ -142,7 +142,7 @@ def test_a_full_cache_says_so():
     """More tokens than there is room for are refused before anything is written; up to the last place all is well."""
     c = CONFIG.llm
     for whole in (False, True):
-        cache, tokens = Cache(c, 1, 5, torch.zeros(1)), torch.ones(1, c.kv_heads, 3, c.head_width)
+        cache, tokens = Cache(c, 1, 5, torch.float32, torch.device("cpu")), torch.ones(1, c.kv_heads, 3, c.head_width)
         cache.reserve(3)
         assert cache.add(0, tokens, tokens)[0].shape[2] == 3
         if whole:
@@ -160,7 +160,7 @@ def test_the_model_refuses_what_does_not_fit(model):  # noqa: F811
     """More tokens than were reserved end in an error, not in overwritten keys."""
     batch = collate([prompt(80)])
     x, length = model.embed(batch.tokens), batch.tokens.shape[1]
-    cache = Cache(model.config.llm, 1, length, x)
+    cache = Cache(model.config.llm, 1, length, x.dtype, x.device)
     cache.reserve(length - 1)
     with pytest.raises(RuntimeError, match=rf"size of the tensor \({length - 1}\) must match"):
         model.hidden_states(x, batch.positions, make_mask(model.mask_ids(batch)), cache)
@@ -174,7 +174,7 @@ def test_few_queries_share_their_keys(queries, monkeypatch):
     order = torch.arange(9).expand(2, 9)
     ids = MaskIds(torch.zeros_like(order), torch.randint(0, 3, (2, 9), generator=generator), order, order < 3)
     new = MaskIds(*(field[:, -queries:] for field in ids))
-    torch.testing.assert_close(DenseDecode(may_attend(new, ids)).attend(q, k, v), Dense.of(new, ids).attend(q, k, v))
+    torch.testing.assert_close(DenseDecode(may_attend(new, ids)).attend(q, k, v), Dense(may_attend(new, ids)).attend(q, k, v))
     plain = F.scaled_dot_product_attention  # on a GPU some kernels lay their result out token by token
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *given, **more: plain(*given, **more).transpose(1, 2).contiguous().transpose(1, 2))
     torch.testing.assert_close(DenseDecode(None).attend(q, k, v), Dense(torch.ones(2, queries, 9, dtype=torch.bool)).attend(q, k, v))

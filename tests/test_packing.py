@@ -10,7 +10,7 @@ import torch
 import data
 from connector import ConnectorConfig
 from attention import MaskIds, may_attend
-from model import PRESETS, LLMConfig, Molmo
+from model import LOSSES, PRESETS, LLMConfig, Molmo
 import packing
 from packing import WEIGHTS, Branch, Example, Packer, collate, knapsack, lay_out, packs
 from pointing import PointConfig
@@ -252,7 +252,7 @@ def gradients(model: Molmo, batches: list) -> dict[str, torch.Tensor]:
     """Of the summed losses of several batches."""
     model.zero_grad()
     for batch in batches:
-        sum(model.losses(batch)[name] for name in ("token", "patch", "slot", "location")).backward()
+        sum(model.losses(batch)[name] for name in LOSSES).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

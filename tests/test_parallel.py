@@ -1,7 +1,6 @@
 """Several processes do what one does: losses, gradients, steps, checkpoints; and what happens when one of them dies."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys

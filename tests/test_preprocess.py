@@ -509,7 +509,7 @@ def outcome(read, *given):
             return str(error), [str(warning.message) for warning in caught]
 
 
-CHOICES = [lambda times: preprocess.displayed_at(times, preprocess.sample_times(times[-1], 3, 16)),
+CHOICES = [lambda times: preprocess.sample_frames(times, 3, 16),
            lambda times: [len(times) * 3 // 4], lambda times: []]
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 import data
 from model import PRESETS
 from preprocess import ViewConfig, write_video
-from records import TASKS, Annotation, Lines, Object, Record, Runs, dump, parse
+from records import Annotation, Lines, Object, Record, Runs, dump, parse
 
 VIEWS = PRESETS["tiny"].views
 

@@ -160,7 +160,7 @@ def test_a_half_hidden_thing_keeps_a_point_and_a_hidden_one_has_none():
     """In the sample clip the red cup passes behind the house and the yellow one leaves: no point then, but before and
     after; the point of the half hidden cup moves off its anchor into the part in view."""
     made = synthetic.cups_world()
-    scene = made.film(synthetic.frame_times(2, 5))
+    scene = made.film(synthetic.filming_times(2, 5))
     red, yellow = (next(i for i, t in enumerate(scene.things) if t.name == name) for name in ("red cup", "yellow cup"))
     for thing in (red, yellow):
         seen = np.isfinite(scene.points[:, thing, 0])
@@ -185,15 +185,15 @@ def test_frame_rates_film_the_same_world(index):
     assert clip(4, index, 0.7).times[-1] == slow.times[-1]
 
 
-def test_frame_times():
+def test_filming_times():
     """0, 1/fps, ... without a frame too many by rounding, then the last moment; nonsense is refused in one line."""
-    assert synthetic.frame_times(2, 2).tolist() == [0, 0.5, 1, 1.5, 2]
-    assert synthetic.frame_times(0.8, 2).tolist() == [0, 1.25, 2]
-    assert synthetic.frame_times(10, 0.3).tolist() == [0, 0.1, 0.2, 0.3]
-    assert len(synthetic.frame_times(25, 0.56)) == 15  # 0.56 * 25 is a little more than 14
+    assert synthetic.filming_times(2, 2).tolist() == [0, 0.5, 1, 1.5, 2]
+    assert synthetic.filming_times(0.8, 2).tolist() == [0, 1.25, 2]
+    assert synthetic.filming_times(10, 0.3).tolist() == [0, 0.1, 0.2, 0.3]
+    assert len(synthetic.filming_times(25, 0.56)) == 15  # 0.56 * 25 is a little more than 14
     for fps, seconds in ((0, 1), (2, 0), (-1, 1), (2, float("nan"))):
         with pytest.raises(ValueError, match="fps > 0 and seconds > 0"):
-            synthetic.frame_times(fps, seconds)
+            synthetic.filming_times(fps, seconds)
     assert clip(0, 0, 2, seconds=1.25).times.tolist() == [0, 0.5, 1, 1.25]
     with pytest.raises(ValueError, match="0 or more"):
         still(-1, 0)
@@ -266,7 +266,7 @@ def test_long_clips_are_the_same_worlds_for_longer():
     """6 to 15 seconds at 2 fps, the last moment included."""
     for make in (synthetic.long_clip, synthetic.long_tracks):
         times = [make(0, index).times for index in range(6)]
-        assert all(6 <= some[-1] <= 15 and np.array_equal(some, synthetic.frame_times(2, some[-1])) for some in times)
+        assert all(6 <= some[-1] <= 15 and np.array_equal(some, synthetic.filming_times(2, some[-1])) for some in times)
         assert len({some[-1] for some in times}) > 3
 
 
