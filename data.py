@@ -16,6 +16,7 @@ numbers can be held out for evaluation.
 import re
 import sys
 import textwrap
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -69,9 +70,13 @@ def question_text(annotation: Annotation, record: Record, rng: np.random.Generat
     for chat."""
     task, words = TASKS[annotation.task], annotation.question
     if not words or "{question}" in task.wordings[0]:
-        fps = f"{annotation.fps:g}"
-        timed = [w for w in task.wordings if "{fps}" in w] if annotation.fps != DEFAULT_FPS else []
-        wordings = timed or task.wordings
+        fps, apart = f"{annotation.fps:g}", np.diff(record.times).max(initial=0) if record.times else 0
+        timed = [w for w in task.wordings if "{fps}" in w]
+        wordings = task.wordings
+        if apart * annotation.fps > 1.2:  # there are fewer frames than that
+            wordings = [w for w in wordings if w not in timed]
+        elif annotation.fps != DEFAULT_FPS and timed:
+            wordings = timed
         given = write_text(given_point(record, annotation), places(record.times, len(record.pictures)), sizes(record),
                            annotation.label) if annotation.task == "track_from" else ""
         wording, article = wordings[rng.integers(len(wordings))], re.match("(the|an?) ", annotation.label, re.IGNORECASE)
@@ -138,6 +143,8 @@ def answer_pieces(annotation: Annotation, record: Record, views: Views, config: 
     if annotation.task == "count":
         n = len(points) if annotation.count is None else annotation.count
         return str(n) if n else NONE, none
+    if not points and annotation.objects:
+        raise ValueError(f"{record.name}: {annotation.task} at {annotation.fps:g} fps asks for no frame that shows {annotation.label or 'its objects'}")
     if not points:
         return NONE, none
     rows, n = none, len({point.id for point in points}) if tracks else len(points)
@@ -229,7 +236,7 @@ def example(record: Record, tokenizer: Tokenizer, config: MolmoConfig, rng: np.r
 
 
 def trim_to_fit(tree: Example, max_tokens: int) -> Example:
-    """The tree with as many of its branches as fit. ValueError if none does."""
+    """The tree with as many of its branches as fit; those that do not fit even alone are named in a warning. ValueError if none fits."""
     room, kept = max_tokens - len(tree.trunk), []
     for one in tree.branches:
         if len(one.tokens) - 1 <= room:
@@ -239,7 +246,14 @@ def trim_to_fit(tree: Example, max_tokens: int) -> Example:
         raise ValueError(f"{tree.name}: nothing is said about what is shown")
     if not kept:
         raise ValueError(f"{tree.name}: {tree.length} tokens, there is room for {max_tokens}")
+    if too_long := too_long_alone(tree, max_tokens):
+        warnings.warn(f"left out: {tree.name}: {too_long} of its annotations, longer than a pack of {max_tokens} tokens")
     return replace(tree, branches=kept)
+
+
+def too_long_alone(tree: Example, max_tokens: int) -> int:
+    """How many branches do not fit, even if they were the only ones."""
+    return sum(len(one.tokens) - 1 > max_tokens - len(tree.trunk) for one in tree.branches)
 
 
 def prompts(tokenizer: Tokenizer, views: Views, texts: Sequence[str], subtitles: str = "",
@@ -370,6 +384,7 @@ def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, m
     if name == "video qa" and rng.random() < 0.3:
         text, heard = questions.subtitles(scene, rng)
     asked = questions.queries(scene, rng, branches, more, shares)
+    heard = heard[:-(-branches // 3)]  # not more than a third of all that is asked
     record = scene_record(scene, (heard + asked)[:branches], masks, title)
     record.subtitles = text
     for said in record.annotations:
@@ -407,7 +422,9 @@ def check(path: str, tokenizer: Tokenizer, config: MolmoConfig, max_tokens: int,
             continue
         grounded = [(said, one) for said, one in zip(record.annotations, tree.branches) if len(one.points)]
         odd["annotations point between the frames that are looked at"] += len(lines.line(i).record.annotations) - len(record.annotations)
-        odd["annotations do not fit beside the others"] += len(tree.branches) - len(fitting.branches)
+        too_long = too_long_alone(tree, max_tokens)
+        odd["annotations are too long for a pack"] += too_long
+        odd["annotations do not fit beside the others"] += len(tree.branches) - len(fitting.branches) - too_long
         odd["points lie outside of their object's mask"] += sum(
             not thing.masks[moment].holds(*place) for thing in record.objects.values() for moment, place in thing.points.items() if moment in thing.masks)
         odd["points lie in the same patch as another one and are taken for it"] += sum(

@@ -25,6 +25,7 @@ import math
 import os
 import re
 import textwrap
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -53,6 +54,7 @@ from tokenizer import Tokenizer
 EVALUATION_SEED = 2_000_000  # training seeds lie below
 PER_RECORD = 3               # questions about a synthetic record, at most
 BATCH = 24                   # questions answered at a time
+MOST_BAD = 100               # lines of a file that cannot be used
 FAR = 1e6                    # pixels: the distance to an object that is not in that picture
 NEAR = 0.05                  # of the longer side: a hit where no mask is known
 LONGEST = {False: 480, True: 1024}  # tokens of an answer: 60 points; of one with tracks, eight things in 32 frames
@@ -224,6 +226,8 @@ def questions(records: Iterator[Record], model: Molmo, seed: int) -> Iterator[As
         rng = np.random.default_rng([seed, number, 8])
         views = data.views_of(record, model.config.views, model.config.temporal.memory)
         for said in record.annotations:
+            if said.objects and TASKS[said.task].answer and not data.points_of(record, said):
+                continue  # tracks at a rate at which nothing of them shows
             if not said.messages:
                 yield Asked(record, said, views, data.question_text(said, record, rng))
             for turn, (asked, _) in enumerate(said.messages):
@@ -285,6 +289,21 @@ def evaluate(model: Molmo, tokenizer: Tokenizer, records: Iterator[Record], seed
 def fresh(name: str, count: int, config: ViewConfig, seed: int = EVALUATION_SEED) -> Iterator[Record]:
     """Records 0 to count - 1 of a synthetic set, with masks; without what is asked of things that no frame looked at shows."""
     return (data.draw(name, seed, index, PER_RECORD, masks=True).limited(config) for index in range(count))
+
+
+def usable(given: Lines | Sequences, count: int, config: ViewConfig, bad: list[int]) -> Iterator[Record]:
+    """The first records of a file. One whose pictures cannot be read, or do not show what is said, is named and comes into `bad`.
+    ValueError if there are more than a hundred of them, or nothing else."""
+    for i in range(count):
+        try:
+            record = given.record(i, config)
+        except ValueError as error:
+            bad.append(i)
+            if len(bad) > MOST_BAD or len(bad) == count:
+                raise
+            warnings.warn(f"left out: {error}")
+        else:
+            yield record
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -536,8 +555,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings, result = settings_of(args, model, most), {}
         print(", ".join(f"{name} {value}" for name, value in settings.items()))
         for name in names:
+            bad: list[int] = []
             if given:
-                records = (given.record(i, model.config.views) for i in range(most[name]))
+                records = usable(given, most[name], model.config.views, bad)
             elif name in args.masked:  # the others are asked about as a whole
                 records = (MASK_SETS[name](args.seed, i) for i in range(most[name]))
             else:
@@ -553,7 +573,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             for title, values in (("all", figures), ("by question", result[name]["by question"])):
                 line = f"{title}: " + ", ".join(f"{key} {value:.3f}" for key, value in values.items())
                 print(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="    "))
-            told = sum(len(given.line(i).record.annotations) for i in range(most[name])) if args.data else 0
+            if bad:
+                result[name]["bad lines"] = len(bad)
+                print(f"  left out: {len(bad)} of {most[name]} lines, each with its warning")
+            told = sum(len(given.line(i).record.annotations) for i in range(most[name]) if i not in bad) if args.data else 0
             if (away := told - len({id(a.annotation) for a in asked})) > 0:
                 result[name]["left out"] = away
                 print(f"  left out: {away} that point between the frames looked at")

@@ -288,11 +288,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"crops filled       {crops.mean():.1%}")
         print(f"the fuller of both {np.maximum(tokens, crops).mean():.1%}")
 
-        alone = [replace(e, branches=[b]) for e in trees for b in e.branches][:16 * TIMED]
-        rng = np.random.default_rng(0)
-        padded = [collate([alone[i] for i in rows]) for rows in rng.permutation(len(alone))[:len(alone) // 16 * 16].reshape(-1, 16)]
         packed = [collate([pack]) for pack in steady[:TIMED]]
-        useful_tokens(model, packed[:1])  # warm up
+        alone = [replace(e, branches=[b]) for pack in steady[:TIMED] for e in pack for b in e.branches]
+        some = np.random.default_rng(0).permutation(len(alone))[:16 * TIMED]
+        padded = [collate([alone[i] for i in rows]) for rows in np.array_split(some, -(-len(some) // 16))]
+        for batches in (padded, packed):
+            useful_tokens(model, batches[:1])  # warm up
         (few, alone_took), (many, packs_took) = useful_tokens(model, padded), useful_tokens(model, packed)
         print(f"useful tokens/s    {few / alone_took:.0f} in padded batches of single annotations, {many / packs_took:.0f} in packs of trees: "
               f"{many / packs_took * alone_took / few:.1f} times")

@@ -446,6 +446,8 @@ def _annotation(said: dict, objects: dict[int, Object], named: frozenset[int], m
         raise ValueError(f"{task} needs a video")
     if task == "track_from" and len(made.objects) != 1:
         raise ValueError("track_from needs one object to start from")
+    if made.fps != DEFAULT_FPS and task not in ("track", "track_from"):
+        raise ValueError(f"{task}: 'fps' goes with track and track_from")
     if not 0.01 <= made.fps <= 60:
         raise ValueError(f"'fps' is {made.fps:g}, not from 0.01 to 60")
     return made

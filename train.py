@@ -48,7 +48,7 @@ from attention import compilations, set_cuda_numerics
 from connector import TEMPORAL
 from evaluate import evaluate, fresh
 from model import LOSSES, POINTS_AS, PRESETS, Batch, Molmo, MolmoConfig
-from packing import Packer
+from packing import WEIGHTS, Packer
 from parallel import World
 from records import Lines
 from tokenizer import Tokenizer
@@ -153,6 +153,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--missing", choices=("black", "masked"), help="with --temporal: what stands for frames before the first (default: as the checkpoint has it, black in a new model)")
     parser.add_argument("--out", help="run folder (default: runs/stage<N>)")
     parser.add_argument("--steps", type=command.number(int, 1, 10**9), help="training steps, and at most as many of the ViT alone (default: the stage's)")
+    parser.add_argument("--loss-weights", choices=sorted(WEIGHTS), help="of the tokens (packing.py; default: the stage's)")
     parser.add_argument("--accumulate", type=command.number(int, 1, 10**6),
                         help="parts of a step, for less memory (default: 1; for the large presets, one pack per process at a time)")
     parser.add_argument("--seed", type=command.number(int, 0, 10_000), default=0, help="of new weights and of the synthetic data (default: %(default)s)")
@@ -464,9 +465,9 @@ def main(argv: list[str] | None = None):
 
 
 def stage_of(args: argparse.Namespace) -> Stage:
-    """Its row of the table, with the steps that are asked for."""
+    """Its row of the table, with the steps and the loss weights that are asked for."""
     stage = STAGES[args.preset, args.stage]
-    return replace(stage, steps=args.steps or stage.steps, vit_steps=min(stage.vit_steps, args.steps or stage.vit_steps))
+    return replace(stage, weights=args.loss_weights or stage.weights, steps=args.steps or stage.steps, vit_steps=min(stage.vit_steps, args.steps or stage.vit_steps))
 
 
 def settings_of(args: argparse.Namespace, stage: Stage) -> dict:
@@ -501,7 +502,9 @@ def prepare(args: argparse.Namespace, world: World):
     if state is None and not (args.init or args.out) and weights.standing(before).is_dir():
         args.init = str(before)
         if world.rank == 0:
-            print(f"begins with {args.init}: --init names another")
+            print(f"begins with {args.init}{unfinished(before)}: --init names another")
+    if state is None and not args.init and (args.stage > 1 or args.data) and world.rank == 0:
+        print("starts from random weights: --init FOLDER goes on from a checkpoint")
     if state is None and not args.init and args.stage > 2:
         raise ValueError(f"stage {args.stage} goes on from a trained model: give --init, for one assets/tiny")
     settings = settings_of(args, stage)
@@ -524,6 +527,17 @@ def prepare(args: argparse.Namespace, world: World):
     views = replace(views, max_frames=stage.frames, max_crops=stage.image_crops or views.max_crops)  # crops: in training only
     loader = make_loader(stage, seed, tokenizer, replace(model.config, views=views), args, world, accumulate)
     return stage, settings, state, model.train(), tokenizer, loader
+
+
+def unfinished(checkpoint: Path) -> str:
+    """" (stopped after step 300 of 1160)", if its run was. ValueError if it had not come to its first step."""
+    if not (weights.standing(checkpoint) / "training.npz").is_file():
+        return ""
+    state = weights.load_training(checkpoint)
+    if "probe weight" in state:
+        raise ValueError(f"{checkpoint} was stopped while the ViT was alone: --resume goes on with that stage, --init names another checkpoint")
+    step, steps = int(state["step"]), json.loads(str(state["settings"]))["steps"]
+    return f" (stopped after step {step} of {steps})" if step < steps else ""
 
 
 def model_for(args: argparse.Namespace, folder: Path, resumes: bool):

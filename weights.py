@@ -53,7 +53,7 @@ def save(folder: str | Path, model: Molmo, tokenizer: Tokenizer, training: dict[
 
 def load_training(folder: Path) -> dict[str, np.ndarray] | None:
     """What `save` was given as `training`; None if there is no such checkpoint. CheckpointError if it cannot be read."""
-    recover(folder)
+    folder = standing(folder)
     if not folder.exists():
         return None
     try:

@@ -27,7 +27,7 @@ from data import branch, draw, example, points_of, question_text
 from generate import Answer
 from loading import Loader, Mixture
 from model import PRESETS, LLMConfig, MolmoConfig
-from packing import Example, Packer, collate, lay_out
+from packing import Branch, Example, Packer, collate, lay_out
 from pointing import TOKEN_INDEX, Point
 from preprocess import ViewConfig
 from records import TASKS, Annotation, Lines, Object, Record, dump
@@ -177,6 +177,15 @@ def test_none_is_said_in_words(task):
     assert text == "There are none." and not points and not written.triples
 
 
+def test_tracks_that_no_asked_frame_shows_are_no_answer():
+    """Something that is there, but in none of the frames at the asked rate, is not taught as "There are none."; nothing to be tracked is."""
+    config = PRESETS["tiny"]
+    for said in (Annotation("track", "dogs", [3], fps=1.0), Annotation("track_from", "dogs", [1], start=3.0)):
+        with pytest.raises(ValueError, match="film: track.* asks for no frame that shows dogs"):
+            answered(film(), said, config)
+    assert answered(film(), Annotation("track", "dogs", [], fps=1.0), config)[0] == "There are none."
+
+
 def test_the_number_is_that_of_things_also_in_one_patch():
     """Two things in one patch get one point; that there are three is said all the same, as the answer with the number alone says."""
     record = film()
@@ -215,6 +224,9 @@ def test_styles_that_are_not_for_chat_say_their_name():
     assert '<points coords="1.0 1 200 100">cup</points> at 1 fps' in given
     at_one = {question_text(Annotation(task, "cup", [1], fps=1.0), record, np.random.default_rng(i)) for task in ("track", "track_ends") for i in range(9)}
     assert sum("1 fps" in text for text in at_one) == 2 and len(at_one) == 4, "where a rate can be named it is"
+    sparse = replace(record, times=[4 * t for t in record.times])  # a frame every two seconds
+    assert not any("fps" in question_text(Annotation("track", "cup", [1], fps=fps), sparse, RNG()) for fps in (1.0, 4.0)), "which there are not"
+    assert "0.5 fps" in question_text(Annotation("track", "cup", [1], fps=0.5), sparse, RNG())
 
 
 def test_labels_with_an_article_keep_it():
@@ -433,6 +445,13 @@ def test_tracking_questions_are_answered_by_what_is_in_view():
     assert all(seen[task, fps] for task in ("track", "track_from") for fps in (1, 2)) and seen["track_ends", 2]
 
 
+def test_subtitles_leave_room_for_other_questions():
+    """Of few questions about a clip with subtitles one is about them; of as many as training asks, all three that there are."""
+    heard = lambda branches: {repr(one.annotations).count("What is said at") for one in
+                              (data.draw("video qa", 0, index, branches) for index in range(12)) if one.subtitles}
+    assert heard(3) == {1} and heard(16) == {3}
+
+
 def test_several_images_are_asked_about_together():
     """Points name the image they are in, and things that match are found in all images."""
     shared = 0
@@ -554,7 +573,7 @@ def test_what_is_packed_has_the_rates_too():
     stage, rng = train.STAGES["tiny", 2], np.random.default_rng(0)
     sizes = {name: (int(rng.integers(100, 600)), int(rng.integers(1, 17))) for name in stage.rates}
     mix = mixture({name: [Numbers(name, None)] for name in stage.rates}, stage.rates)
-    packer, packed, drawn = Packer(stage.tokens, stage.crops, stage.pool), Counter(), Counter()
+    packer, packed, drawn, waiting = Packer(stage.tokens, stage.crops, stage.pool), Counter(), Counter(), Counter()
     for number in range(1600):
         name = mix.all[mix.place(number)[0]].tag
         tokens, crops = sizes[name]
@@ -563,9 +582,11 @@ def test_what_is_packed_has_the_rates_too():
         if packer.full:
             assert number - packer.numbers[0] <= 5 * stage.pool, "nobody waits for ever"
             packed.update(example.name for example in packer.take())
+    waiting.update(example.name for example in packer.pool.values())
     total = sum(stage.rates.values())
     for name, rate in stage.rates.items():
-        assert packed[name] == pytest.approx(1600 * rate / total, abs=12 + 5 * stage.pool * rate / total)
+        assert packed[name] + waiting[name] == drawn[name] == pytest.approx(1600 * rate / total, abs=5)
+        assert waiting[name] <= stage.pool / 2
 
 
 def test_finite_sets_are_gone_through_epoch_by_epoch():
@@ -596,7 +617,8 @@ def test_a_way_of_asking_that_there_is_not_is_an_error():
 
 
 def test_branches_are_shuffled_and_cut_to_fit():
-    """Epoch by epoch the annotations of a line come in another order; those that do not fit are left out, none is an error."""
+    """Epoch by epoch the annotations of a line come in another order; those that do not fit are left out, none is an error. One that
+    would not fit alone is named in a warning."""
     class Long:
         size = 1
 
@@ -608,6 +630,10 @@ def test_branches_are_shuffled_and_cut_to_fit():
     firsts = {TOKENIZER.decode(tree.branches[0].tokens)[-30] for tree in trees}
     assert len(firsts) > 2 and all(tree.length <= 200 and 3 <= len(tree.branches) < 6 for tree in trees)
     assert "tokens, there is room for 40" in mixture({"a": [Long()]}, {"a": 1}, max_tokens=40)[0][1]
+    tree = Example(np.arange(10), np.zeros((0, 1, 1), np.uint8), np.zeros((0, 1), int),
+                   [Branch(np.arange(n), np.ones(n, bool), np.zeros((0, 3), int)) for n in (10, 32, 31, 9)], "mine")
+    with pytest.warns(UserWarning, match="left out: mine: 1 of its annotations, longer than a pack of 40 tokens"):
+        assert [len(one.tokens) for one in data.trim_to_fit(tree, 40).branches] == [10, 9]
 
 
 def loader(mix: Mixture, **options) -> Loader:
@@ -748,6 +774,11 @@ def test_check_names_bad_lines_and_counts(tmp_path, capsys):
     assert data.main(["check", str(path), "--max-crops", "1"]) == 2 and "crops, there is room for 1" in capsys.readouterr().out
     data.main(["check", str(path), "--max-tokens", "200"])
     assert "do not fit beside the others" in capsys.readouterr().out and "same patch" not in good
+    record = json.loads(path.read_text().splitlines()[0])
+    record["annotations"].append({"task": "caption", "answer": "words " * 900})
+    (tmp_path / "long.jsonl").write_text(json.dumps(record))
+    assert data.main(["check", str(tmp_path / "long.jsonl"), "--max-tokens", "1000"]) == 0
+    assert "; 1 annotations are too long for a pack" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         data.main(["check", str(path), "--checkpoint", "nowhere"])
     assert "nowhere: not a checkpoint folder" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import data
 import evaluate
@@ -359,6 +360,28 @@ def test_questions_between_the_frames_are_counted(tiny, tmp_path, capsys, monkey
     out = capsys.readouterr().out
     assert ", 1 questions" in out and "left out: 1 that point between the frames" in out
     assert json.loads((tmp_path / "figures.json").read_text())["figures"][str(tmp_path / "v.jsonl")]["left out"] == 1
+
+
+def test_lines_that_cannot_be_used_are_named_and_counted(tmp_path, capsys, monkeypatch):
+    """A picture that is broken, and tracks at a rate at which nothing shows, cost their own questions and no others; a file with nothing
+    else ends the command."""
+    monkeypatch.setattr(evaluate, "LONGEST", {False: 8, True: 8})
+    Image.new("RGB", (60, 40)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    data.write_video(tmp_path / "v.mp4", [np.full((40, 60, 3), n, np.uint8) for n in range(21)], 10)
+    still = lambda name: {"images": [name], "annotations": [{"task": "point", "label": "dots", "points": [{"x": 30, "y": 30}]}]}
+    clip = {"video": "v.mp4", "objects": [{"id": 1, "points": [{"x": 30, "y": 30, "time": 0.5}]}],
+            "annotations": [{"task": "track", "label": "dots", "objects": [1], "fps": fps} for fps in (1, 2)]}
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(map(json.dumps, (still("good.png"), still("bad.png"), clip))))
+    evaluate.main(["--data", str(path), "--json", str(tmp_path / "figures.json")])
+    out, err = capsys.readouterr()
+    assert ", 2 questions" in out and "left out: 1 of 3 lines" in out and "left out: 1 that" in out and f"{path}:2: " in err
+    assert json.loads((tmp_path / "figures.json").read_text())["figures"][str(path)]["bad lines"] == 1
+    path.write_text(json.dumps(still("bad.png")))
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--data", str(path)])
+    assert end.value.code == 2 and f"{path}:1: " in capsys.readouterr().err
 
 
 def test_the_command_writes_its_settings(tmp_path, capsys, monkeypatch):

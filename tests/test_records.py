@@ -123,6 +123,7 @@ VIDEO = {"images": None, "video": "a.mp4", "objects": [{"id": 4, "points": [{"x"
     ({"annotations": [{"task": "track", "label": "x", "objects": [4]}]}, "track needs a video"),
     ({"annotations": [{"task": "point", "label": "x</points>", "objects": [4]}]}, "holds < or >"),
     (VIDEO | {"annotations": [{"task": "track", "label": "x", "objects": [4], "fps": 0}]}, "'fps' is 0"),
+    (VIDEO | {"annotations": [{"task": "track_ends", "label": "x", "objects": [4], "fps": 1}]}, "'fps' goes with track and track_from"),
     (VIDEO | {"annotations": [{"task": "track_from", "label": "x", "objects": []}]}, "track_from needs one object"),
     (VIDEO | {"objects": [{"id": 4, "points": [{"x": 3, "y": 2}]}]}, "'time' is missing"),
     (VIDEO | {"objects": [{"id": 4, "points": [{"x": 3, "y": 2, "time": -1}]}]}, "'time' is -1, before the video"),

@@ -390,10 +390,45 @@ def test_a_stage_goes_on_from_the_one_before(quick, tmp_path, monkeypatch, capsy
     train.main(["--stage", "2", "--freeze", "llm", "--resume", *quick])  # there is nothing to go on with yet
     assert "begins with runs/stage1/checkpoint" in capsys.readouterr().out
     train.main(["--stage", "2", "--freeze", "llm", "--out", "elsewhere", *quick])
-    assert "begins with" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "begins with" not in said and "starts from random weights" in said
     one, two, other = (weights.load(folder)[0].blocks.state_dict() for folder in ("runs/stage1/checkpoint", "runs/stage2/checkpoint",
                                                                                   "elsewhere/checkpoint"))
     assert all(torch.equal(one[name], two[name]) for name in one) and not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_stage_before_that_was_stopped_is_not_taken_for_a_whole_one(quick, first, tmp_path, monkeypatch, capsys):
+    """If its model has had some steps, the line says after how many; if the ViT was still alone, the next stage does not begin."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(first, "runs/stage1")
+    state = weights.load_training(first / "checkpoint")
+    change = lambda **more: np.savez("runs/stage1/checkpoint/training.npz", **state | more)
+    change(step=np.array(2))
+    train.main(["--stage", "2", *quick])
+    assert "begins with runs/stage1/checkpoint (stopped after step 2 of 3)" in capsys.readouterr().out
+    shutil.rmtree("runs/stage2")
+    change(**{"step": np.array(-1), "probe weight": np.zeros(3)})
+    with pytest.raises(SystemExit) as end:
+        train.main(["--stage", "2", *quick])
+    assert end.value.code == 2 and "stopped while the ViT was alone" in capsys.readouterr().err and not (tmp_path / "runs/stage2").exists()
+
+
+def test_loss_weights_can_be_chosen(quick, monkeypatch, tmp_path):
+    """Each of the three ways reaches the batches, from the row of the table or from the command."""
+    seen = []
+
+    class Stop(BaseException):
+        pass
+
+    def made(loader):
+        seen.append(loader.weights)
+        raise Stop
+
+    monkeypatch.setattr(train.loading.Loader, "__iter__", made)
+    for words in ([], ["--loss-weights", "released"], ["--loss-weights", "paper"]):
+        with pytest.raises(Stop):
+            train.main(["--stage", "3", "--init", str(ROOT / "assets/tiny"), "--out", str(tmp_path / str(len(seen))), *quick, *words])
+    assert seen == ["uniform", "released", "paper"]
 
 
 def test_own_points_are_learned_from_files(quick, tmp_path, capsys):
