@@ -144,7 +144,7 @@ def compiled(function, **how):
     """Compiles once for the first row length and once more for all other lengths. (A kernel for a single length is faster, as it
     needs fewer registers; on a GPU all rows of a training run have one length.)"""
     torch._dynamo.config.recompile_limit = MOST_COMPILED
-    return torch.compile(function, **how)
+    return torch.compile(function, fullgraph=True, **how)  # past the limit an error, not the slow way
 
 
 def compilations() -> int:

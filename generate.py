@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import DenseDecode, MaskIds, compiled, make_mask, may_attend
-from model import Batch, Cache, Embedding, Molmo, compiling_one_token, row_by_row
+from model import Batch, Cache, Embedding, Molmo, compiling_one_token, linear, row_by_row
 from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, PointDecoder, VisualTokens
 from tokenizer import RESERVED
 
@@ -152,7 +152,7 @@ class Head8(nn.Module):
         self.base, self.new_embedding = Linear8(head.embedding), head.new_embedding
 
     def logits(self, x: Tensor, extra: bool) -> Tensor:
-        return torch.cat([self.base(x), x @ self.new_embedding.T], dim=-1) if extra else self.base(x)
+        return torch.cat([self.base(x), linear(x, self.new_embedding)], dim=-1) if extra else self.base(x)
 
 
 @torch.no_grad()
@@ -247,6 +247,12 @@ def rank_in_row(row: Tensor) -> Tensor:
 static_cache = functools.lru_cache(1)(Cache)
 
 
+def step_of(model: Molmo, x: Tensor, position: Tensor, mask: DenseDecode, cache: Cache) -> tuple[Tensor, Tensor]:
+    """Inputs (B, R, d) -> hidden states (B, R, d) and logits (B, R, V)."""
+    h = model.hidden_states(x, position, mask, cache)
+    return h, model.logits(h)
+
+
 class TreeDecoding:
     """The trees in a cache: their ids, for the mask, and the next step.
 
@@ -258,7 +264,7 @@ class TreeDecoding:
     def __init__(self, model: Molmo, cache: Cache, ids: MaskIds, frontier: Frontier, mode: str):
         self.model, self.cache, self.frontier, self.static = model, cache, frontier, mode != "views"
         # compiled once for every shape of grid and cache; on a GPU a CUDA graph (not yet run on one)
-        self.hidden_states = compiled(Molmo.hidden_states, mode="reduce-overhead", dynamic=False) if mode == "compiled" else Molmo.hidden_states
+        self.run = compiled(step_of, mode="reduce-overhead", dynamic=False) if mode == "compiled" else step_of
         empty = lambda field, fill: F.pad(field, (0, cache.room - field.shape[1]), value=fill)
         index = torch.arange(cache.room, device=frontier.row.device).expand(len(ids.index), -1)
         self.ids = MaskIds(empty(ids.example, -1), empty(ids.branch, 0), index, empty(ids.visual, False))
@@ -289,14 +295,15 @@ class TreeDecoding:
             self.frontier = self.frontier._replace(column=rank_in_row(self.frontier.row))
             self.reshape()
 
-    def step(self, x: Tensor) -> Tensor:
-        """Inputs (W, d) of a new token for each branch -> hidden states (W, d)."""
+    def step(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs (W, d) of a new token for each branch -> hidden states (W, d) and logits (W, V)."""
         used, frontier = self.cache.used, self.frontier
         self.cache.reserve(self.shape[1])
         mask = DenseDecode(None if self.unmasked else may_attend(self.among(used, self.cache.used), self.among(0, self.cache.end)))
-        h = self.hidden_states(self.model, frontier.grid(x, self.shape), self.position, mask, self.cache)
+        made = self.run(self.model, frontier.grid(x, self.shape), self.position, mask, self.cache)
         self.position = self.position + 1
-        return h.flatten(0, 1) if h.shape[:2].numel() == len(x) else h[frontier.row, frontier.column]
+        full = self.shape[0] * self.shape[1] == len(x)
+        return tuple(values.flatten(0, 1) if full else values[frontier.row, frontier.column] for values in made)
 
 
 @torch.inference_mode()
@@ -321,6 +328,7 @@ def generate(model: Molmo, batch: Batch, control: ControlTokens, max_new_tokens:
     decoders = [first[owner].another() for owner in owners]  # branches of a tree share the keys of its visual tokens
     choose = [samplers() for _ in owners]
     h, trees = h[frontier.row, place], TreeDecoding(model, cache, ids, frontier, mode)
+    logits = model.logits(h)
     del x, visual
     speed.prompt += int((batch.example_ids >= 0).sum())
     speed.prefill += speed.lap(device)
@@ -330,7 +338,7 @@ def generate(model: Molmo, batch: Batch, control: ControlTokens, max_new_tokens:
     spoken, weights = speakable(model, device), step_bytes(model)
     active = list(range(len(decoders)))  # branches that have not ended: row i of h and of the logits is branch active[i]
     for step in range(max_new_tokens):
-        logits = model.logits(h).where(spoken, float("-inf"))
+        logits = logits.where(spoken, float("-inf"))
         alive, tokens, carried = [], [], []  # rows that go on, their new tokens, what is added to the embeddings of those
         for i, branch in enumerate(active):
             token, vector = decoders[branch].step(logits[i], h[i], choose[branch])
@@ -350,7 +358,7 @@ def generate(model: Molmo, batch: Batch, control: ControlTokens, max_new_tokens:
         for i, vector in enumerate(carried):
             if vector is not None:
                 x[i] += vector
-        h = trees.step(x)
+        h, logits = trees.step(x)
         speed.written += len(alive)
         speed.read += weights + cache.bytes_read
     speed.decode += speed.lap(device)

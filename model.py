@@ -267,16 +267,20 @@ def row_by_row(x: Tensor, weight: Tensor) -> Tensor:
     return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., i), weight (o, i) -> (..., o). A compiled step of one token on a CPU goes row by row, which streams the matrix
+    from memory; BLAS is tuned for many tokens and can drop to a quarter of that speed."""
+    return row_by_row(x, weight) if x.device.type == "cpu" and compiling_one_token(x) else F.linear(x, weight)
+
+
 class Linear(nn.Linear):
-    """Without bias. A compiled step of one token on a CPU goes row by row, which streams the matrix from memory; BLAS is tuned for
-    many tokens and can drop to a quarter of that speed."""
+    """Without bias."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        by_row = x.device.type == "cpu" and compiling_one_token(x)
-        return row_by_row(x, self.weight) if by_row else F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class SelfAttention(nn.Module):
@@ -357,8 +361,8 @@ class Embedding(nn.Module):
 
     def logits(self, x: Tensor, extra: bool) -> Tensor:
         """x (..., d) -> (..., V), or (..., V + RESERVED) with the extra tokens."""
-        scores = x @ self.embedding.T
-        return torch.cat([scores, x @ self.new_embedding.T], dim=-1) if extra else scores
+        scores = linear(x, self.embedding)
+        return torch.cat([scores, linear(x, self.new_embedding)], dim=-1) if extra else scores
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ def test_one_compilation_serves_all_lengths(monkeypatch):
     """Making the block mask is compiled once for rows of any length, not once a batch."""
     counter, compile = CompileCounterWithBackend("eager"), torch.compile
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)  # which it changes
-    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=counter))
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compile(function, backend=counter, **how))
     make = attention.compiled.__wrapped__(create_block_mask)
     rng = np.random.default_rng(3)
     for length in (300, 200, 450, 520, 301):

@@ -80,18 +80,18 @@ def test_a_compiled_step_writes_the_same(model, monkeypatch, questions, eight): 
     """Captured as one graph (and run without a compiler's back end), the step gives the same answers, to many questions and to
     one, for which products are loops over rows, in eight bits too; and that one graph serves all tokens."""
     counter = CompileCounterWithBackend("eager")
-    step = torch.compile(Molmo.hidden_states, backend=counter, dynamic=False, fullgraph=True)
+    step = torch.compile(generation.step_of, backend=counter, dynamic=False, fullgraph=True)
     monkeypatch.setattr(generation, "compiled", lambda *_, **__: step)
     model, batch = to_int8(deepcopy(model)) if eight else model, collate([tree(74, questions, **SEEN["image"])])
     assert generate(model, batch, CONTROL, 12, mode="compiled") == generate(model, batch, CONTROL, 12)
     assert counter.frame_count == 1
     nodes = [str(node.target) for node in counter.graphs[0].graph.nodes]
-    assert nodes.count("sum") == (4 * len(model.blocks) if len(questions) == 1 else 0)
+    assert nodes.count("sum") == (4 * len(model.blocks) + 2 if len(questions) == 1 else 0)  # and the head's two tables
 
 
 def test_compiled_answers_share_their_cache(model, monkeypatch):  # noqa: F811
     """A second prompt of the same room is answered in the same memory, as if it had been answered first."""
-    monkeypatch.setattr(generation, "compiled", lambda *_, **__: Molmo.hidden_states)
+    monkeypatch.setattr(generation, "compiled", lambda *_, **__: generation.step_of)
     generation.static_cache.cache_clear()
     for text in QUESTIONS[:2]:
         batch = collate([prompt(74, text, **SEEN["image"])])
