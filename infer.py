@@ -40,7 +40,7 @@ from tqdm import tqdm
 import command
 import data
 import weights
-from attention import compilations, set_cuda_numerics
+from attention import MOST_DENSE, compilations, set_cuda_numerics
 from masks import Growing, Masks, Points, Propagator, Sam2, shifted, through_time
 from generate import Answer, Speed, bandwidth, generate, sampler, to_int8
 from model import Molmo
@@ -204,12 +204,12 @@ class ParsedAnswer:
 def ask(model: Molmo, tokenizer: Tokenizer, views: Views, args: argparse.Namespace, speed: Speed) -> list[ParsedAnswer]:
     """Answers every question; the pictures are encoded once."""
     batch = collate([data.prompts(tokenizer, views, [args.prompt, *args.ask])]).to(args.device)
-    write = lambda speed: generate(model, batch, data.control_tokens(tokenizer), args.max_new_tokens,
-                                   partial(sampler, args.temperature, args.top_p, args.seed), speed, "compiled" if args.compile else "views")
-    if args.compile and not speed.prompt:
-        write(None)  # the first time is for the compiler
+    write = lambda most, speed=None: generate(model, batch, data.control_tokens(tokenizer), most, partial(sampler, args.temperature, args.top_p, args.seed),
+                                              speed, "compiled" if args.compile else "views")
+    if not speed.prompt and (args.compile or batch.tokens.is_cuda and batch.tokens.shape[1] > MOST_DENSE):
+        write(args.max_new_tokens if args.compile else 1)  # the first time is for the compiler
     found = []
-    for answer in write(speed):
+    for answer in write(args.max_new_tokens, speed):
         text, points = data.read_answer(answer, tokenizer, views)
         found.append(ParsedAnswer(answer, readable(text, points, views) if answer.triples else text, points))
     return found
@@ -459,7 +459,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                                           for prompt, one in zip([args.prompt, *args.ask], parsed)]
             timing["generate"] = lap()
             timing |= {"tokens": sum(len(answer.tokens) for answer in answers), **rates(speed, device),
-                       **({"graphs_compiled": compilations()} if args.compile else {})}
+                       **({"graphs_compiled": compilations()} if args.compile or device.type == "cuda" else {})}
 
             # 5. The results: all of them, or none
             annotate(media, points, folder)

@@ -275,24 +275,25 @@ def average(model: nn.Module, world: World) -> None:
         p.grad = mean.view_as(p)
 
 
-def shard(model: Molmo, world: World, device: str, recompute: bool = False) -> Molmo:
+def shard(model: Molmo, world: World, device: str, recompute: bool = False, half: bool | None = None) -> Molmo:
     """Cuts the model over all processes, block by block: gathered when used, gone when not. Parameters and the reduction of
-    gradients stay float32, a GPU computes in bfloat16. `recompute`: blocks keep their input only and run again in the
+    gradients stay float32; with `half` (on a GPU, unless given) it computes in bfloat16. `recompute`: blocks keep their input only and run again in the
     backward pass (activation checkpointing)."""
     if recompute:
         for block in (*model.vit.blocks, *model.blocks):
             block.forward = _recomputed(block.forward)
     if world.context > 1:
         model.context = Context(world.group)
-    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if torch.device(device).type == "cuda" else MixedPrecisionPolicy()
-    uncast = replace(half, cast_forward_inputs=False)  # the model's input is a Batch, whose loss weights stay float32
+    half = torch.device(device).type == "cuda" if half is None else half
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+    uncast = replace(policy, cast_forward_inputs=False)  # the model's input is a Batch, whose loss weights stay float32
     for module in (*model.vit.blocks, model.vit, model.connector, *model.blocks, model):
         module.to(device, torch.promote_types(next(module.parameters()).dtype, torch.float32))  # one at a time, for memory
         if world.mesh is not None:
             for p in module.parameters():
                 if not isinstance(p, DTensor):
                     dist.broadcast(p.detach(), 0)
-            fully_shard(module, mesh=world.mesh, mp_policy=uncast if module is model else half)
+            fully_shard(module, mesh=world.mesh, mp_policy=uncast if module is model else policy)
     register_fsdp_forward_method(model, "losses")
     return model
 

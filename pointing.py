@@ -157,6 +157,11 @@ class VisualTokens(NamedTuple):
         return VisualTokens(*(field[rows] for field in self))
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least: among tens of thousands of patches scores are closer to each other than bfloat16 can tell."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class PointPredictor(nn.Module):
     """MolmoPoint's three heads on x = norm(h), h the hidden state after the last block and before the final norm."""
 
@@ -177,8 +182,8 @@ class PointPredictor(nn.Module):
         return apply_rope(x, rope_cos_sin(index, rope_frequencies(self.config.width, self.config.rope_theta, x.device), dtype=x.dtype))
 
     def patch_keys(self, x: Tensor, index: Tensor) -> Tensor:
-        """x (M, d) of the visual tokens, index (M,) among the indexable ones -> (M, w)."""
-        return self.rotated(self.patch_k(x), index)
+        """x (M, d) of the visual tokens, index (M,) among the indexable ones -> (M, w), float32 or wider."""
+        return wide(self.rotated(self.patch_k(x), index))
 
     def patch_scores(self, x: Tensor, index: Tensor, keys: Tensor) -> Tensor:
         """x (G, d), index (G,) of the previously chosen token (0 if none), keys (M, w) -> (G, M + 1), stop class last.
@@ -187,12 +192,15 @@ class PointPredictor(nn.Module):
         sqrt(number of keys): the same choice, but another temperature in training.)
         """
         keys = torch.cat([keys, self.no_more_points[None].to(keys.dtype)])
-        scale = len(keys) if self.config.released_inference else self.config.width
-        return self.rotated(self.patch_q(x), index) @ keys.T / scale**0.5
+        scale, q = len(keys) if self.config.released_inference else self.config.width, self.rotated(self.patch_q(x), index)
+        with torch.autocast(x.device.type, enabled=False):
+            return wide(q) @ keys.T / scale**0.5
 
     def slot_scores(self, x: Tensor, windows: Tensor, valid: Tensor) -> Tensor:
         """x (G, d), windows (G, K, v) of the chosen tokens, valid (G, K) -> (G, K), -inf in empty slots."""
-        scores = torch.einsum("gw,gkw->gk", self.subpatch_q(x), self.subpatch_k(windows)) / self.config.width**0.5
+        q, k = wide(self.subpatch_q(x)), wide(self.subpatch_k(windows))
+        with torch.autocast(x.device.type, enabled=False):
+            scores = torch.einsum("gw,gkw->gk", q, k) / self.config.width**0.5
         return scores.masked_fill(~valid, float("-inf"))
 
     def location_scores(self, h: Tensor) -> Tensor:

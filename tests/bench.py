@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -173,7 +172,7 @@ def of_the_limit(config: MolmoConfig, device: str, eight: bool, modes: tuple[str
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            model = Molmo(replace(config, llm=replace(config.llm, vocabulary=SMALL.llm.vocabulary))).eval()
+            model = Molmo(config).eval()
     finally:
         torch.set_default_dtype(torch.float32)
     for p in model.parameters():
