@@ -45,7 +45,7 @@ from torch.utils.checkpoint import checkpoint
 
 import weights
 from attention import Mask
-from model import Molmo
+from model import Batch, Molmo
 
 # their names since torch 2.13, and before
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -102,6 +102,18 @@ class World:
     def names(self, own: Sequence[str]) -> list[str]:
         """The names of all processes together, each once: a context group has the same."""
         return list(dict.fromkeys(name for names in self.collect(list(own)) for name in names))
+
+    def agree(self, batch: Batch) -> Batch:
+        """The batch. ValueError, in the whole context group, if its processes hold different ones, of which they would compute a part each:
+        perhaps one of them could not read a file."""
+        if self.context > 1:
+            own = torch.stack([batch.tokens.sum(), batch.crops.sum(dtype=torch.long), *(torch.tensor(x.numel(), device=batch.tokens.device) for x in (
+                batch.tokens, batch.crops, batch.pooling))])
+            found = own.new_empty(self.context, len(own))
+            all_gather(found, own[None], group=self.group)
+            if (found != found[0]).any():
+                raise ValueError("the processes of a context group have read different batches: do all see the same files?")
+        return batch
 
     def wait(self):
         if self.mesh is not None:

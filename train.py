@@ -592,6 +592,8 @@ def start(args: argparse.Namespace, world: World):
     with parallel.said_once():
         set_cuda_numerics()
         stage, settings, state, model, tokenizer, loader = prepare(args, world)
+        if len(set(map(json.dumps, world.collect(settings)))) > 1:
+            raise ValueError("the processes have different settings, or different contents of --data")
     torch.use_deterministic_algorithms(torch.device(args.device).type == "cpu")  # else threads add gradients in any order
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     torch.manual_seed(settings["seed"] + 1_000_003 * world.rank)  # of dropout
@@ -703,7 +705,7 @@ def gradients(run: Run, parts: dict, loader: loading.Loader, batches: Iterable[B
     totals, names = Counter(), []
     for batch in batches:  # each is made while the one before is learned from
         names += loader.names
-        totals.update(backward(model, batch.to(run.args.device), autocast, run.stage.drop_responses_only))
+        totals.update(backward(model, world.agree(batch.to(run.args.device)), autocast, run.stage.drop_responses_only))
 
     # divided by the summed weights of all processes; `average` makes gradients a mean over processes: hence world.size
     own = totals["loss"]

@@ -121,6 +121,14 @@ def check_grid():
     """Four processes: two groups, each of two that share a batch."""
     with parallel.together("cpu", 2) as (world, _):
         assert (world.data_size, world.context) == (2, 2)
+        first, second = batches("uneven")
+        assert world.agree(first) is first
+        for other in (second, replace(first, crops=first.crops + 1)):
+            try:
+                world.agree(first if world.rank % 2 else other)
+                raise AssertionError("different batches went unseen")
+            except ValueError as error:
+                assert "different batches" in str(error)
         equal(world, CONFIG, "uneven")
         equal(world, CONFIG, "text", cut=False)
 
