@@ -627,15 +627,48 @@ def _released_files(config: MolmoConfig, tokenizer: Tokenizer) -> dict[str, dict
     }
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The mean of several checkpoints
+
+
+@torch.no_grad()
+def mean(first: str | Path, others: dict[str, float]) -> tuple[Molmo, Tokenizer]:
+    """Checkpoints of one training, each with its share; the first has what is left of 1. Late in a training their mean is often better
+    than each of them. (Model soups, arXiv 2203.05482.) ValueError if the shares are not between 0 and 1 in all, or the models not alike."""
+    if min(others.values()) <= 0 or sum(others.values()) >= 1:
+        raise ValueError(f"shares {', '.join(f'{share:g}' for share in others.values())}: above 0, and less than 1 together, for the rest is the first checkpoint's")
+    model, tokenizer = load(first)
+    parameters = dict(model.named_parameters())
+    for p in parameters.values():
+        p *= 1 - sum(others.values())
+    for folder, share in others.items():
+        other, _ = load(folder)
+        if replace(other.config, views=replace(other.config.views, max_frames=model.config.views.max_frames)) != model.config:
+            raise ValueError(f"{folder} is another model than {first}")
+        for name, p in other.named_parameters():
+            parameters[name] += share * p
+    return model, tokenizer
+
+
+def share_of(text: str) -> tuple[str, float]:
+    folder, _, share = text.rpartition("=")
+    return folder, float(share)
+
+
 def main(argv: list[str] | None = None) -> None:
     with command.one_line("weights.py"):
-        parser = command.Parser(prog="weights.py", description="Writes a checkpoint in the released layout.")
+        parser = command.Parser(prog="weights.py", description="Writes a checkpoint in the released layout, or the mean of several.")
         parser.add_argument("checkpoint", help="a folder of either sort")
         parser.add_argument("out", help="the folder to write")
+        parser.add_argument("--mean-with", nargs="+", type=share_of, metavar="FOLDER=SHARE",
+                            help="write the mean of the weights with those of other checkpoints, in the layout of the first")
         args = parser.parse_args(argv)
         if Path(args.out).is_dir() and any(Path(args.out).iterdir()):
             raise ValueError(f"{args.out} is not empty: give another folder")
-        save_released(args.out, *load(args.checkpoint))
+        if args.mean_with:
+            save(args.out, *mean(args.checkpoint, dict(args.mean_with)))
+        else:
+            save_released(args.out, *load(args.checkpoint))
 
 
 if __name__ == "__main__":

@@ -91,6 +91,15 @@ def test_the_shipped_model_is_small():
     assert sum(path.stat().st_size for path in (ROOT / "assets/tiny").iterdir()) < 12e6
 
 
+def test_the_shipped_model_knows_its_worlds():
+    """On some records of the README's table it is not far from what stands there: what changes crops, wordings or decoding under a trained
+    model is noticed."""
+    model, tokenizer = weights.load(ROOT / "assets/tiny")
+    for name, records, figure, least in (("stills", 12, "f1", 0.85), ("clips", 4, "f1", 0.8), ("tracks", 5, "hota", 0.55), ("image captions", 4, "words f1", 0.8)):
+        figures, _ = evaluate.evaluate(model, tokenizer, evaluate.fresh(name, records, model.config.views))
+        assert figures[figure] > least, (name, figures[figure])
+
+
 def test_every_python_command_runs(tmp_path, monkeypatch, capsys):
     """All commands in their order, in an empty folder with the assets beside it; training and evaluation cut short. The
     vocabulary and the clip's truth come out byte for byte as they lie in assets/."""

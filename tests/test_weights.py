@@ -54,6 +54,28 @@ def test_round_trip(tmp_path, changes):
     assert not loaded.training and all(p.dtype == torch.float32 and p.device.type == "cpu" for p in loaded.parameters())
 
 
+def test_the_mean_of_checkpoints(tmp_path, capsys):
+    """Each parameter by the shares, the first checkpoint's being the rest; one that saw fewer frames is of the same training, one of another
+    shape is not; shares are parts of 1."""
+    frames = replace(CONFIG.views, max_frames=5)
+    models = made(1), made(2, views=frames), made(3)
+    for name, model in zip("abc", models):
+        save(tmp_path / name, model, TOKENIZER)
+    a, b, c, out = (str(tmp_path / name) for name in ("a", "b", "c", "out"))
+    weights.main([a, out, "--mean-with", f"{b}=0.25", f"{c}=0.15"])
+    found, _ = load(out)
+    one, two, three = (model.state_dict() for model in models)
+    assert found.config == CONFIG
+    for name, p in found.state_dict().items():
+        torch.testing.assert_close(p, 0.6 * one[name] + 0.25 * two[name] + 0.15 * three[name])
+    save(tmp_path / "d", made(llm=replace(CONFIG.llm, width=16)), TOKENIZER)
+    for words, said in (([f"{tmp_path / 'd'}=0.5"], "is another model than"), ([f"{b}=0.5", f"{c}=0.5"], "less than 1 together"),
+                        ([f"{b}=-0.5"], "above 0"), ([b], "invalid share_of value")):
+        with pytest.raises(SystemExit) as end:
+            weights.main([a, str(tmp_path / "new"), "--mean-with", *words])
+        assert end.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
 def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path):
     """A second save replaces the first; no temporary folder stays."""
     for seed in (1, 2):
