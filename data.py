@@ -70,13 +70,10 @@ def question_text(annotation: Annotation, record: Record, rng: np.random.Generat
     for chat."""
     task, words = TASKS[annotation.task], annotation.question
     if not words or "{question}" in task.wordings[0]:
-        fps, apart = f"{annotation.fps:g}", np.diff(record.times).max(initial=0) if record.times else 0
-        timed = [w for w in task.wordings if "{fps}" in w]
-        wordings = task.wordings
-        if apart * annotation.fps > 1.2:  # there are fewer frames than that
-            wordings = [w for w in wordings if w not in timed]
-        elif annotation.fps != DEFAULT_FPS and timed:
-            wordings = timed
+        apart = np.diff(record.times).max(initial=0) if record.times else 0  # the rate asked for is one that the frames have
+        fps = f"{annotation.fps:g}" if apart * annotation.fps < 1.2 else f"{1 / apart:.2g}"
+        timed = [w for w in task.wordings if "{fps}" in w] if annotation.fps != DEFAULT_FPS else []
+        wordings = timed or task.wordings
         given = write_text(given_point(record, annotation), places(record.times, len(record.pictures)), sizes(record),
                            annotation.label) if annotation.task == "track_from" else ""
         wording, article = wordings[rng.integers(len(wordings))], re.match("(the|an?) ", annotation.label, re.IGNORECASE)

@@ -225,8 +225,9 @@ def test_styles_that_are_not_for_chat_say_their_name():
     at_one = {question_text(Annotation(task, "cup", [1], fps=1.0), record, np.random.default_rng(i)) for task in ("track", "track_ends") for i in range(9)}
     assert sum("1 fps" in text for text in at_one) == 2 and len(at_one) == 4, "where a rate can be named it is"
     sparse = replace(record, times=[4 * t for t in record.times])  # a frame every two seconds
-    assert not any("fps" in question_text(Annotation("track", "cup", [1], fps=fps), sparse, RNG()) for fps in (1.0, 4.0)), "which there are not"
-    assert "0.5 fps" in question_text(Annotation("track", "cup", [1], fps=0.5), sparse, RNG())
+    for fps in (0.5, 1.0, 4.0):
+        assert "at 0.5 fps" in question_text(Annotation("track", "cup", [1], fps=fps), sparse, RNG()), "more than there are cannot be asked for"
+    assert "at 0.5 fps" in question_text(Annotation("track_from", "cup", [1], start=0.0), sparse, RNG())
 
 
 def test_labels_with_an_article_keep_it():
