@@ -14,6 +14,7 @@ B sequences, T tokens (Tq of queries, Tk of keys).
 
 from functools import cache
 from importlib.util import find_spec
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -141,10 +142,13 @@ Mask = Dense | DenseDecode | PerExample | Sparse
 
 @cache
 def compiled(function, **how):
-    """Compiles once for the first row length and once more for all other lengths. (A kernel for a single length is faster, as it
-    needs fewer registers; on a GPU all rows of a training run have one length.)"""
-    torch._dynamo.config.recompile_limit = MOST_COMPILED
-    return torch.compile(function, fullgraph=True, **how)  # past the limit an error, not the slow way
+    """Compiles once for the first row length and once more for all other lengths, unless `how` says otherwise. (A kernel for a single
+    length is faster, as it needs fewer registers; on a GPU all rows of a training run have one length.) Past the limit it is an error."""
+    if "recompile_limit" in signature(torch.compile).parameters:  # torch 2.13, whose general limit holds for one thread only
+        how["recompile_limit"] = MOST_COMPILED
+    else:
+        torch._dynamo.config.recompile_limit = MOST_COMPILED
+    return torch.compile(function, fullgraph=True, **how)
 
 
 def compilations() -> int:

@@ -64,8 +64,9 @@ def one_line(program: str):
             raise SystemExit(141) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
-        except (OSError, ValueError, RuntimeError, MemoryError) as error:
-            if os.environ.get("MOLMO_TRACEBACK") == "1":
+        except Exception as error:
+            expected = isinstance(error, (OSError, ValueError, RuntimeError, MemoryError)) or type(error).__name__ == "FailOnRecompileLimitHit"  # torch's
+            if not expected or os.environ.get("MOLMO_TRACEBACK") == "1":
                 raise
             say(error if str(error) else type(error).__name__)
             raise SystemExit(2) from None

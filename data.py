@@ -70,8 +70,8 @@ def question_text(annotation: Annotation, record: Record, rng: np.random.Generat
     for chat."""
     task, words = TASKS[annotation.task], annotation.question
     if not words or "{question}" in task.wordings[0]:
-        apart = np.diff(record.times).max(initial=0) if record.times else 0  # the rate asked for is one that the frames have
-        fps = f"{annotation.fps:g}" if apart * annotation.fps < 1.2 else f"{1 / apart:.2g}"
+        apart = float(np.median(np.diff(record.times))) if record.times and len(record.times) > 1 else 0.0
+        fps = f"{annotation.fps:g}" if apart * annotation.fps < 1.5 else f"{1 / apart:.2g}"  # a rate that the frames have
         timed = [w for w in task.wordings if "{fps}" in w] if annotation.fps != DEFAULT_FPS else []
         wordings = timed or task.wordings
         given = write_text(given_point(record, annotation), places(record.times, len(record.pictures)), sizes(record),
@@ -140,8 +140,6 @@ def answer_pieces(annotation: Annotation, record: Record, views: Views, config: 
     if annotation.task == "count":
         n = len(points) if annotation.count is None else annotation.count
         return str(n) if n else NONE, none
-    if not points and annotation.objects:
-        raise ValueError(f"{record.name}: {annotation.task} at {annotation.fps:g} fps asks for no frame that shows {annotation.label or 'its objects'}")
     if not points:
         return NONE, none
     rows, n = none, len({point.id for point in points}) if tracks else len(points)
@@ -228,8 +226,17 @@ def example(record: Record, tokenizer: Tokenizer, config: MolmoConfig, rng: np.r
     """The message tree of a record: a branch per annotation, worded by `rng`."""
     views, branches = views_of(record, config.views, config.temporal.memory), []
     for annotation in record.annotations:
+        if shows_nothing(record, annotation):
+            warnings.warn(f"left out: {record.name}: {annotation.task} at {annotation.fps:g} fps asks for no frame that shows {annotation.label}")
+            continue
         branches.append(branch(tokenizer, *turns_of(annotation, record, views, config, rng), category(annotation, record)))
     return Example(trunk(tokenizer, views, record.subtitles), views.crops, views.pooling, branches, record.name, views.n_past)
+
+
+def shows_nothing(record: Record, annotation: Annotation) -> bool:
+    """Is it about things that are there, of which no frame at the asked rate shows any, itself or a turn of its chat?"""
+    turns = [answered for _, answered in annotation.messages if isinstance(answered, Annotation)]
+    return any(said.objects and TASKS[said.task].answer and not points_of(record, said) for said in (annotation, *turns))
 
 
 def trim_to_fit(tree: Example, max_tokens: int) -> Example:
@@ -409,8 +416,10 @@ def check(path: str, tokenizer: Tokenizer, config: MolmoConfig, max_tokens: int,
     for i in range(lines.size):
         try:
             record = lines.record(i, config.views)
+            told, record.annotations = len(record.annotations), [said for said in record.annotations if not shows_nothing(record, said)]
             tree = example(record, tokenizer, config, np.random.default_rng(0))
-            fitting = trim_to_fit(tree, max_tokens)
+            with warnings.catch_warnings(action="ignore"):  # counted below
+                fitting = trim_to_fit(tree, max_tokens)
             if len(tree.crops) > max_crops:
                 raise ValueError(f"{lines.where(i)}: {len(tree.crops)} crops, there is room for {max_crops}")
         except ValueError as error:
@@ -418,7 +427,8 @@ def check(path: str, tokenizer: Tokenizer, config: MolmoConfig, max_tokens: int,
             bad += 1
             continue
         grounded = [(said, one) for said, one in zip(record.annotations, tree.branches) if len(one.points)]
-        odd["annotations point between the frames that are looked at"] += len(lines.line(i).record.annotations) - len(record.annotations)
+        odd["annotations point between the frames that are looked at"] += len(lines.line(i).record.annotations) - told
+        odd["annotations ask for tracks at a rate at which nothing shows"] += told - len(record.annotations)
         too_long = too_long_alone(tree, max_tokens)
         odd["annotations are too long for a pack"] += too_long
         odd["annotations do not fit beside the others"] += len(tree.branches) - len(fitting.branches) - too_long

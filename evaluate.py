@@ -226,8 +226,8 @@ def questions(records: Iterator[Record], model: Molmo, seed: int) -> Iterator[As
         rng = np.random.default_rng([seed, number, 8])
         views = data.views_of(record, model.config.views, model.config.temporal.memory)
         for said in record.annotations:
-            if said.objects and TASKS[said.task].answer and not data.points_of(record, said):
-                continue  # tracks at a rate at which nothing of them shows
+            if data.shows_nothing(record, said):
+                continue
             if not said.messages:
                 yield Asked(record, said, views, data.question_text(said, record, rng))
             for turn, (asked, _) in enumerate(said.messages):
@@ -292,7 +292,7 @@ def fresh(name: str, count: int, config: ViewConfig, seed: int = EVALUATION_SEED
 
 
 def usable(given: Lines | Sequences, count: int, config: ViewConfig, bad: list[int]) -> Iterator[Record]:
-    """The first records of a file. One whose pictures cannot be read, or do not show what is said, is named and comes into `bad`.
+    """The first records of a file or folder. One whose pictures cannot be read, or do not show what is said, is named and comes into `bad`.
     ValueError if there are more than a hundred of them, or nothing else."""
     for i in range(count):
         try:
@@ -575,7 +575,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="    "))
             if bad:
                 result[name]["bad lines"] = len(bad)
-                print(f"  left out: {len(bad)} of {most[name]} lines, each with its warning")
+                print(f"  left out: {len(bad)} of {most[name]} records, each with its warning")
             told = sum(len(given.line(i).record.annotations) for i in range(most[name]) if i not in bad) if args.data else 0
             if (away := told - len({id(a.annotation) for a in asked})) > 0:
                 result[name]["left out"] = away

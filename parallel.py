@@ -104,11 +104,13 @@ class World:
         return list(dict.fromkeys(name for names in self.collect(list(own)) for name in names))
 
     def agree(self, batch: Batch) -> Batch:
-        """The batch. ValueError, in the whole context group, if its processes hold different ones, of which they would compute a part each:
-        perhaps one of them could not read a file."""
+        """The batch. ValueError, in the whole context group, if its processes hold batches with other tokens, or other pictures: perhaps
+        one of them could not read a file."""
         if self.context > 1:
-            own = torch.stack([batch.tokens.sum(), batch.crops.sum(dtype=torch.long), *(torch.tensor(x.numel(), device=batch.tokens.device) for x in (
-                batch.tokens, batch.crops, batch.pooling))])
+            place = torch.arange(1, batch.tokens.numel() + 1, device=batch.tokens.device)
+            of_crop = batch.crops.flatten(1).sum(1, dtype=torch.long) * torch.arange(1, len(batch.crops) + 1, device=batch.crops.device)
+            sizes = torch.tensor([batch.tokens.numel(), len(batch.crops), batch.pooling.numel()], device=batch.tokens.device)
+            own = torch.cat([torch.stack([(batch.tokens.flatten() * place).sum(), of_crop.sum()]), sizes])
             found = own.new_empty(self.context, len(own))
             all_gather(found, own[None], group=self.group)
             if (found != found[0]).any():

@@ -494,23 +494,23 @@ def prepare(args: argparse.Namespace, world: World):
     if not args.temporal and (args.temporal_init or args.missing):
         raise ValueError("--temporal-init and --missing go with --temporal")
     seed, folder = data_seed(args), run_folder(args)
-    state = weights.load_training(folder / "checkpoint") if args.resume else None
     weights.recover(folder / "checkpoint")  # a kill may have left it beside its name
+    state = weights.load_training(folder / "checkpoint") if args.resume else None
     if not args.resume and (folder / "checkpoint").exists():
         raise ValueError(f"{folder} holds a run: --resume goes on with it, --out FOLDER begins another elsewhere")
     before = Path(f"runs/stage{args.stage - 1}/checkpoint")
     if state is None and not (args.init or args.out) and weights.standing(before).is_dir():
-        args.init = str(before)
+        args.init, stopped = str(before), unfinished(before)
         if world.rank == 0:
-            print(f"begins with {args.init}{unfinished(before)}: --init names another")
-    if state is None and not args.init and (args.stage > 1 or args.data) and world.rank == 0:
-        print("starts from random weights: --init FOLDER goes on from a checkpoint")
+            print(f"begins with {args.init}{stopped}: --init names another")
     if state is None and not args.init and args.stage > 2:
         raise ValueError(f"stage {args.stage} goes on from a trained model: give --init, for one assets/tiny")
     settings = settings_of(args, stage)
     if state:
         same_run(settings, json.loads(str(state["settings"])) if "loaders" in state else {}, folder)
     model, tokenizer = model_for(args, folder, state is not None)
+    if state is None and not args.init and (args.stage > 1 or args.data) and world.rank == 0:
+        print("starts from random weights: --init FOLDER goes on from a checkpoint")
     drawn = () if args.data else [one for name in stage.rates for one in data.CATEGORIES.get(name, (name,))]
     if model.config.points_as == "tags" and (several := [name for name in drawn if name in data.SEVERAL]):
         raise ValueError(f"points as tags: they mark points in one picture, and stage {args.stage} draws {several[0]}: give --data")

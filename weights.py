@@ -635,15 +635,15 @@ def _released_files(config: MolmoConfig, tokenizer: Tokenizer) -> dict[str, dict
 def mean(first: str | Path, others: dict[str, float]) -> tuple[Molmo, Tokenizer]:
     """Checkpoints of one training, each with its share; the first has what is left of 1. Late in a training their mean is often better
     than each of them. (Model soups, arXiv 2203.05482.) ValueError if the shares are not between 0 and 1 in all, or the models not alike."""
-    if min(others.values()) <= 0 or sum(others.values()) >= 1:
+    if not (min(others.values()) > 0 and sum(others.values()) < 1):
         raise ValueError(f"shares {', '.join(f'{share:g}' for share in others.values())}: above 0, and less than 1 together, for the rest is the first checkpoint's")
     model, tokenizer = load(first)
     parameters = dict(model.named_parameters())
     for p in parameters.values():
         p *= 1 - sum(others.values())
     for folder, share in others.items():
-        other, _ = load(folder)
-        if replace(other.config, views=replace(other.config.views, max_frames=model.config.views.max_frames)) != model.config:
+        other, vocabulary = load(folder)
+        if type(vocabulary) is not type(tokenizer) or vocabulary.decode(range(vocabulary.size)) != tokenizer.decode(range(tokenizer.size)) or replace(other.config, views=replace(other.config.views, max_frames=model.config.views.max_frames)) != model.config:
             raise ValueError(f"{folder} is another model than {first}")
         for name, p in other.named_parameters():
             parameters[name] += share * p
@@ -666,6 +666,8 @@ def main(argv: list[str] | None = None) -> None:
         if Path(args.out).is_dir() and any(Path(args.out).iterdir()):
             raise ValueError(f"{args.out} is not empty: give another folder")
         if args.mean_with:
+            if len(dict(args.mean_with)) < len(args.mean_with):
+                raise ValueError("--mean-with: a folder is given twice")
             save(args.out, *mean(args.checkpoint, dict(args.mean_with)))
         else:
             save_released(args.out, *load(args.checkpoint))

@@ -123,7 +123,7 @@ def check_grid():
         assert (world.data_size, world.context) == (2, 2)
         first, second = batches("uneven")
         assert world.agree(first) is first
-        for other in (second, replace(first, crops=first.crops + 1)):
+        for other in (second, replace(first, crops=first.crops + 1), replace(first, tokens=first.tokens.flip(1))):
             try:
                 world.agree(first if world.rank % 2 else other)
                 raise AssertionError("different batches went unseen")

@@ -1,5 +1,6 @@
 """The mask rule and the ways to compute attention under it."""
 
+from functools import wraps
 from types import SimpleNamespace
 
 import numpy as np
@@ -158,8 +159,8 @@ def test_block_sparse_gradients_equal_dense_ones():
 def test_one_compilation_serves_all_lengths(monkeypatch):
     """Making the block mask is compiled once for rows of any length, not once a batch."""
     counter, compile = CompileCounterWithBackend("eager"), torch.compile
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)  # which it changes
-    monkeypatch.setattr(torch, "compile", lambda function, **how: compile(function, backend=counter, **how))
+    compiling = wraps(compile)(lambda function, **how: compile(function, backend=counter, **how))
+    monkeypatch.setattr(torch, "compile", compiling)
     make = attention.compiled.__wrapped__(create_block_mask)
     rng = np.random.default_rng(3)
     for length in (300, 200, 450, 520, 301):

@@ -178,12 +178,17 @@ def test_none_is_said_in_words(task):
 
 
 def test_tracks_that_no_asked_frame_shows_are_no_answer():
-    """Something that is there, but in none of the frames at the asked rate, is not taught as "There are none."; nothing to be tracked is."""
-    config = PRESETS["tiny"]
-    for said in (Annotation("track", "dogs", [3], fps=1.0), Annotation("track_from", "dogs", [1], start=3.0)):
-        with pytest.raises(ValueError, match="film: track.* asks for no frame that shows dogs"):
-            answered(film(), said, config)
-    assert answered(film(), Annotation("track", "dogs", [], fps=1.0), config)[0] == "There are none."
+    """Something that is there, but in none of the frames at the asked rate, is not taught as "There are none.", nor is a chat about it, and
+    nothing else is lost; nothing to be tracked is none."""
+    late, never = Annotation("track_from", "dogs", [1], start=3.0), Annotation("track", "dogs", [3], fps=1.0)
+    chat, none = Annotation("chat", messages=[("Where?", never)]), Annotation("track", "dogs", [], fps=1.0)
+    record = film()
+    record.annotations = [late, never, none, chat]
+    with pytest.warns(UserWarning, match="left out: film: .* asks for no frame that shows"):
+        tree = example(record, TOKENIZER, PRESETS["tiny"], RNG())
+    assert len(tree.branches) == 1 and "There are none." in TOKENIZER.decode(tree.branches[0].tokens)
+    asked = list(evaluate.questions(iter([record]), SimpleNamespace(config=PRESETS["tiny"]), 0))
+    assert [a.annotation for a in asked] == [none]
 
 
 def test_the_number_is_that_of_things_also_in_one_patch():

@@ -5,7 +5,6 @@ import json
 import pytest
 from torch.utils import backend_registration
 
-import afar
 import data
 import forks
 import infer
@@ -20,6 +19,8 @@ pytestmark = pytest.mark.skipif(not hasattr(backend_registration, "_setup_privat
 @pytest.fixture
 def far(tmp_path):
     """A command on the other device, as tests/afar.py runs it; -> what it prints."""
+    import afar
+
     def far(*words: object) -> str:
         out, err = tmp_path / "out.txt", tmp_path / "err.txt"
         run = forks.start(afar.main, *words, out=out, err=err)

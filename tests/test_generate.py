@@ -14,7 +14,7 @@ import data
 import generate as generation
 from attention import Dense, DenseDecode, MaskIds, make_mask, may_attend
 from generate import Linear8, Speed, Frontier, generate, generate_slowly, sampler, step_bytes, to_int8
-from model import Cache, Molmo
+from model import Cache
 from packing import collate
 from pointing import PointPredictor
 from test_model import CONFIG, SEEN, CONTROL, TOKENIZER, babble, look, model, prompt, scrambled, script  # noqa: F401

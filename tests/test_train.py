@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -647,8 +648,13 @@ def start(tmp_path):
 
     yield start
     for run in runs:
-        if run.is_alive():
-            os.killpg(run.pid, signal.SIGKILL)
+        kill(run)
+
+
+def kill(run: BaseProcess, by: int = signal.SIGKILL):
+    """With all that it started; it may have ended."""
+    with suppress(ProcessLookupError):
+        os.killpg(run.pid, by)
 
 
 def status(run: BaseProcess, seconds: float) -> int | None:
@@ -675,7 +681,7 @@ def test_kill_9_at_five_random_steps_and_in_a_save_changes_nothing(start, tmp_pa
             time.sleep(0.01)
         assert run.is_alive(), (step, err.read_text())
         time.sleep(rng.uniform(0, 0.3))  # a save takes as long
-        os.killpg(run.pid, signal.SIGKILL)
+        kill(run)
         assert status(run, 60) in (0, -signal.SIGKILL), step
         waiting += [state["pool"] for state in json.loads(str(weights.load_training(folder / "checkpoint")["loaders"])) if state]
     last, err = start(small_run, "--out", folder, "--resume")
@@ -742,7 +748,7 @@ def test_a_signal_to_the_whole_group_saves(start, tmp_path):
         if not run.is_alive() or metrics.exists() and '"loss"' in metrics.read_text():
             break
         time.sleep(0.1)
-    os.killpg(run.pid, signal.SIGTERM)
+    kill(run, signal.SIGTERM)
     assert status(run, 60) == 0, err.read_text()
     assert (tmp_path / "run/checkpoint/training.npz").exists() and losses_of(tmp_path / "run")
 
