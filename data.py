@@ -227,7 +227,7 @@ def example(record: Record, tokenizer: Tokenizer, config: MolmoConfig, rng: np.r
     views, branches = views_of(record, config.views, config.temporal.memory), []
     for annotation in record.annotations:
         if shows_nothing(record, annotation):
-            warnings.warn(f"left out: {record.name}: {annotation.task} at {annotation.fps:g} fps asks for no frame that shows {annotation.label}")
+            warnings.warn(f"left out: {record.name}: {annotation.task} at {annotation.fps:g} fps asks for no frame that shows {annotation.label or 'what it is about'}")
             continue
         branches.append(branch(tokenizer, *turns_of(annotation, record, views, config, rng), category(annotation, record)))
     return Example(trunk(tokenizer, views, record.subtitles), views.crops, views.pooling, branches, record.name, views.n_past)

@@ -44,6 +44,7 @@ from attention import set_cuda_numerics
 from davis import Sequences
 from masks import FUSIONS, Growing, Propagator, Sam2, dilated, iou, through_time
 from generate import generate
+from loading import Loader
 from model import Molmo
 from packing import collate
 from pointing import Point
@@ -54,7 +55,6 @@ from tokenizer import Tokenizer
 EVALUATION_SEED = 2_000_000  # training seeds lie below
 PER_RECORD = 3               # questions about a synthetic record, at most
 BATCH = 24                   # questions answered at a time
-MOST_BAD = 100               # lines of a file that cannot be used
 FAR = 1e6                    # pixels: the distance to an object that is not in that picture
 NEAR = 0.05                  # of the longer side: a hit where no mask is known
 LONGEST = {False: 480, True: 1024}  # tokens of an answer: 60 points; of one with tracks, eight things in 32 frames
@@ -293,13 +293,13 @@ def fresh(name: str, count: int, config: ViewConfig, seed: int = EVALUATION_SEED
 
 def usable(given: Lines | Sequences, count: int, config: ViewConfig, bad: list[int]) -> Iterator[Record]:
     """The first records of a file or folder. One whose pictures cannot be read, or do not show what is said, is named and comes into `bad`.
-    ValueError if there are more than a hundred of them, or nothing else."""
+    ValueError if there are more of them than training would leave out, or nothing else."""
     for i in range(count):
         try:
             record = given.record(i, config)
         except ValueError as error:
             bad.append(i)
-            if len(bad) > MOST_BAD or len(bad) == count:
+            if len(bad) > Loader.MOST_SKIPPED or len(bad) == count:
                 raise
             warnings.warn(f"left out: {error}")
         else:

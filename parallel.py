@@ -104,8 +104,8 @@ class World:
         return list(dict.fromkeys(name for names in self.collect(list(own)) for name in names))
 
     def agree(self, batch: Batch) -> Batch:
-        """The batch. ValueError, in the whole context group, if its processes hold batches with other tokens, or other pictures: perhaps
-        one of them could not read a file."""
+        """The batch. ValueError, in the whole context group, if its processes hold different ones, by the sizes and by sums of tokens and of
+        pixels weighted by their places: perhaps one of them could not read a file."""
         if self.context > 1:
             place = torch.arange(1, batch.tokens.numel() + 1, device=batch.tokens.device)
             of_crop = batch.crops.flatten(1).sum(1, dtype=torch.long) * torch.arange(1, len(batch.crops) + 1, device=batch.crops.device)
@@ -291,8 +291,8 @@ def average(model: nn.Module, world: World) -> None:
 
 def shard(model: Molmo, world: World, device: str, recompute: bool = False, half: bool | None = None) -> Molmo:
     """Cuts the model over all processes, block by block: gathered when used, gone when not. Parameters and the reduction of
-    gradients stay float32; with `half` (on a GPU, unless given) it computes in bfloat16. `recompute`: blocks keep their input only and run again in the
-    backward pass (activation checkpointing)."""
+    gradients stay float32; with `half` (on a GPU, unless given) it computes in bfloat16. `recompute`: blocks keep their input only
+    and run again in the backward pass (activation checkpointing)."""
     if recompute:
         for block in (*model.vit.blocks, *model.blocks):
             block.forward = _recomputed(block.forward)

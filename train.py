@@ -467,7 +467,8 @@ def main(argv: list[str] | None = None):
 def stage_of(args: argparse.Namespace) -> Stage:
     """Its row of the table, with the steps and the loss weights that are asked for."""
     stage = STAGES[args.preset, args.stage]
-    return replace(stage, weights=args.loss_weights or stage.weights, steps=args.steps or stage.steps, vit_steps=min(stage.vit_steps, args.steps or stage.vit_steps))
+    return replace(stage, weights=args.loss_weights or stage.weights, steps=args.steps or stage.steps,
+                   vit_steps=min(stage.vit_steps, args.steps or stage.vit_steps))
 
 
 def settings_of(args: argparse.Namespace, stage: Stage) -> dict:
@@ -536,7 +537,10 @@ def unfinished(checkpoint: Path) -> str:
     state = weights.load_training(checkpoint)
     if "probe weight" in state:
         raise ValueError(f"{checkpoint} was stopped while the ViT was alone: --resume goes on with that stage, --init names another checkpoint")
-    step, steps = int(state["step"]), json.loads(str(state["settings"]))["steps"]
+    try:
+        step, steps = int(state["step"]), json.loads(str(state["settings"]))["steps"]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{checkpoint}/training.npz is not of a training run: --init {checkpoint} takes the model alone") from None
     return f" (stopped after step {step} of {steps})" if step < steps else ""
 
 

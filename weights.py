@@ -10,6 +10,7 @@ and one line names the file and the tensor. No pickle is ever read. The released
     python weights.py runs/stage2/checkpoint exported    # any checkpoint, written in the released layout
 """
 
+import argparse
 import importlib
 import json
 import math
@@ -634,16 +635,21 @@ def _released_files(config: MolmoConfig, tokenizer: Tokenizer) -> dict[str, dict
 @torch.no_grad()
 def mean(first: str | Path, others: dict[str, float]) -> tuple[Molmo, Tokenizer]:
     """Checkpoints of one training, each with its share; the first has what is left of 1. Late in a training their mean is often better
-    than each of them. (Model soups, arXiv 2203.05482.) ValueError if the shares are not between 0 and 1 in all, or the models not alike."""
-    if not (min(others.values()) > 0 and sum(others.values()) < 1):
-        raise ValueError(f"shares {', '.join(f'{share:g}' for share in others.values())}: above 0, and less than 1 together, for the rest is the first checkpoint's")
+    than each of them. (Model soups, arXiv 2203.05482.) ValueError if the shares are not above 0 and below 1 together, or if the models
+    differ in more than the frames that they look at."""
+    shares = list(others.values())
+    if not (min(shares) > 0 and sum(shares) < 1):
+        raise ValueError(f"--mean-with: shares of {', '.join(f'{share:g}' for share in shares)}: they must be above 0, and less than 1 "
+                         "together, for the rest is the first checkpoint's")
     model, tokenizer = load(first)
+    spelled = lambda vocabulary: vocabulary.decode(range(vocabulary.size))
     parameters = dict(model.named_parameters())
     for p in parameters.values():
-        p *= 1 - sum(others.values())
+        p *= 1 - sum(shares)
     for folder, share in others.items():
-        other, vocabulary = load(folder)
-        if type(vocabulary) is not type(tokenizer) or vocabulary.decode(range(vocabulary.size)) != tokenizer.decode(range(tokenizer.size)) or replace(other.config, views=replace(other.config.views, max_frames=model.config.views.max_frames)) != model.config:
+        other, words = load(folder)
+        config = replace(other.config, views=replace(other.config.views, max_frames=model.config.views.max_frames))
+        if config != model.config or spelled(words) != spelled(tokenizer):
             raise ValueError(f"{folder} is another model than {first}")
         for name, p in other.named_parameters():
             parameters[name] += share * p
@@ -651,8 +657,14 @@ def mean(first: str | Path, others: dict[str, float]) -> tuple[Molmo, Tokenizer]
 
 
 def share_of(text: str) -> tuple[str, float]:
+    """FOLDER=SHARE of a command line."""
     folder, _, share = text.rpartition("=")
-    return folder, float(share)
+    try:
+        if folder:
+            return folder, float(share)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not FOLDER=SHARE, such as runs/stage2/checkpoint=0.4")
 
 
 def main(argv: list[str] | None = None) -> None:

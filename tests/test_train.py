@@ -408,6 +408,11 @@ def test_a_stage_before_that_was_stopped_is_not_taken_for_a_whole_one(quick, fir
     train.main(["--stage", "2", *quick])
     assert "begins with runs/stage1/checkpoint (stopped after step 2 of 3)" in capsys.readouterr().out
     shutil.rmtree("runs/stage2")
+    for broken in ({"settings": np.array("[]")}, {"settings": np.array("{}")}, {"step": np.array("soon")}):
+        change(**broken)
+        with pytest.raises(SystemExit) as end:
+            train.main(["--stage", "2", *quick])
+        assert end.value.code == 2 and "is not of a training run: --init" in capsys.readouterr().err
     change(**{"step": np.array(-1), "probe weight": np.zeros(3)})
     with pytest.raises(SystemExit) as end:
         train.main(["--stage", "2", *quick])
@@ -648,7 +653,8 @@ def start(tmp_path):
 
     yield start
     for run in runs:
-        kill(run)
+        if run.is_alive():
+            kill(run)
 
 
 def kill(run: BaseProcess, by: int = signal.SIGKILL):

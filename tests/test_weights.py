@@ -70,7 +70,7 @@ def test_the_mean_of_checkpoints(tmp_path, capsys):
         torch.testing.assert_close(p, 0.6 * one[name] + 0.25 * two[name] + 0.15 * three[name])
     save(tmp_path / "d", made(llm=replace(CONFIG.llm, width=16)), TOKENIZER)
     for words, said in (([f"{tmp_path / 'd'}=0.5"], "is another model than"), ([f"{b}=0.5", f"{c}=0.5"], "less than 1 together"),
-                        ([f"{b}=-0.5"], "above 0"), ([f"{b}=nan"], "above 0"), ([f"{b}=0.1", f"{b}=0.2"], "given twice"), ([b], "invalid share_of value")):
+                        ([f"{b}=-0.5"], "above 0"), ([f"{b}=nan"], "above 0"), ([f"{b}=0.1", f"{b}=0.2"], "given twice"), ([b], "is not FOLDER=SHARE"), ([f"{b}=much"], "is not FOLDER=SHARE"), (["=0.5"], "is not FOLDER=SHARE"), ([f"{tmp_path / 'gone'}=0.5"], "gone: not a checkpoint folder")):
         with pytest.raises(SystemExit) as end:
             weights.main([a, str(tmp_path / "new"), "--mean-with", *words])
         assert end.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "new").exists()
