@@ -142,20 +142,18 @@ def together(device: str, context: int):
             raise ValueError(f"--context-parallel {context} needs as many processes: start with torchrun --nproc-per-node {context}")
         yield World(), device
         return
-    kind = torch.device(device).type
-    if kind not in ("cpu", "cuda"):
-        with said_once():
+    rank, size, kind = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.device(device).type
+    with said_once():  # before any of them waits for another
+        if kind not in ("cpu", "cuda"):
             raise ValueError(f"--device {device}: many processes share a model on CPUs or by CUDA only")
+        if size % context:
+            raise ValueError(f"--context-parallel {context}: {size} processes cannot be cut into such groups")
     if kind == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT, device_id=torch.device(device) if kind == "cuda" else None)
     done = False
     try:
-        rank, size = dist.get_rank(), dist.get_world_size()
-        with said_once():
-            if size % context:
-                raise ValueError(f"--context-parallel {context}: {size} processes cannot be cut into such groups")
         mesh = init_device_mesh(kind, (size,))
         grid = init_device_mesh(kind, (size // context, context), mesh_dim_names=("data", "context"))
         yield World(rank, size, context, mesh, grid.get_group("context")), device

@@ -48,6 +48,7 @@ from attention import compilations, set_cuda_numerics
 from connector import TEMPORAL
 from evaluate import evaluate, fresh
 from model import LOSSES, POINTS_AS, PRESETS, Batch, Molmo, MolmoConfig
+from muon import Muon
 from packing import WEIGHTS, Packer
 from parallel import World
 from records import Lines
@@ -201,7 +202,7 @@ def optimizers(module: nn.Module, kind: str) -> list[torch.optim.Optimizer]:
         muon.append({"params": [p for n, p in params.items() if n in matrices], "part": part})
     made = [torch.optim.AdamW([g for g in adamw if g["params"]], betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)]
     if groups := [g for g in muon if g["params"]]:
-        made.append(torch.optim.Muon(groups, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+        made.append(Muon(groups))
     return made
 
 

@@ -76,7 +76,7 @@ def equal(world: parallel.World, config, kind: str, recompute: bool = False, cut
     same(*({name: torch.tensor(norm) for name, norm in n.items()} for n in norms), what)
     before = scrambled(0, config).double().state_dict()
     changes = lambda model: {name: parallel.full(p) - before[name] for name, p in model.named_parameters()}
-    same(changes(model), changes(alone), f"{what}, after a step", 1e-3)  # AdamW makes the smallest gradients large, Muon rounds
+    same(changes(model), changes(alone), f"{what}, after a step", 1e-3)  # AdamW makes the smallest gradients large, Muon the smallest singular values
 
 
 def near(world: parallel.World, config, kind: str, half: bool = False):
