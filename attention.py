@@ -1,7 +1,7 @@
 """Who may look at whom, and four ways to compute it; RMSNorm and RoPE.
 
-One rule, `sees`, holds in training and in inference, for one question and for packs of message trees. What attention does
-with it depends on where it runs; every way has the same `attend(q, k, v)`:
+One rule, `sees`, holds in training and in inference, for one question and for packs of message trees. How attention
+applies it depends on the device and on the length of the rows; every way has the same `attend(q, k, v)`:
 
     Dense        one mask of all pairs for `scaled_dot_product_attention`: short rows
     DenseDecode  the same for the few queries of tokens that are being written
@@ -160,9 +160,12 @@ def compilations() -> int:
 def make_mask(ids: MaskIds) -> Mask:
     """Chooses the way by device and row length; on a GPU short rows are not worth compiling for. (On Apple's GPUs
     FlexAttention has no backward pass; on CUDA it is compiled by Triton, which not every system has.)"""
-    if ids.example.device.type == "cuda" and ids.example.shape[1] <= MOST_DENSE:
+    on_cuda, length = ids.example.device.type == "cuda", ids.example.shape[1]
+    if on_cuda and length <= MOST_DENSE:
         return Dense.of(ids)
-    return Sparse.of(ids) if ids.example.device.type == "cuda" and find_spec("triton") else PerExample.of(ids)
+    if on_cuda and find_spec("triton"):
+        return Sparse.of(ids)
+    return PerExample.of(ids)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -68,7 +68,8 @@ def sampler(temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Call
     def sample(logits: Tensor) -> int:
         if temperature == 0:
             return int(logits.argmax())
-        p, order = (logits.float().cpu() / temperature).softmax(-1).sort(descending=True)
+        logits = logits.float().cpu()
+        p, order = ((logits - logits.max()) / temperature).softmax(-1).sort(descending=True)
         p = p * (p.cumsum(0) - p < top_p)
         return int(order[torch.multinomial(p, 1, generator=generator)])
 
@@ -140,7 +141,7 @@ class Linear8(nn.Module):
         weight = self.weight.to(x.dtype)
         if compiling_one_token(x):
             return row_by_row(x, weight) * self.scale
-        scale = self.scale.float() if x.is_cuda else self.scale  # on CUDA the compiler has a product of bytes, slower than widening
+        scale = self.scale.float() if x.is_cuda else self.scale  # or the compiler takes its own product of bytes, which is slower
         return (F.linear(x, weight) * scale).to(x.dtype)
 
 
@@ -200,7 +201,7 @@ def step_bytes(model: Molmo) -> int:
 def bandwidth(device: torch.device) -> float:
     """Bytes a second that the device's memory moves: the fastest of some copies, every byte read and written."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**30
-    size = min(free // 4, 2**31)  # so that a copy takes far longer than to ask for it
+    size = min(free // 4, 2**31)  # so much that launching the copy takes no noticeable time
     source, clock, seconds = torch.zeros(size, dtype=torch.uint8, device=device), Speed(), []
     for _ in range(6):
         clock.lap(device)
@@ -237,17 +238,23 @@ class Frontier(NamedTuple):
             return values.view(*shape, *values.shape[1:])
         return values.new_full((*shape, *values.shape[1:]), fill).index_put_((self.row, self.column), values)
 
+    def of_branches(self, grid: Tensor) -> Tensor:
+        """The way back: (B, R, ...) -> (W, ...)."""
+        if len(self.row) == grid.shape[0] * grid.shape[1]:
+            return grid.flatten(0, 1)
+        return grid[self.row, self.column]
+
 
 def rank_in_row(row: Tensor) -> Tensor:
     """(W,) How many earlier branches are in the same row."""
     return (row[:, None] == row).tril(-1).sum(1)
 
 
-# The last cache again, if it fits exactly: a CUDA graph belongs to the memory on which it was recorded.
+# Gives the last cache again if all its sizes are the same: a CUDA graph works only on the memory on which it was recorded.
 static_cache = functools.lru_cache(1)(Cache)
 
 
-def step_of(model: Molmo, x: Tensor, position: Tensor, mask: DenseDecode, cache: Cache) -> tuple[Tensor, Tensor]:
+def one_step(model: Molmo, x: Tensor, position: Tensor, mask: DenseDecode, cache: Cache) -> tuple[Tensor, Tensor]:
     """Inputs (B, R, d) -> hidden states (B, R, d) and logits (B, R, V)."""
     h = model.hidden_states(x, position, mask, cache)
     return h, model.logits(h)
@@ -264,7 +271,7 @@ class TreeDecoding:
     def __init__(self, model: Molmo, cache: Cache, ids: MaskIds, frontier: Frontier, mode: str):
         self.model, self.cache, self.frontier, self.static = model, cache, frontier, mode != "views"
         # compiled once for every shape of grid and cache; on a GPU a CUDA graph (not yet run on one)
-        self.run = compiled(step_of, mode="reduce-overhead", dynamic=False) if mode == "compiled" else step_of
+        self.run = compiled(one_step, mode="reduce-overhead", dynamic=False) if mode == "compiled" else one_step
         empty = lambda field, fill: F.pad(field, (0, cache.room - field.shape[1]), value=fill)
         index = torch.arange(cache.room, device=frontier.row.device).expand(len(ids.index), -1)
         self.ids = MaskIds(empty(ids.example, -1), empty(ids.branch, 0), index, empty(ids.visual, False))
@@ -273,8 +280,9 @@ class TreeDecoding:
         self.reshape()
 
     def reshape(self) -> None:
-        """The grids of new tokens from here on: a column for each branch of the largest tree; where a tree has fewer, padding. The ids
-        of all steps to come are written at once: b c, b c, b c, ... until a branch ends and the rest becomes b, b, b, ..."""
+        """Lays out the new tokens from here on: in every step one column for each branch of the largest tree, padding where a tree has
+        fewer. The cache then fills up as b c b c ..., and as b b b ... once branch c has ended, so that the ids of all steps to
+        come can be written now."""
         frontier, used = self.frontier, self.cache.used
         self.shape = len(self.ids.example), int(frontier.column.max()) + 1
         for ids, new, fill in ((self.ids.example, frontier.example, -1), (self.ids.branch, frontier.branch, 0)):
@@ -282,28 +290,28 @@ class TreeDecoding:
             ids[:, used:] = grids[:, :self.cache.room - used]
         self.position = frontier.grid(frontier.position, self.shape)
         first, before = self.among(used, used + self.shape[1]), self.among(0, used)
-        self.unmasked = not self.static and self.shape[1] == 1 and bool(may_attend(first, before).all())  # one branch a row: later tokens hide nothing either
+        # with one branch a row, a step that sees everything stays so: later tokens of the branch hide nothing either
+        self.unmasked = not self.static and self.shape[1] == 1 and bool(may_attend(first, before).all())
 
     def among(self, start: int, end: int) -> MaskIds:
         return MaskIds(*(field[:, start:end] for field in self.ids))
 
     def keep(self, alive: list[int]) -> None:
         """Goes on with the branches in `alive`; the others have ended."""
-        self.frontier = self.frontier._replace(position=self.position[self.frontier.row, self.frontier.column])
-        self.frontier = Frontier(*(field[alive] for field in self.frontier))
+        frontier = self.frontier._replace(position=self.frontier.of_branches(self.position))
+        self.frontier = Frontier(*(field[alive] for field in frontier))
         if not self.static:
             self.frontier = self.frontier._replace(column=rank_in_row(self.frontier.row))
             self.reshape()
 
     def step(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs (W, d) of a new token for each branch -> hidden states (W, d) and logits (W, V)."""
-        used, frontier = self.cache.used, self.frontier
+        used = self.cache.used
         self.cache.reserve(self.shape[1])
         mask = DenseDecode(None if self.unmasked else may_attend(self.among(used, self.cache.used), self.among(0, self.cache.end)))
-        made = self.run(self.model, frontier.grid(x, self.shape), self.position, mask, self.cache)
+        h, logits = self.run(self.model, self.frontier.grid(x, self.shape), self.position, mask, self.cache)
         self.position = self.position + 1
-        full = self.shape[0] * self.shape[1] == len(x)
-        return tuple(values.flatten(0, 1) if full else values[frontier.row, frontier.column] for values in made)
+        return self.frontier.of_branches(h), self.frontier.of_branches(logits)
 
 
 @torch.inference_mode()
@@ -316,11 +324,13 @@ def generate(model: Molmo, batch: Batch, control: ControlTokens, max_new_tokens:
     device, speed = batch.tokens.device, speed or Speed()
     speed.lap(device)
     frontier, place = Frontier.of(batch)
-    room = batch.tokens.shape[1] + max_new_tokens * (int(frontier.column.max()) + 1)
     ids, visual = model.mask_ids(batch), model.visual_tokens(batch)
     x = model.input_embeddings(batch, visual)
-    made = static_cache if mode == "compiled" else Cache
-    cache = made(model.config.llm, len(x), room if mode == "views" else -(-room // STATIC_ROOM) * STATIC_ROOM, x.dtype, x.device).empty()
+    room = x.shape[1] + max_new_tokens * (int(frontier.column.max()) + 1)
+    if mode != "views":
+        room = -(-room // STATIC_ROOM) * STATIC_ROOM
+    make_cache = static_cache if mode == "compiled" else Cache
+    cache = make_cache(model.config.llm, len(x), room, x.dtype, x.device).empty()  # it may be the one of the last call
     cache.reserve(x.shape[1])
     h = model.hidden_states(x, batch.positions, make_mask(ids), cache)
     owners = model.owners(batch)[frontier.row, place].tolist()

@@ -88,7 +88,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image-crops", type=command.number(int, 1, 10_000), help="high-resolution crops per image, at most (default: the checkpoint's); of several images never more than 8")
     parser.add_argument("--max-frames", type=command.number(int, 1, 10_000), help="frames sampled from a video, at most (default: the checkpoint's; with --per-frame and --masks no limit)")
     parser.add_argument("--fps", type=command.number(float, 0.001, 1000), help="frames sampled per second of video (default: the checkpoint's, 2)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: as in the checkpoint)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights; bfloat16 takes half the memory, and on a CPU without "
+                        "instructions for it several times as long (default: as in the checkpoint)")
     parser.add_argument("--int8", action="store_true", help="the language model's weights in eight bits")
     parser.add_argument("--released-inference", action="store_true",
                         help="compute as MolmoPoint's released inference code does, which differs from how the model was trained")

@@ -9,11 +9,11 @@ by a thread, while the device is busy with the batch before. `PatchSet`, at the 
 N crops, S patches per crop, P patch side.
 """
 
-import queue
 import signal
-import threading
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
 
@@ -68,8 +68,8 @@ class Moments:
         return self.lines.size * self.FRAMES
 
     def record(self, index: int, config: ViewConfig) -> Record:
-        """As `Lines.record`; an image with frames before it as it is. ValueError, too, for what is neither or points at
-        nothing."""
+        """As `Lines.record`, but of a video one frame; an image that has frames before it stays as it is. ValueError also if
+        the record is neither of these, or if nothing is pointed at."""
         record = self.lines.record(index // self.FRAMES, replace(config, fps=self.RATE))
         if record.before is not None:
             return record
@@ -200,15 +200,16 @@ class Loader:
         self.left_out = {(one, index) for one, index in state.get("left out", [])}
         items = DataLoader(self.examples, batch_size=None, sampler=numbers, num_workers=self.workers, worker_init_fn=ignore_signals,
                            generator=torch.Generator())  # its own: the global one, from which dropout draws, stays as it is
-        # no name for iter(items) here: it holds the worker processes, which end when nobody holds it
+        # iter(items) gets no name here: it holds the worker processes, which end only when the last reference to it is gone
         for batch, names, after in prefetch(self.batches(iter(items), state["pool"], state["next"][0])):
             self.names, self.state = names, after
             yield batch
 
     def batches(self, items: Iterator[tuple[int, Example | str]], first: list[int], start: int) -> Iterator[tuple[Batch, list[str], dict]]:
         """Batches, each with the names of its examples and the state after it. `first`: the numbers that come before `start`;
-        after a change of processes they may be more than the packer holds."""
+        if the number of processes has changed, there may be more of them than the packer holds."""
         self.packer.pool, after, in_a_row, packs, drawn = {}, start, 0, [], 0
+        most = max(self.MOST_SKIPPED, len(self.left_out))  # after a change of processes every loader knows the lines of all
         for number, item in items:
             if number >= start:
                 after = number + self.world
@@ -225,8 +226,8 @@ class Loader:
                 if new:
                     warnings.warn(f"left out: {error}")
                     self.left_out.add(source)
-                if new and len(self.left_out) > self.MOST_SKIPPED or in_a_row > self.MOST_SKIPPED:
-                    one_after_the_other = " in a row" if len(self.left_out) <= self.MOST_SKIPPED else ""
+                if new and len(self.left_out) > most or in_a_row > self.MOST_SKIPPED:
+                    one_after_the_other = " in a row" if len(self.left_out) <= most else ""
                     raise ValueError(f"more than {self.MOST_SKIPPED} examples{one_after_the_other} cannot be used; "
                                      f"the last: {error}") from None
                 continue
@@ -241,41 +242,23 @@ class Loader:
 
 
 def prefetch(items: Iterator, most: int = 2) -> Iterator:
-    """The same items, up to so many made by a thread while the last one is in use; what goes wrong there is raised here, when
-    its turn comes."""
-    made, over = queue.Queue(most), threading.Event()
-
-    def hand(entry: tuple) -> None:
-        while not over.is_set():
-            try:
-                return made.put(entry, timeout=0.1)
-            except queue.Full:
-                pass
-
-    def work() -> None:
-        try:
-            for item in items:
-                hand((item, None))
-                if over.is_set():
-                    return
-            hand((None, StopIteration()))
-        except Exception as error:  # without the frames of this thread: they hold worker processes, which end when nobody does
-            error.__context__ = error.__cause__ = None
-            hand((None, error.with_traceback(None)))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    """The same items, up to `most` of them made ahead by a thread while the last one is in use; what goes wrong there is raised
+    here, when its turn comes."""
+    thread = ThreadPoolExecutor(1)
     try:
+        coming = deque(thread.submit(next, items) for _ in range(most))
         while True:
-            item, error = made.get()
-            if isinstance(error, StopIteration):
+            try:
+                item = coming.popleft().result()
+            except StopIteration:
                 return
-            if error is not None:
-                raise error
+            except Exception as error:  # without the frames of the thread: they hold worker processes, which end when nobody does
+                error.__context__ = error.__cause__ = None
+                raise error.with_traceback(None)
+            coming.append(thread.submit(next, items))
             yield item
     finally:
-        over.set()
-        thread.join(timeout=10)
+        thread.shutdown(cancel_futures=True)
 
 
 def reshard_state(states: Sequence[dict[str, list]], rank: int, world: int) -> dict[str, list]:

@@ -11,7 +11,7 @@ norms after attention and MLP, over all heads at once, YaRN on some layers.)
 One rule says who may look at whom (attention.py).
 
 B sequences, T tokens, d LLM width, N crops of the batch, S patches per crop, v ViT feature width, M visual tokens of the
-batch, K slots of a pool window, G points, V rows of the base vocabulary.
+batch, K slots of a pool window, G <|token_index|> tokens (points and stops), V rows of the base vocabulary.
 """
 
 import json
@@ -120,11 +120,16 @@ def _build(cls, values: dict, name: str):
     wrong = {f.name for f in fields(cls)} ^ set(values)
     if wrong:
         raise ValueError(f"{name}: unknown or missing: {', '.join(sorted(wrong))}")
-    value = lambda k, v: _build(parts[k], v, k) if k in parts and v is not None else tuple(v) if isinstance(v, list) else v
-    made = cls(**{k: value(k, v) for k, v in values.items()})
+
+    def value(key: str, given):
+        if key in parts and given is not None:
+            return _build(parts[key], given, key)
+        return tuple(given) if isinstance(given, list) else given
+
+    made = cls(**{key: value(key, given) for key, given in values.items()})
     for f in fields(cls):
-        found, usual = getattr(made, f.name), f.default
-        if isinstance(usual, (bool, int, float, str)) and not isinstance(found, (int, float) if type(usual) is float else type(usual)):
+        found, kind = getattr(made, f.name), type(f.default)
+        if kind in (bool, int, float, str) and not isinstance(found, (int, float) if kind is float else kind):
             raise ValueError(f"{name}: {f.name} is {found!r}")
     return made
 
@@ -263,7 +268,7 @@ def compiling_one_token(x: Tensor) -> bool:
 
 
 def row_by_row(x: Tensor, weight: Tensor) -> Tensor:
-    """x (1, ..., 1, i), weight (o, i) -> (1, ..., 1, o) as sums, of which a compiler makes a loop over the rows."""
+    """x (1, ..., 1, i), weight (o, i) -> (1, ..., 1, o) as sums over products, which a compiler turns into a loop over the rows."""
     return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
 
 
@@ -424,8 +429,7 @@ class Molmo(nn.Module):
         """The same model with another temporal module; attention that it did not have before is new
         (`TemporalAttention.initialize`)."""
         made = Molmo(replace(self.config, temporal=temporal))
-        kept = {name: p for name, p in self.state_dict().items() if name in made.state_dict()}
-        made.load_state_dict(kept, strict=False)  # all but the adapter, which only one of the two may have
+        made.load_state_dict(self.state_dict(), strict=False)  # all but the adapter, which only one of the two may have
         if made.connector.adapter is not None and self.connector.adapter is None:
             made.connector.adapter.initialize(init, seed)
         return made.to(self.wte.embedding.device, self.wte.embedding.dtype).train(self.training)
@@ -439,8 +443,8 @@ class Molmo(nn.Module):
         return self.is_any(tokens, VISUAL_TOKENS)
 
     def visual_tokens(self, batch: Batch) -> VisualTokens:
-        """ViT and connector over all pictures of the batch, matched to the placeholders in its tokens. ValueError if these are not as many as
-        its pool windows."""
+        """ViT and connector over all pictures of the batch, matched to the placeholders in its tokens. ValueError if there are
+        more or fewer of these than pool windows."""
         placeholder = self.is_any(batch.tokens, PLACEHOLDERS)
         if (count := int(placeholder.sum())) != len(batch.pooling):
             raise ValueError(f"{count} visual placeholder tokens, but {len(batch.pooling)} pool windows")
@@ -459,7 +463,7 @@ class Molmo(nn.Module):
         if self.config.temporal.mode == "none" and read.all():
             return seen
         features = seen.new_zeros(len(read), *seen.shape[1:]).index_put((read,), seen)
-        if self.config.temporal.mode != "none":  # even if none is unread here: all processes of a group make the same calls
+        if self.config.temporal.mode != "none":  # even if every crop here is read: all processes of a group make the same calls
             with torch.no_grad():
                 features[~read] = self.context.spread(self.vit, batch.crops[~read])
         return features
@@ -492,7 +496,7 @@ class Molmo(nn.Module):
             chosen = batch.points[:, 0] >= 0  # "no more points" carries nothing
             token, slot, _ = batch.points[chosen].T
             x = x.index_add(0, at_token[chosen], visual.embeddings[token].to(x.dtype))
-            n = len(at_patch)  # one less than there are tokens if an answer, while it is written, ends with <|token_index|>
+            n = len(at_patch)  # one fewer than `token` while an answer that is being written ends with <|token_index|>: its patch is not chosen yet
             patch = self.point_predictor.build_vit_embedding(visual.windows[token[:n], slot[:n]])
             x = x.index_add(0, at_patch, patch.to(x.dtype))
         return x.view(*batch.tokens.shape, -1)

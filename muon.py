@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """[M, N], U S V^T -> about U V^T. Every iteration maps a singular value s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which soon brings
-    any s of 0.01 to 1 into 0.68 to 1.14 and needs products of matrices alone."""
+    """[M, N], U S V^T -> about U V^T. Every iteration maps a singular value s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5: five
+    bring any s from 0.01 to 1 to between 0.68 and 1.14, with nothing but products of matrices."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T  # the smaller Gram matrix
     x = wide.bfloat16() if wide.is_cuda else wide
     x = x / x.norm().clamp(min=1e-7)  # no singular value is above 1 then
@@ -24,7 +24,7 @@ def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For parameters of two dimensions whose both sides are channels; tables, norms and biases are AdamW's."""
+    """For matrices with channels on both sides; tables, norms and biases are AdamW's."""
 
     def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "momentum": momentum})

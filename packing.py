@@ -42,7 +42,7 @@ from model import LOSSES, PRESETS, Batch, Molmo
 IGNORED = 0      # target where there is no loss, its weight being 0: any id would do
 CROP_VALUE = 30  # a crop counts as this many tokens when the fullest pack is sought
 PATIENCE = 4     # an example that has waited while this many poolfuls of others arrived goes into the next pack
-STEPS = 512      # a pack's tokens are counted in about so many steps, of 32 tokens at most: a smaller table, hardly a worse pack
+UNITS = 512      # a pack's tokens are counted in about so many units, of 32 tokens at most: a smaller table, hardly a worse pack
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,34 +156,34 @@ def collate(packs: Sequence[Example | Sequence[Example]], weights: str = "unifor
 # Which trees share a row
 
 
-def step_of(max_tokens: int) -> int:
-    """Tokens a step: 32 for packs of 16,384."""
-    return min(max(max_tokens // STEPS, 1), 32)
+def unit_of(max_tokens: int) -> int:
+    """Tokens a unit: 32 for packs of 16,384."""
+    return min(max(max_tokens // UNITS, 1), 32)
 
 
 def knapsack(tokens: Sequence[int], crops: Sequence[int], max_tokens: int, max_crops: int) -> list[int]:
     """The subset (indices, ascending) with the largest sum of tokens + 30 * crops that fits both limits: exact, but for
-    tokens being counted in steps (`step_of`), rounded up.
+    tokens being counted in units (`unit_of`), rounded up.
 
-    best[s, c] is the largest value with s steps and c crops at most; items enter one by one, and what entered where is
+    best[u, c] is the largest value with u units and c crops at most; items enter one by one, and what entered where is
     kept to walk back. 48 items, 512 x 128 limits: three million additions.
     """
-    step = step_of(max_tokens)
-    steps, room = [-(-t // step) for t in tokens], (max_tokens // step, max_crops)
+    unit = unit_of(max_tokens)
+    units, room = [-(-t // unit) for t in tokens], (max_tokens // unit, max_crops)
     best = np.zeros((room[0] + 1, room[1] + 1), np.int32)
     taken = np.zeros((len(tokens), *best.shape), bool)
-    for i, (t, s, c) in enumerate(zip(tokens, steps, crops)):
-        if s > room[0] or c > room[1]:
+    for i, (t, u, c) in enumerate(zip(tokens, units, crops)):
+        if u > room[0] or c > room[1]:
             continue
-        with_it = best[:room[0] + 1 - s, :room[1] + 1 - c] + (t + CROP_VALUE * c)
-        without = best[s:, c:]
-        np.greater(with_it, without, out=taken[i, s:, c:])
-        best[s:, c:] = np.maximum(with_it, without)
-    chosen, (s, c) = [], room
+        with_it = best[:room[0] + 1 - u, :room[1] + 1 - c] + (t + CROP_VALUE * c)
+        without = best[u:, c:]
+        np.greater(with_it, without, out=taken[i, u:, c:])
+        best[u:, c:] = np.maximum(with_it, without)
+    chosen, (u, c) = [], room
     for i in reversed(range(len(tokens))):
-        if taken[i, s, c]:
+        if taken[i, u, c]:
             chosen.append(i)
-            s, c = s - steps[i], c - crops[i]
+            u, c = u - units[i], c - crops[i]
     return chosen[::-1]
 
 
@@ -201,7 +201,8 @@ class Packer:
 
     def add(self, number: int, example: Example) -> None:
         """ValueError, naming the example, if no pack could hold it."""
-        room = self.max_tokens // step_of(self.max_tokens) * step_of(self.max_tokens)
+        unit = unit_of(self.max_tokens)
+        room = self.max_tokens // unit * unit
         if example.length > room or len(example.crops) > self.max_crops:
             raise ValueError(f"{example.name}: {example.length} tokens and {len(example.crops)} crops, "
                              f"a pack holds {room} and {self.max_crops}")

@@ -17,8 +17,8 @@ without pictures runs ViT, connector and pointing head on empty inputs, so that 
 
     loss of a process = its weighted sum of losses / (mean over processes of the summed weights)
 
-so that the mean of the gradients over processes is the gradient of (all weighted sums) / (all weights), whoever holds how many
-tokens. (`train.py` divides the gradients after they are averaged, which is the same: then all weights of the step are known.)
+so that the mean of the gradients over processes is the gradient of (all weighted sums) / (all weights), however the tokens are
+distributed. (`train.py` divides the gradients after they are averaged, which is the same: then all weights of the step are known.)
 
 B sequences, T tokens, C processes in a context group.
 """
@@ -64,7 +64,7 @@ class World:
     rank: int = 0
     size: int = 1
     context: int = 1                 # processes that work on one batch
-    mesh: DeviceMesh | None = None   # all processes, in one dimension: over these parameters are cut
+    mesh: DeviceMesh | None = None   # all processes in one dimension; parameters are sharded over them
     group: dist.ProcessGroup | None = None  # those of the own batch
 
     @property
@@ -107,10 +107,10 @@ class World:
         """The batch. ValueError, in the whole context group, if its processes hold different ones, by the sizes and by sums of tokens and of
         pixels weighted by their places: perhaps one of them could not read a file."""
         if self.context > 1:
-            place = torch.arange(1, batch.tokens.numel() + 1, device=batch.tokens.device)
-            of_crop = batch.crops.flatten(1).sum(1, dtype=torch.long) * torch.arange(1, len(batch.crops) + 1, device=batch.crops.device)
-            sizes = torch.tensor([batch.tokens.numel(), len(batch.crops), batch.pooling.numel()], device=batch.tokens.device)
-            own = torch.cat([torch.stack([(batch.tokens.flatten() * place).sum(), of_crop.sum()]), sizes])
+            by_place = lambda x: (x * torch.arange(1, len(x) + 1, device=x.device)).sum()
+            sums = by_place(batch.tokens.flatten()), by_place(batch.crops.flatten(1).sum(1, dtype=torch.long))
+            sizes = map(batch.tokens.new_tensor, (batch.tokens.numel(), len(batch.crops), batch.pooling.numel()))
+            own = torch.stack([*sums, *sizes])
             found = own.new_empty(self.context, len(own))
             all_gather(found, own[None], group=self.group)
             if (found != found[0]).any():
@@ -170,7 +170,7 @@ def together(device: str, context: int):
 
 
 def _gone(error: Exception) -> ValueError:
-    return ValueError(f"another process has gone or is stuck ({str(error).splitlines()[0][:120]}): "
+    return ValueError(f"another process has gone or is stuck ({(str(error).splitlines() or [type(error).__name__])[0][:120]}): "
                       "start again with --resume, which goes on from the last checkpoint")
 
 

@@ -18,7 +18,7 @@ The choice is then fed back: <|token_index|> carries the chosen token's connecto
     write_text ...    the same points as text, and the strict reader
 
 B sequences, T tokens, d LLM width, M visual tokens, K slots of a pool window, v ViT feature width, w width of the pointing queries
-and keys, G <|token_index|> tokens (points and stops).
+and keys, G <|token_index|> tokens (points and stops), P of them points.
 """
 
 import re
@@ -192,12 +192,13 @@ class PointPredictor(nn.Module):
         sqrt(number of keys): the same choice, but another temperature in training.)
         """
         keys = torch.cat([keys, self.no_more_points[None].to(keys.dtype)])
-        scale, q = len(keys) if self.config.released_inference else self.config.width, self.rotated(self.patch_q(x), index)
+        q = wide(self.rotated(self.patch_q(x), index))
+        scale = len(keys) if self.config.released_inference else self.config.width
         with torch.autocast(x.device.type, enabled=False):
-            return wide(q) @ keys.T / scale**0.5
+            return q @ keys.T / scale**0.5
 
     def slot_scores(self, x: Tensor, windows: Tensor, valid: Tensor) -> Tensor:
-        """x (G, d), windows (G, K, v) of the chosen tokens, valid (G, K) -> (G, K), -inf in empty slots."""
+        """x (P, d), windows (P, K, v) of the chosen tokens, valid (P, K) -> (P, K), -inf in empty slots."""
         q, k = wide(self.subpatch_q(x)), wide(self.subpatch_k(windows))
         with torch.autocast(x.device.type, enabled=False):
             scores = torch.einsum("gw,gkw->gk", q, k) / self.config.width**0.5
@@ -212,10 +213,10 @@ class PointPredictor(nn.Module):
         are; `right`: in how many of them (stops included) the right choice scores highest.
 
         h (B*T, d); targets, weights, owner (example) and branch (B*T,); points (G, 3): visual token, slot and location
-        of every <|token_index|>, in order; visual token -1 is the "no more points" choice. P of the G are points, not stops.
+        of every <|token_index|>, in order; visual token -1 is the "no more points" choice.
         """
         def loss(scores, target, at):
-            return (F.cross_entropy(scores.float(), target, reduction="none") * weights[at]).sum()
+            return (F.cross_entropy(wide(scores), target, reduction="none") * weights[at]).sum()
 
         # the places (in B*T) that predict the three tokens, and the truth there
         at_token, at_slot, at_location = ((targets == ids[name]).nonzero()[:, 0] for name in (TOKEN_INDEX, VIT_INDEX, VIT_LOC))
@@ -272,17 +273,19 @@ class PointDecoder:
         self.keys = predictor.patch_keys(predictor.x_norm(h), visual.index)
         banned = (VIT_INDEX, VIT_LOC) if visual.indexable.any() else (VIT_INDEX, VIT_LOC, TOKEN_INDEX)
         self.banned = torch.tensor([ids[name] for name in banned], device=h.device)  # where text is free
-        self.triples: list[list[int]] = []
-        self.expects: str | None = None  # a grounding token that must come next
-        self.forced: list[int] = []      # the rest of `">`
-        self.begin_list()
+        self.begin_answer()
 
     def another(self) -> "PointDecoder":
         """For another answer about the same example: the keys are shared."""
         fresh = copy(self)
-        fresh.triples, fresh.expects, fresh.forced = [], None, []
-        fresh.begin_list()
+        fresh.begin_answer()
         return fresh
+
+    def begin_answer(self):
+        self.triples: list[list[int]] = []
+        self.expects: str | None = None  # a grounding token that must come next
+        self.forced: list[int] = []      # the rest of `">`
+        self.begin_list()
 
     def begin_list(self):
         self.visual_token, self.slot = -1, -1  # the last choice of the list at hand

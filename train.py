@@ -11,7 +11,7 @@
 
 Writes a run folder: metrics.jsonl (a line per step and per evaluation), curves.png, and a checkpoint for
 `infer.py --checkpoint` that also holds all that --resume needs: on the CPU a resumed run repeats the uninterrupted one
-bit for bit. SIGTERM and Ctrl-C finish the step, save and end with status 0. (Under torchrun the status is another, and processes
+bit for bit. SIGTERM and Ctrl-C finish the step, save and end with status 0. (Under torchrun the status is not 0, and processes
 that still run after 30 s are killed: TORCH_ELASTIC_SHUTDOWN_TIMEOUT is that number of seconds.)
 """
 
@@ -250,7 +250,9 @@ class Log:
         path = folder / "metrics.jsonl"
         for text in path.read_text().splitlines() if step is not None and path.exists() else ():
             try:
-                self.lines += [line for line in [json.loads(text)] if line["step"] < step]
+                line = json.loads(text)
+                if line["step"] < step:
+                    self.lines.append(line)
             except (ValueError, KeyError, TypeError):
                 pass  # a kill may cut the last
         self.start = time.time() - (self.lines[-1]["seconds"] if self.lines else 0)
@@ -369,10 +371,10 @@ class Run:
                  "rng": np.stack(self.world.collect(torch.get_rng_state().numpy()))} | more
         if next(module.parameters()).is_cuda:  # there dropout draws
             state["rng of the GPU"] = np.stack(self.world.collect(torch.cuda.get_rng_state(self.args.device).numpy()))
-        full_model = self.model
         if parallel.is_sharded(module):
             full_model = parallel.gather_model(self.model, self.world)
-        else:
+        else:  # the moments are whole in every process: they go into training.npz
+            full_model = self.model
             state |= {name: value.cpu().numpy() for name, value in moments.items()}
             moments = {}
         parallel.save(self.checkpoint, moments, self.world, partial(weights.save, self.checkpoint, full_model, self.tokenizer, training=state))
@@ -383,7 +385,7 @@ def restore(module: nn.Module, optimisers: list[torch.optim.Optimizer], state: d
     parameters, shards = dict(module.named_parameters()), run.checkpoint / "shards"
     if shards.is_dir():
         moments = parallel.load(shards, parameters)
-    else:  # in torch's own memory: its alignment decides how sums are grouped
+    else:  # copied into memory that torch allocated: alignment decides in which order sums are computed, hence their last bits
         moments = {name: torch.from_numpy(array).clone() for name, array in state.items() if "/" in name}
     for name, value in moments.items():
         i, parameter, key = name.split("/")
@@ -413,8 +415,9 @@ def pretrain_vit(run: Run, state: dict[str, np.ndarray] | None):
     if state:
         probe.load_state_dict({key: torch.from_numpy(state[f"probe {key}"]) for key in ("weight", "bias")})
         first = restore(seeing, optimisers, state, run)
-    share = -(-VIT_BATCH // world.size)  # scenes a step of every process: rounded up
-    numbers = range((first + stage.vit_steps) * share * world.size, stage.vit_steps * share * world.size)[world.rank::world.size]
+    share = -(-VIT_BATCH // world.size)  # scenes of a process in a step, rounded up
+    each_step = share * world.size       # of all processes
+    numbers = range((first + stage.vit_steps) * each_step, stage.vit_steps * each_step)[world.rank::world.size]
     scenes = DataLoader(loading.PatchSet(run.settings["seed"], model.config, stage.vit_scenes), share, sampler=numbers,
                         collate_fn=loading.collate_patches, num_workers=args.workers, worker_init_fn=loading.ignore_signals,
                         generator=torch.Generator())
@@ -432,9 +435,9 @@ def pretrain_vit(run: Run, state: dict[str, np.ndarray] | None):
         totals = world.totals(sums)
         (loss / totals["patches"] * world.size).backward()
         parallel.average(seeing, world)
-        drawn = (step + stage.vit_steps) * share * world.size
+        drawn = (step + stage.vit_steps) * each_step
         with parallel.said_once():  # by all processes alike
-            clip(parts, totals["naming"], step, lambda: [f"scenes {drawn} to {drawn + share * world.size - 1}"])
+            clip(parts, totals["naming"], step, lambda: [f"scenes {drawn} to {drawn + each_step - 1}"])
         update(optimisers, dict.fromkeys(PARTS, schedule(VIT_LR, VIT_WARMUP, step + stage.vit_steps, stage.vit_steps)))
         line = {"naming": totals["naming"] / totals["patches"]} | {name: totals[name] / totals[f"all {name}"]
                                                                   for name in totals if totals.get(f"all {name}")}
@@ -442,7 +445,7 @@ def pretrain_vit(run: Run, state: dict[str, np.ndarray] | None):
         stop = run.stops()
         if stop or (step + 1) % args.save_every == 0:
             run.save(seeing, optimisers, step + 1, **{f"probe {key}": value.cpu().numpy() for key, value in probe.state_dict().items()})
-        bar.set_postfix(line)  # after saving: Ctrl-C has perhaps ended who reads the bar, as in `| tee`
+        bar.set_postfix(line)  # after saving, because it may fail: Ctrl-C may have ended the program that reads the bar, as in `| tee`
         if stop:
             run.log.say(f"stopped {-step - 1} steps before the model takes over: --resume goes on from there")
             return
@@ -511,6 +514,11 @@ def prepare(args: argparse.Namespace, world: World):
     if state:
         same_run(settings, json.loads(str(state["settings"])) if "loaders" in state else {}, folder)
     model, tokenizer = model_for(args, folder, state is not None)
+    learn = {part for part, params in parts_of(model).items() if params} - {*args.freeze}
+    if stage.vit_frozen_steps and not args.data:
+        learn -= {"vit"}
+    if not learn:
+        raise ValueError("--freeze: nothing is left that could be trained from the first step on")
     if state is None and not args.init and (args.stage > 1 or args.data) and world.rank == 0:
         print("starts from random weights: --init FOLDER goes on from a checkpoint")
     drawn = () if args.data else [one for name in stage.rates for one in data.CATEGORIES.get(name, (name,))]
@@ -518,6 +526,8 @@ def prepare(args: argparse.Namespace, world: World):
         raise ValueError(f"points as tags: they mark points in one picture, and stage {args.stage} draws {several[0]}: give --data")
     if args.temporal and not state:
         temporal = replace(model.config.temporal, mode=args.temporal, missing=args.missing or model.config.temporal.missing)
+        if args.temporal_init and temporal.mode != "attention":
+            raise ValueError(f"--temporal-init: {temporal.mode} has no weights that could be initialised, only attention has")
         if args.temporal_init and temporal.mode == model.config.temporal.mode:
             raise ValueError(f"--temporal-init: the checkpoint has learned {temporal.mode}, it stays")
         model = model.with_temporal(temporal, args.temporal_init or "zero", args.seed)
@@ -547,33 +557,33 @@ def unfinished(checkpoint: Path) -> str:
 
 def model_for(args: argparse.Namespace, folder: Path, resumes: bool):
     """-> model, tokenizer: of the run in the folder, of --init, or new. ValueError if they do not fit the preset."""
-    if args.init or resumes:
-        model, tokenizer = weights.load(folder / "checkpoint" if resumes else args.init)
-        shape, pointing = attrgetter("llm.width", "llm.layers", "llm.vocabulary"), model.config.points_as == "tokens"
-        (width, layers, rows), own = shape(PRESETS[args.preset]), shape(model.config)
-        if own != (width, layers, rows):
-            raise ValueError(f"--preset {args.preset} is for a language model of width {width}, {layers} layers and {rows} tokens; "
-                             f"the checkpoint's has {own[0]}, {own[1]} and {own[2]}")
-        if args.preset not in LIGHT and pointing != (PRESETS[args.preset].points_as == "tokens"):
-            raise ValueError(f"--preset {args.preset}: the checkpoint is of the other family, it writes points as {model.config.points_as}")
-        has, wanted = model.config.points_as, args.points_as or model.config.points_as
-        if has != wanted and (resumes or "tokens" in (has, wanted)):  # only these have a pointing head
-            raise ValueError(f"--points-as {wanted}: the checkpoint writes points as {has}")
-        model.config = replace(model.config, points_as=wanted)
-        if args.preset not in LIGHT:  # released folders are for inference: they name no dropout, or none that training had
-            dropout = PRESETS[args.preset].llm.dropout
-            model.config = replace(model.config, llm=replace(model.config.llm, dropout=dropout))
-            for block in model.blocks:
-                block.dropout.p = dropout
-    else:
-        tokenizer, config = Tokenizer.load(command.HOME / "assets/tokenizer.json"), PRESETS[args.preset]
+    preset, light = PRESETS[args.preset], args.preset in LIGHT
+    if not (args.init or resumes):
+        tokenizer, config = Tokenizer.load(command.HOME / "assets/tokenizer.json"), preset
         if tokenizer.base_size != config.llm.vocabulary:
             raise ValueError(f"--preset {args.preset} has a vocabulary of {config.llm.vocabulary} tokens, which comes with its "
                              "released weights: give their folder, --init FOLDER")
         if args.points_as in ("text", "tags"):  # the rest as Molmo2 has it, too
             config = replace(config, points_as=args.points_as, views=replace(config.views, low_res_pointing=True),
                              connector=replace(config.connector, output_layer=True))
-        model = Molmo(config).initialize(args.seed)
+        return Molmo(config).initialize(args.seed), tokenizer
+
+    model, tokenizer = weights.load(folder / "checkpoint" if resumes else args.init)
+    has, asked = model.config.points_as, args.points_as or model.config.points_as
+    shape = attrgetter("llm.width", "llm.layers", "llm.vocabulary")
+    wanted, own = shape(preset), shape(model.config)
+    if own != wanted:
+        raise ValueError(f"--preset {args.preset} is for a language model of width {wanted[0]}, {wanted[1]} layers and {wanted[2]} tokens; "
+                         f"the checkpoint's has {own[0]}, {own[1]} and {own[2]}")
+    if not light and (has == "tokens") != (preset.points_as == "tokens"):
+        raise ValueError(f"--preset {args.preset}: the checkpoint is of the other family, it writes points as {has}")
+    if has != asked and (resumes or "tokens" in (has, asked)):  # only these have a pointing head
+        raise ValueError(f"--points-as {asked}: the checkpoint writes points as {has}")
+    model.config = replace(model.config, points_as=asked)
+    if not light:  # released folders are for inference: they name no dropout, or none that training had
+        model.config = replace(model.config, llm=replace(model.config.llm, dropout=preset.llm.dropout))
+        for block in model.blocks:
+            block.dropout.p = preset.llm.dropout
     return model, tokenizer
 
 
@@ -602,7 +612,8 @@ def start(args: argparse.Namespace, world: World):
     torch.use_deterministic_algorithms(torch.device(args.device).type == "cpu")  # else threads add gradients in any order
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     torch.manual_seed(settings["seed"] + 1_000_003 * world.rank)  # of dropout
-    log = Log(run_folder(args), int(state["step"]) if state else None, silent=world.rank > 0)  # only now that bad input is ruled out: it begins a new file
+    # only now, with all bad input ruled out: a Log begins a new file
+    log = Log(run_folder(args), int(state["step"]) if state else None, silent=world.rank > 0)
     with stoppable() as stop_signals:
         run = Run(model, tokenizer, stage, settings, args, log, stop_signals, world)
         resumes = state is not None and "probe weight" in state  # was stopped while the ViT was alone
@@ -626,13 +637,15 @@ def data_seed(args) -> int:
 
 def same_run(settings: dict, before: dict, folder: Path):
     """ValueError if --resume is asked to go on with another run than the one in the folder."""
+    another = f"begin another with --init {folder}/checkpoint and another --out"
     if before.get("format") != settings["format"]:
-        raise ValueError(f"--resume: the run in {folder} was written by an older version: begin another with --init {folder}/checkpoint and another --out")
+        raise ValueError(f"--resume: the run in {folder} was written by an older version: {another}")
     for name, value in settings.items():
-        if before.get(name, value) != value and name.startswith("row "):
-            raise ValueError(f"--resume: {name[4:]!r} in the stage's row has changed since the run in {folder}: begin another with --init {folder}/checkpoint and another --out")
-        if before.get(name, value) != value:
-            raise ValueError(f"--resume: the run in {folder} has {name} {before[name]}, not {value}: give the same, or another --out")
+        if before.get(name, value) == value:
+            continue
+        if name.startswith("row "):
+            raise ValueError(f"--resume: {name[4:]!r} in the stage's row has changed since the run in {folder}: {another}")
+        raise ValueError(f"--resume: the run in {folder} has {name} {before[name]}, not {value}: give the same, or another --out")
 
 
 def make_loader(stage: Stage, seed: int, tokenizer: Tokenizer, config: MolmoConfig, args, world: World, accumulate: int) -> loading.Loader:
@@ -667,10 +680,11 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
             return run.log.say(f"stopped after step {first}: --resume goes on from there")
     for step in bar:
         if step in (first, stage.vit_frozen_steps):  # the ViT may thaw in mid-run
-            frozen = {*args.freeze, *(("vit",) if step < stage.vit_frozen_steps and not args.data else ())}
+            vit_frozen = step < stage.vit_frozen_steps and not args.data
             for part, params in parts.items():
+                learns = part not in args.freeze and not (part == "vit" and vit_frozen)
                 for p in params.values():
-                    p.requires_grad_(part not in frozen)
+                    p.requires_grad_(learns)
         totals, norms = gradients(run, parts, loader, islice(batches, accumulate), step)
         update(optimisers, learning_rates(stage, step))
 

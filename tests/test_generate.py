@@ -80,7 +80,7 @@ def test_a_compiled_step_writes_the_same(model, monkeypatch, questions, eight): 
     """Captured as one graph (and run without a compiler's back end), the step gives the same answers, to many questions and to
     one, for which products are loops over rows, in eight bits too; and that one graph serves all tokens."""
     counter = CompileCounterWithBackend("eager")
-    step = torch.compile(generation.step_of, backend=counter, dynamic=False, fullgraph=True)
+    step = torch.compile(generation.one_step, backend=counter, dynamic=False, fullgraph=True)
     monkeypatch.setattr(generation, "compiled", lambda *_, **__: step)
     model, batch = to_int8(deepcopy(model)) if eight else model, collate([tree(74, questions, **SEEN["image"])])
     assert generate(model, batch, CONTROL, 12, mode="compiled") == generate(model, batch, CONTROL, 12)
@@ -91,7 +91,7 @@ def test_a_compiled_step_writes_the_same(model, monkeypatch, questions, eight): 
 
 def test_compiled_answers_share_their_cache(model, monkeypatch):  # noqa: F811
     """A second prompt of the same room is answered in the same memory, as if it had been answered first."""
-    monkeypatch.setattr(generation, "compiled", lambda *_, **__: generation.step_of)
+    monkeypatch.setattr(generation, "compiled", lambda *_, **__: generation.one_step)
     generation.static_cache.cache_clear()
     for text in QUESTIONS[:2]:
         batch = collate([prompt(74, text, **SEEN["image"])])

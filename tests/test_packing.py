@@ -116,7 +116,7 @@ def value(chosen, tokens, crops) -> int:
 
 
 def fits(chosen, tokens, crops, max_tokens, max_crops) -> bool:
-    step = packing.step_of(max_tokens)
+    step = packing.unit_of(max_tokens)
     return sum(-(-tokens[i] // step) for i in chosen) <= max_tokens // step and sum(crops[i] for i in chosen) <= max_crops
 
 
@@ -127,7 +127,7 @@ def test_the_fullest_pack_is_the_best_of_all_subsets(seed):
     scale = (1, 4, 40)[seed % 3]
     tokens, crops = rng.integers(1, 400 * scale, 9).tolist(), rng.integers(0, 9, 9).tolist()
     limits = (int(rng.integers(32, 1000)) if scale == 1 else 512 * scale, int(rng.integers(0, 20)))
-    assert packing.step_of(limits[0]) == {1: 1, 4: 4, 40: 32}[scale]
+    assert packing.unit_of(limits[0]) == {1: 1, 4: 4, 40: 32}[scale]
     chosen = knapsack(tokens, crops, *limits)
     subsets = ([i for i in range(9) if bits >> i & 1] for bits in range(512))
     best = max(value(s, tokens, crops) for s in subsets if fits(s, tokens, crops, *limits))
