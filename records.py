@@ -183,8 +183,8 @@ class Record:
 
     def seen(self, values: dict[float, T]) -> dict[int, T]:
         """Values by moment -> by picture, in order. What lies between the frames is left out, and of several moments at
-        one frame the nearest counts. A moment with others close by holds for no longer than halfway to them: where a dense
-        track has none, its object is out of view."""
+        one frame the nearest counts. A value holds for frames up to AT_A_FRAME seconds away, but only halfway to the object's next
+        moment: where a dense track has no moment, its object is out of view."""
         if self.times is None:
             return {int(moment): values[moment] for moment in sorted(values)}
         moments, times = np.array(sorted(values)), np.array(self.times)
@@ -353,27 +353,31 @@ def parse(text: str, name: str, folder: Path, pointless: bool = False) -> Line:
         identity = take(only(listed, "id", "points", "masks", "shown"), "id", int)
         if identity in objects:
             raise ValueError(f"two objects have the id {identity}")
-        places = take(listed, "points", list, [] if pointless and listed.get("masks") else REQUIRED)
-        points = {moment(place): _xy(place) for place in places}
-        if len(points) < len(places) or video is None and len(points) > 1:
-            raise ValueError(f"object {identity} has two points {'at one moment' if video else 'in images'}: "
-                             "give each thing an id of its own")
-        pieces = take(listed, "masks", list, [])
-        masks = {moment(place): runs_of(place) for place in pieces}
-        if len(masks) < len(pieces):
-            raise ValueError(f"object {identity} has two masks at one moment: join them")
-        if pointless and video is None and len(masks) > 1:
-            raise ValueError(f"object {identity} has masks in two images: give each thing an id of its own")
-        if not points and not (pointless and masks):
-            raise ValueError(f"object {identity} has no points")
-        shown = take(listed, "shown", float, None)
-        objects[identity] = Object(points, masks, shown)
+        objects[identity] = _object(listed, moment, video is not None, pointless)
     named = frozenset(objects)
     annotations = [_annotation(said, objects, named, moment, video is not None) for said in take(values, "annotations", list)]
     if not annotations:
         raise ValueError("'annotations' is empty")
     record = Record(str(values.get("id", name)), [], None, objects, annotations, take(values, "subtitles", str, ""))
     return Line(record, images, video, before)
+
+
+def _object(listed: dict, moment: Callable[[dict], float], video: bool, pointless: bool) -> Object:
+    """One of the record's objects. ValueError if it cannot be found, or is twice at one moment."""
+    name = f"object {listed['id']}"
+    places = take(listed, "points", list, [] if pointless and listed.get("masks") else REQUIRED)
+    points = {moment(place): _xy(place) for place in places}
+    if len(points) < len(places) or not video and len(points) > 1:
+        raise ValueError(f"{name} has two points {'at one moment' if video else 'in images'}: give each thing an id of its own")
+    pieces = take(listed, "masks", list, [])
+    masks = {moment(place): runs_of(place) for place in pieces}
+    if len(masks) < len(pieces):
+        raise ValueError(f"{name} has two masks at one moment: join them")
+    if pointless and not video and len(masks) > 1:
+        raise ValueError(f"{name} has masks in two images: give each thing an id of its own")
+    if not points and not (pointless and masks):
+        raise ValueError(f"{name} has no points")
+    return Object(points, masks, take(listed, "shown", float, None))
 
 
 def _moment(place: dict, images: int, video: bool) -> float:
@@ -403,6 +407,7 @@ def runs_of(place: dict) -> Runs:
 
 def _annotation(said: dict, objects: dict[int, Object], named: frozenset[int], moment: Callable[[dict], float],
                 video: bool) -> Annotation:
+    """One annotation. It may name the objects `named`; each of its own `points` becomes a new one in `objects`."""
     only(said, "task", "label", "objects", "points", "count", "question", "answer", "choices", "messages", "fps", "start",
          "about")
     if (task := take(said, "task", str)) not in TASKS:
@@ -410,32 +415,45 @@ def _annotation(said: dict, objects: dict[int, Object], named: frozenset[int], m
     made = Annotation(task, label=take(said, "label", str, ""), objects=each(said, "objects", int, []), count=take(said, "count", int, None),
                       question=take(said, "question", str, ""), answer=take(said, "answer", str, ""), choices=each(said, "choices", str, []),
                       fps=take(said, "fps", float, DEFAULT_FPS), start=take(said, "start", float, None), about=take(said, "about", str, ""))
-    if task in TRACKS and take(said, "points", list, []):
-        raise ValueError(f"{task}: each of 'points' would be another object: give 'objects' by id, each with its points through time")
-    for place in take(said, "points", list, []):  # each a new object
-        identity = max(objects, default=0) + 1
-        objects[identity] = Object({moment(place): _xy(place)})
-        made.objects.append(identity)
-    if unknown := [one for one in made.objects[:len(said.get("objects", []))] if one not in named]:
+    if unknown := [one for one in made.objects if one not in named]:
         raise ValueError(f"{task}: there is no object with id {unknown[0]}")
     if len(set(made.objects)) < len(made.objects):
         raise ValueError(f"{task}: an object is named twice")
-    if made.count is not None and (task != "count" or made.count < 0 or made.objects):
-        raise ValueError(f"'count' {made.count}: only the task count has one, of 0 or more, where no objects are given")
-    turn = lambda values: _annotation(values, objects, named, moment, video)
-    turns = [(take(m if isinstance(m, dict) else only(m), "role", str), _turn(m, turn)) for m in take(said, "messages", list, [])]
+    places = take(said, "points", list, [])
+    if places and task in TRACKS:
+        raise ValueError(f"{task}: each of 'points' would be another object: give 'objects' by id, each with its points through time")
+    for place in places:
+        identity = max(objects, default=0) + 1
+        objects[identity] = Object({moment(place): _xy(place)})
+        made.objects.append(identity)
+    made.messages = _messages(said, lambda turn: _annotation(turn, objects, named, moment, video))
+    _check(made, "objects" in said or "points" in said, video)
+    return made
+
+
+def _messages(said: dict, annotation: Callable[[dict], Annotation]) -> list[tuple[str, str | Annotation]]:
+    """The turns of a chat in pairs: what the user says, and what the assistant answers."""
+    turns = [(take(m if isinstance(m, dict) else only(m), "role", str), _turn(m, annotation)) for m in take(said, "messages", list, [])]
     if [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2):
         raise ValueError("'messages' must go from user to assistant and end with the assistant")
-    if turns and task != "chat":
+    return [(asked, answered) for (_, asked), (_, answered) in zip(turns[::2], turns[1::2])]
+
+
+def _check(made: Annotation, lists_objects: bool, video: bool) -> None:
+    """ValueError if the task lacks a field that it needs, or has one that it cannot have."""
+    task, needs = made.task, TASKS[made.task].needs.split()
+    if made.count is not None and (task != "count" or made.count < 0 or made.objects):
+        raise ValueError(f"'count' {made.count}: only the task count has one, of 0 or more, where no objects are given")
+    if made.messages and task != "chat":
         raise ValueError(f"{task}: 'messages' are for the task chat")
-    made.messages = [(asked, answered) for (_, asked), (_, answered) in zip(turns[::2], turns[1::2])]
-    for need in TASKS[task].needs.split():
-        if need == "objects" and ("objects" in said or "points" in said):
-            continue  # an empty list says that there are none
-        if not getattr(made, need):
+    for need in needs:
+        value = getattr(made, need)
+        if not (value.strip() if isinstance(value, str) else value) and not (need == "objects" and lists_objects):  # [] says that there are none
             raise ValueError(f"{task} needs {need!r}")
-    if task == "count" and made.count is None and "objects" not in said and "points" not in said:
+    if task == "count" and made.count is None and not lists_objects:
         raise ValueError("count needs 'count', or 'objects'")
+    if made.choices and "choices" not in needs:
+        raise ValueError(f"{task}: 'choices' go with the task choice")
     if len(set(made.choices)) < len(made.choices) or len(made.choices) > 26:
         raise ValueError("the choices must differ, and be 26 at most")
     if made.choices and made.answer not in made.choices:
@@ -446,11 +464,12 @@ def _annotation(said: dict, objects: dict[int, Object], named: frozenset[int], m
         raise ValueError(f"{task} needs a video")
     if task == "track_from" and len(made.objects) != 1:
         raise ValueError("track_from needs one object to start from")
+    if made.start is not None and task != "track_from":
+        raise ValueError(f"{task}: 'start' goes with track_from")
     if made.fps != DEFAULT_FPS and task not in ("track", "track_from"):
         raise ValueError(f"{task}: 'fps' goes with track and track_from")
     if not 0.01 <= made.fps <= 60:
         raise ValueError(f"'fps' is {made.fps:g}, not from 0.01 to 60")
-    return made
 
 
 def _turn(message: dict, annotation: Callable[[dict], Annotation]) -> str | Annotation:
@@ -489,7 +508,6 @@ def dump(record: Record, images: Sequence[str] = (), video: str | None = None, b
     extra = ({} if before is None else {"before": list(before)}) | ({"subtitles": record.subtitles} if record.subtitles else {})
     seen = {"objects": objects} if objects else {}
     return json.dumps({"id": record.name} | media | extra | seen | {"annotations": [_written(said) for said in record.annotations]})
-
 
 
 class Lines:
