@@ -25,7 +25,7 @@ def number(kind: type, low: float, high: float):
         except ValueError:
             pass
         raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number "
-                                         f"from {low:g} to {high:g}")
+                                         f"from {low:,} to {high:,}")
     return read
 
 
@@ -41,6 +41,17 @@ def device(name: str) -> str:
     except (RuntimeError, AssertionError):
         raise argparse.ArgumentTypeError(f"{name}: not available on this machine: try cpu") from None
     return name
+
+
+def usual_device() -> str:
+    """"cuda" if there is a GPU for which this torch has kernels (builds for CUDA 13 have none for old ones), else "cpu"."""
+    import torch
+    if "LOCAL_RANK" in os.environ:  # `device` will try the own one of each process
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return "cuda" if torch.cuda.is_available() and torch.zeros(1, device="cuda").item() == 0 else "cpu"
+    except RuntimeError:
+        return "cpu"
 
 
 @contextmanager

@@ -70,22 +70,32 @@ def question_text(annotation: Annotation, record: Record, rng: np.random.Generat
     for chat."""
     task, words = TASKS[annotation.task], annotation.question
     if not words or "{question}" in task.wordings[0]:
-        apart = float(np.median(np.diff(record.times))) if record.times and len(record.times) > 1 else 0.0
-        fps = f"{annotation.fps:g}" if apart * annotation.fps < 1.5 else f"{1 / apart:.2g}"  # a rate that the frames have
-        timed = [w for w in task.wordings if "{fps}" in w] if annotation.fps != DEFAULT_FPS else []
-        wordings = timed or task.wordings
-        given = write_text(given_point(record, annotation), places(record.times, len(record.pictures)), sizes(record),
-                           annotation.label) if annotation.task == "track_from" else ""
-        wording, article = wordings[rng.integers(len(wordings))], re.match("(the|an?) ", annotation.label, re.IGNORECASE)
-        one = len(annotation.objects) == 1 and (article or annotation.about == "motion")
-        if article:
-            wording = wording.replace("the {label}", "{label}").replace("many {label}", "many {bare}")
-        if record.times is None and len(record.pictures) > 1:
-            wording = wording.replace("this {medium}", "these {medium}s")
-        words = wording.format(
-            label=annotation.label, bare=annotation.label[article.end() if article else 0:], medium=record.medium, fps=fps,
-            question=annotation.question, options=options(annotation.choices), given=given, do="does" if one else "do", **{"is": "is" if one else "are"})
+        words = worded(annotation, record, rng)
     return f"{task.style}: {words}" if task.style else words
+
+
+def worded(annotation: Annotation, record: Record, rng: np.random.Generator) -> str:
+    """One of the task's wordings at random, filled in; articles and verbs agree with the label."""
+    wordings, label, given = TASKS[annotation.task].wordings, annotation.label, ""
+    if annotation.fps != DEFAULT_FPS:  # the prompt has to say so
+        wordings = [w for w in wordings if "{fps}" in w] or wordings
+    wording = wordings[rng.integers(len(wordings))]
+    if article := re.match("(the|an?) ", label, re.IGNORECASE):
+        wording = wording.replace("the {label}", "{label}").replace("many {label}", "many {bare}")
+    if record.times is None and len(record.pictures) > 1:
+        wording = wording.replace("this {medium}", "these {medium}s")
+    if annotation.task == "track_from":
+        given = write_text(given_point(record, annotation), places(record.times, len(record.pictures)), sizes(record), label)
+    one = len(annotation.objects) == 1 and (article or annotation.about == "motion")
+    return wording.format(label=label, bare=label[article.end():] if article else label, medium=record.medium,
+                          fps=rate_of(annotation, record), question=annotation.question, options=options(annotation.choices),
+                          given=given, do="does" if one else "do", **{"is": "is" if one else "are"})
+
+
+def rate_of(annotation: Annotation, record: Record) -> str:
+    """Frames a second of a track as its prompt says them: what was asked for, or what the frames have if they are farther apart."""
+    apart = float(np.median(np.diff(record.times))) if record.times and len(record.times) > 1 else 0.0
+    return f"{annotation.fps:g}" if apart * annotation.fps < 1.5 else f"{1 / apart:.2g}"
 
 
 def points_of(record: Record, annotation: Annotation) -> list[Point]:
@@ -99,17 +109,15 @@ def points_of(record: Record, annotation: Annotation) -> list[Point]:
         at = record.seen(thing.points)
         if not at:
             continue  # in none of the frames that are looked at
-        if record.times is not None and annotation.task not in TRACKS:
-            shown = nearest(record, at, thing.shown)
-            at = {shown: at[shown]}
-        elif annotation.task == "track_from":
-            first = nearest(record, at, annotation.start)
-            at = {frame: at[frame] for frame in at if frame > first and frame in frames}
-        elif record.times is not None:
-            at = {frame: at[frame] for frame in at if frame in frames}
-            if annotation.task == "track_ends" and at:
-                at = {frame: at[frame] for frame in (min(at), max(at))}
-        points += [Point(identity, picture, x, y) for picture, (x, y) in at.items()]
+        if annotation.task in TRACKS:
+            kept = [frame for frame in at if frame in frames]
+            if annotation.task == "track_ends":
+                kept = sorted({*kept[:1], *kept[-1:]})
+            if annotation.task == "track_from":
+                kept = [frame for frame in kept if frame > nearest(record, at, annotation.start)]
+        else:
+            kept = at if record.times is None else [nearest(record, at, thing.shown)]
+        points += [Point(identity, frame, *at[frame]) for frame in kept]
     return points
 
 
@@ -134,7 +142,7 @@ def answer_pieces(annotation: Annotation, record: Record, views: Views, config: 
     """-> the answer as a text, or as pieces for `Tokenizer.encode_layout` if it points; and the rows (G, 3) of its
     grounding tokens. Where there is nothing: `There are none.` ValueError if tags (a form for one picture) are to point in several."""
     none = np.zeros((0, 3), int)
-    if not TASKS[annotation.task].answer:
+    if not annotation.points_or_counts:
         return in_words(annotation), none
     points, tracks = points_of(record, annotation), annotation.task in TRACKS
     if annotation.task == "count":
@@ -170,7 +178,7 @@ def turns_of(annotation: Annotation, record: Record, views: Views, config: Molmo
 
 def category(annotation: Annotation, record: Record) -> str:
     """What the loss weight of an answer goes by."""
-    if any(TASKS[part.task].answer and part.task != "count" for part in annotation.parts):
+    if any(part.points_or_counts and part.task != "count" for part in annotation.parts):
         return "pointing"
     return "video caption" if annotation.task in ("caption", "transcript") and record.medium == "video" else "other"
 
@@ -235,8 +243,7 @@ def example(record: Record, tokenizer: Tokenizer, config: MolmoConfig, rng: np.r
 
 def shows_nothing(record: Record, annotation: Annotation) -> bool:
     """Is it about things that are there, of which no frame at the asked rate shows any, itself or a turn of its chat?"""
-    turns = [answered for _, answered in annotation.messages if isinstance(answered, Annotation)]
-    return any(said.objects and TASKS[said.task].answer and not points_of(record, said) for said in (annotation, *turns))
+    return any(part.objects and part.points_or_counts and not points_of(record, part) for part in annotation.parts)
 
 
 def trim_to_fit(tree: Example, max_tokens: int) -> Example:
@@ -388,7 +395,7 @@ def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, m
     if name == "video qa" and rng.random() < 0.3:
         text, heard = questions.subtitles(scene, rng)
     asked = questions.queries(scene, rng, branches, more, shares)
-    heard = heard[:-(-branches // 3)]  # not more than a third of all that is asked
+    heard = heard[:-(-branches // 3)]  # a third of all that is asked, rounded up
     record = scene_record(scene, (heard + asked)[:branches], masks, title)
     record.subtitles = text
     for said in record.annotations:
@@ -453,13 +460,14 @@ def check(path: str, tokenizer: Tokenizer, config: MolmoConfig, max_tokens: int,
 def sheet(record: Record, tokenizer: Tokenizer, config: MolmoConfig) -> Image.Image:
     """One example as a picture: its pictures with the points of (the first eight) annotations in a colour each, what the
     ViT gets, the mask of the tree (a colour per branch), and all tokens as text."""
+    record.annotations = [said for said in record.annotations if not shows_nothing(record, said)]  # as in `example`: one color each
     tree = example(record, tokenizer, config, np.random.default_rng(0))
     shown = []
     for number, picture in enumerate(record.pictures):
         image = Image.fromarray(picture)
         pen = ImageDraw.Draw(image)
         for nth, (color, said) in enumerate(zip(COLORS, record.annotations)):
-            for point in chain.from_iterable(points_of(record, part) for part in said.parts if TASKS[part.task].answer):
+            for point in chain.from_iterable(points_of(record, part) for part in said.parts if part.points_or_counts):
                 if point.picture == number:
                     pen.circle((point.x, point.y), 4 + 2 * nth, outline=color, width=2)
         shown.append(image)
@@ -547,7 +555,7 @@ def corpus(n: int, seed: int) -> Iterator[str]:
                if name not in ("moments", "arrivals", "screen qa"))
     def texts(record: Record) -> Iterator[str]:
         for said in record.annotations:
-            alone = (question_text(said, record, rng), "" if TASKS[said.task].answer else in_words(said))
+            alone = (question_text(said, record, rng), "" if said.points_or_counts else in_words(said))
             for asked, answered in said.messages or [alone]:  # (no chat here points)
                 yield from ("user", asked, "assistant", answered)
             if said.label and said.task != "count":
@@ -564,28 +572,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     with command.one_line("data.py"):
         parser = command.Parser(prog="data.py", description="Looks at training data.")
         commands = parser.add_subparsers(dest="command", required=True, parser_class=command.Parser)
-        for name, text in (("check", "names every bad line of a JSONL file, prints statistics"),
-                           ("show", "draws the examples of a JSONL file"), ("draw", "writes a synthetic set as a JSONL file")):
-            commands.add_parser(name, help=text, description=text)
-        for name in ("check", "show"):
-            commands.choices[name].add_argument("file", metavar="FILE.jsonl")
-            commands.choices[name].add_argument("--checkpoint", default=command.HOME / "assets/tiny", help="the model whose crop settings and tokenizer are used")
-            commands.choices[name].add_argument("--max-frames", type=command.number(int, 1, 10**6), default=16,
-                                                help="of a video that are looked at: stage 2 of the tiny preset has 16, stage 3 32")
-            commands.choices[name].add_argument("--image-crops", type=command.number(int, 1, 10**4), help="of an image, at most (default: the model's own; "
-                                                "training of the released presets has 8)")
-        commands.choices["check"].add_argument("--max-tokens", type=command.number(int, 1, 10**6), default=1024,
-                                                help="that a pack holds (default: %(default)s, as in stages 1 and 2 of the tiny preset)")
-        commands.choices["check"].add_argument("--max-crops", type=command.number(int, 1, 10**6), default=20, help="that a pack holds (default: %(default)s, as there)")
-        commands.choices["show"].add_argument("--n", type=command.number(int, 1, 10**6), default=8, help="so many of the first lines")
-        commands.choices["show"].add_argument("--out", type=Path, default=Path("out"), help="folder (default: %(default)s)")
-        making = commands.choices["draw"]
+        add = lambda name, text: commands.add_parser(name, help=text, description=text)
+        checking = add("check", "names every bad line of a JSONL file, prints statistics")
+        showing = add("show", "draws the examples of a JSONL file")
+        making = add("draw", "writes a synthetic set as a JSONL file")
+        texts = add("corpus", "writes texts to learn a vocabulary from, one a line")
+        for reading in (checking, showing):
+            reading.add_argument("file", metavar="FILE.jsonl")
+            reading.add_argument("--checkpoint", default=command.HOME / "assets/tiny", help="the model whose crop settings and tokenizer are used")
+            reading.add_argument("--max-frames", type=command.number(int, 1, 10**6), default=16,
+                                 help="of a video that are looked at: stage 2 of the tiny preset has 16, stage 3 32")
+            reading.add_argument("--image-crops", type=command.number(int, 1, 10**4),
+                                 help="of an image, at most (default: the model's own; training of the released presets has 8)")
+        checking.add_argument("--max-tokens", type=command.number(int, 1, 10**6), default=1024,
+                              help="that a pack holds (default: %(default)s, as in stages 1 and 2 of the tiny preset)")
+        checking.add_argument("--max-crops", type=command.number(int, 1, 10**6), default=20, help="that a pack holds (default: %(default)s, as there)")
+        showing.add_argument("--n", type=command.number(int, 1, 10**6), default=8, help="so many of the first lines")
+        showing.add_argument("--out", type=Path, default=Path("out"), help="folder (default: %(default)s)")
         making.add_argument("set", choices=SETS, metavar="SET", help=", ".join(SETS))
         making.add_argument("out", type=Path, metavar="DIR")
         making.add_argument("--n", type=command.number(int, 1, 10**6), default=8, help="records (default: %(default)s)")
         making.add_argument("--seed", type=command.number(int, 0, 2**32), default=0, help="of the records (default: %(default)s)")
         making.add_argument("--branches", type=command.number(int, 1, 100), default=6, help="annotations a record, at most (default: %(default)s)")
-        texts = commands.add_parser("corpus", help="writes texts to learn a vocabulary from, one a line")
         texts.add_argument("out", type=Path, metavar="FILE.txt")
         texts.add_argument("--n", type=command.number(int, 1, 10**9), default=20_000, help="lines (default: %(default)s)")
         texts.add_argument("--seed", type=command.number(int, 0, 2**32), default=0, help="of the records (default: %(default)s)")

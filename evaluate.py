@@ -57,7 +57,7 @@ PER_RECORD = 3               # questions about a synthetic record, at most
 BATCH = 24                   # questions answered at a time
 FAR = 1e6                    # pixels: the distance to an object that is not in that picture
 NEAR = 0.05                  # of the longer side: a hit where no mask is known
-LONGEST = {False: 480, True: 1024}  # tokens of an answer: 60 points; of one with tracks, eight things in 32 frames
+LONGEST = {False: 480, True: 1024}  # tokens of an answer: about 100 points; of one with tracks, eight things in 32 frames
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,7 +384,7 @@ def scores(a: Asked) -> dict[str, float]:
     if a.said is not a.annotation:
         return scores(replace(a, annotation=a.said))
     task = a.annotation.task
-    if not TASKS[task].answer:
+    if not a.annotation.points_or_counts:
         return _words(a)
     true = data.points_of(a.record, a.annotation)
     number = a.annotation.count if a.annotation.count is not None else len({p.id for p in true})
@@ -406,11 +406,14 @@ def _words(a: Asked) -> dict[str, float]:
 
 def _tracks(a: Asked, true: Sequence[Point]) -> dict[str, float]:
     """HOTA over all frames; precision, recall and F1 over those at whole seconds, if something is there then."""
-    seconds = {a.record.picture(n) for n in range(int(a.record.times[-1] + 1e-6) + 1)}
-    at = lambda points: [p for p in points if p.picture in seconds]
-    hits = sum(len(matched([p for p in a.points if p.picture == f], a.record, sorted({p.id for p in true if p.picture == f}))) for f in seconds)
-    counted = precision_recall_f1(hits, len(at(a.points)), len(at(true)))
-    return {"hota": hota(a.points, a.record, true)} | (dict(zip(("track precision", "track recall", "track f1"), counted)) if at(true) else {})
+    figures, hits, predicted, wanted = {"hota": hota(a.points, a.record, true)}, 0, 0, 0
+    for frame in {a.record.picture(n) for n in range(int(a.record.times[-1] + 1e-6) + 1)}:
+        here, there = ([p for p in points if p.picture == frame] for points in (a.points, true))
+        hits += len(matched(here, a.record, sorted({p.id for p in there})))
+        predicted, wanted = predicted + len(here), wanted + len(there)
+    if wanted:
+        figures |= dict(zip(("track precision", "track recall", "track f1"), precision_recall_f1(hits, predicted, wanted)))
+    return figures
 
 
 def _points(a: Asked, true: Sequence[Point], number: int) -> dict[str, float]:
@@ -422,8 +425,8 @@ def _points(a: Asked, true: Sequence[Point], number: int) -> dict[str, float]:
 def _count(a: Asked, number: int) -> dict[str, float]:
     """The count is the number of ids; of the task `count`, and to see whether the two differ, the last number of the text."""
     asked = a.annotation.task == "count"
-    written = re.findall(r"\d+", re.sub(r"<(points?|tracks) .*?</(points?|tracks)>", "", a.text, flags=re.DOTALL))
-    said = int(written[-1].lstrip("0")[:9] or 0) if written else 0  # one digit without end would be too large for a mean
+    written = re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", re.sub(r"<(points?|tracks) .*?</(points?|tracks)>", "", a.text, flags=re.DOTALL))
+    said = int(written[-1].replace(",", "").split(".")[0].lstrip("0")[:9] or 0) if written else 0  # one digit without end would be too large for a mean
     counted = said if asked else len({p.id for p in a.points})
     off = abs(counted - number)
     answered = not asked or bool(written) or says_none(a.text)  # words without a number are not a count of 0
@@ -498,17 +501,20 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image-crops", type=command.number(int, 1, 10_000), help="high-resolution crops per image, at most (default: the checkpoint's); of several images never more than 8")
     parser.add_argument("--batch", type=command.number(int, 1, 10**4), default=BATCH, help="questions answered at a time (default: %(default)s)")
     parser.add_argument("--json", help="also write figures and settings to this file")
-    parser.add_argument("--device", type=command.device, default="cuda" if torch.cuda.is_available() else "cpu",
+    parser.add_argument("--device", type=command.device, default=command.usual_device(),
                         help="cpu, cuda, cuda:1, mps, ... (default: cuda if there is one, else cpu)")
     args = parser.parse_args(argv)
     if args.data and args.davis:
         raise ValueError("--data and --davis: give one of them")
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no such folder")
-    if args.json and Path(args.json).is_dir():
-        raise ValueError(f"--json {args.json}: a folder, not a file")
-    if args.json and not os.access(Path(args.json).absolute().parent, os.W_OK | os.X_OK):
-        raise ValueError(f"--json {args.json}: its folder cannot be written to")
+    if args.json:
+        path = Path(args.json)
+        special = path.exists() and not path.is_file() or path.is_relative_to("/dev")  # is written to as it is
+        if not path.resolve().parent.is_dir():
+            raise ValueError(f"--json {path}: there is no such folder")
+        if path.is_dir():
+            raise ValueError(f"--json {path}: a folder, not a file")
+        if not special and not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+            raise ValueError(f"--json {path}: its folder cannot be written to")
     if args.set and (args.data or args.davis):
         raise ValueError("--set goes with synthetic sets, not with --data and --davis")
     if args.expressions and not args.davis:

@@ -187,6 +187,8 @@ class Speed:
         """Seconds since the last call; waits until the device has finished its work."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
         before, self.since = self.since, perf_counter()
         return self.since - before
 

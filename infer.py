@@ -23,8 +23,9 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from bisect import bisect_right
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from colorsys import hsv_to_rgb
 from dataclasses import dataclass, replace
@@ -94,7 +95,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--released-inference", action="store_true",
                         help="compute as MolmoPoint's released inference code does, which differs from how the model was trained")
     parser.add_argument("--compile", action="store_true", help="compile the decoding step first, which takes up to a minute; on a GPU it becomes a CUDA graph")
-    parser.add_argument("--device", type=command.device, default="cuda" if torch.cuda.is_available() else "cpu",
+    parser.add_argument("--device", type=command.device, default=command.usual_device(),
                         help="cpu, cuda, cuda:1, mps, ... (default: cuda if there is one, else cpu)")
     parser.add_argument("--seed", type=command.number(int, 0, 2**32), default=0, help="of the sampling, for temperatures above 0 (default: %(default)s)")
     parser.add_argument("--temperature", type=command.number(float, 0, 100), default=0, help="of the sampling; 0, the default, takes the likeliest token")
@@ -205,12 +206,12 @@ class ParsedAnswer:
 def ask(model: Molmo, tokenizer: Tokenizer, views: Views, args: argparse.Namespace, speed: Speed) -> list[ParsedAnswer]:
     """Answers every question; the pictures are encoded once."""
     batch = collate([data.prompts(tokenizer, views, [args.prompt, *args.ask])]).to(args.device)
-    write = lambda most, speed=None: generate(model, batch, data.control_tokens(tokenizer), most, partial(sampler, args.temperature, args.top_p, args.seed),
-                                              speed, "compiled" if args.compile else "views")
+    write = partial(generate, model, batch, data.control_tokens(tokenizer), mode="compiled" if args.compile else "views",
+                    samplers=partial(sampler, args.temperature, args.top_p, args.seed))
     if not speed.prompt and (args.compile or batch.tokens.is_cuda and batch.tokens.shape[1] > MOST_DENSE):
-        write(args.max_new_tokens if args.compile else 1)  # the first time is for the compiler
+        write(max_new_tokens=args.max_new_tokens if args.compile else 1)  # the first time is for the compiler
     found = []
-    for answer in write(args.max_new_tokens, speed):
+    for answer in write(max_new_tokens=args.max_new_tokens, speed=speed):
         text, points = data.read_answer(answer, tokenizer, views)
         found.append(ParsedAnswer(answer, readable(text, points, views) if answer.triples else text, points))
     return found
@@ -235,6 +236,7 @@ class FrameByFrame:
             raise ValueError(f"{args.media[0]}: {gap} frames of {width}x{height} between two questions do not fit in memory: "
                              "ask more often (--fps, --max-frames), or shrink the video")
         self.answers: list[Answer] = []
+        self.counts: list[int] = []           # what each of them counts
         self.frame_answers: list[dict] = []   # what was said about each sampled frame
         self.points: list[Point] = []
         self.masks: list[dict] = []
@@ -244,6 +246,7 @@ class FrameByFrame:
         views = image_views([recent[-1]], self.config, recent[:-1])
         parsed, = ask(self.model, self.tokenizer, views, self.args, self.speed)
         self.answers.append(parsed.answer)
+        self.counts.append(parsed.result()["count"])
         self.frame_answers.append({"frame": number, "time": round(self.media.frame_times[number], 3), "text": parsed.text})
         return {order: (point.x, point.y) for order, point in enumerate(parsed.points, start=1)}
 
@@ -283,9 +286,8 @@ class FrameByFrame:
         write_video(folder / f"{name}.masks.mp4", painted(), self.media.rate)
 
     def result(self) -> dict:
-        """A part of the report. Without masks nobody says who is who: the count is that of the frame with most points."""
-        counts = Counter(point.picture for point in self.points)
-        count = len({point.id for point in self.points}) if self.args.masks else max(counts.values(), default=0)
+        """A part of the report. Without masks nobody says who is who: the count is the largest of a frame."""
+        count = len({point.id for point in self.points}) if self.args.masks and self.points else max(self.counts, default=0)
         return {"text": "\n".join(f"{one['time']:7.1f} s  {one['text']}" for one in self.frame_answers), "count": count,
                 "finish_reason": "length" if any(a.finish_reason == "length" for a in self.answers) else "stop",
                 "frames": self.frame_answers} | ({"masks": self.masks} if self.args.masks else {})
@@ -420,6 +422,10 @@ def rates(speed: Speed, device: torch.device) -> dict:
             "decode_tokens_per_second": per_second(speed.written, speed.decode), **share}
 
 
+def has_bfloat16_on_cpu() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     with command.one_line("infer.py"):
         # 1. What is asked
@@ -431,6 +437,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # 2. The model
         set_cuda_numerics()
         model, tokenizer = weights.load(args.checkpoint, args.device, args.dtype and getattr(torch, args.dtype), args.released_inference)
+        if device.type == "cpu" and next(model.parameters()).dtype == torch.bfloat16 and not has_bfloat16_on_cpu():
+            warnings.warn("this processor multiplies bfloat16 several times slower than float32: --dtype float32 is faster, with --int8 if memory is short")
         model = to_int8(model) if args.int8 else model
         propagate = Sam2(args.sam2, args.device) if args.sam2 else Growing()
         given = {"max_crops": args.image_crops, "max_frames": args.max_frames, "fps": args.fps}

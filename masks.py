@@ -421,13 +421,13 @@ def through_time(frames: Iterable[np.ndarray], ask: Callable[[int, Sequence[np.n
     """Frames (H, W, 3) -> the masks in each of them, in order, keyed by object.
 
     `ask(i, [.., frame i])` gives the points in frame i, for the first frame and those of `anchors` (range(0, 100, 5), say);
-    it also gets up to `history` frames before it. With `named` their ids name objects in the whole clip; otherwise they
-    only count, and an object keeps the id under which it first came, also if some anchor does not show it while it can be
-    followed (it has no mask at that anchor: anchors keep what was said). `tell(i, points)` says who is who in the end. No
-    more frames are held than lie between two anchors (and the history).
+    it also gets up to `history` frames before it. With `named`, an id means the same object at every anchor. Otherwise the ids
+    of each anchor are arbitrary, and objects are recognised by their masks: an object keeps its first id, even if up to
+    PATIENCE anchors in a row do not show it. At such an anchor it has no mask. `tell(i, points)` says who is who in the end.
+    No more frames are held than lie between two anchors (and the history).
     ValueError if a frame has another size.
     """
-    fusion, recent, fresh = FUSIONS[how], deque(maxlen=history + 1), count(1)
+    recent, fresh = deque(maxlen=history + 1), count(1)
     window: list[np.ndarray] = []   # the frames from the last anchor on
     points: Points = {}             # at the last anchor
     lost: Points = {}               # objects that the last anchor did not show, followed for their ids
@@ -450,19 +450,31 @@ def through_time(frames: Iterable[np.ndarray], ask: Callable[[int, Sequence[np.n
         names = {b: b for b in asked} if named else same_objects(left, right)   # which object each of them is
         names = {b: names[b] if b in names else next(fresh) for b in asked}
         since = {i: since.get(i, 0) + 1 for i in left[-1] if i not in names.values()}
-        missed = {i: left[-1][i] for i, times in since.items() if times <= PATIENCE and left[-1][i].any()
-                  and all(iou(left[-1][i], mask) <= SAME for mask in right[-1].values())}
-        empty = np.zeros(frame.shape[:2], bool)
-        yield {i: mask for i, mask in left[0].items() if i in points}
-        for from_left, from_right in zip(left[1:-1], right[1:-1]):
-            from_left = {i: mask for i, mask in from_left.items() if i in points}  # what is lost is followed, not shown
-            from_right = {names[b]: mask for b, mask in from_right.items()}
-            yield {i: fusion(from_left.get(i, empty), from_right.get(i, empty)) for i in sorted(from_left.keys() | from_right.keys())}
+        yield from fused_between(left, right, points, names, FUSIONS[how])
         points, window = {names[b]: place for b, place in asked.items()}, [frame]
-        lost = {} if named else {i: deepest(mask) for i, mask in missed.items()}
+        lost = {} if named else still_followed(left[-1], right[-1], since)
         tell(index, points)
     if window:
         yield from propagate(window, 0, points, len(window) - 1)
+
+
+def fused_between(left: list[Masks], right: list[Masks], shown: Container[int], names: dict[int, int], fusion: Callable) -> Iterator[Masks]:
+    """The masks from one anchor up to the next, without that one: its own at the anchor, then what both sides make of each frame.
+    Of the left side only objects that the anchor has `shown`: those that are lost are followed, not shown."""
+    yield {i: mask for i, mask in left[0].items() if i in shown}
+    for from_left, from_right in zip(left[1:-1], right[1:-1]):
+        from_left = {i: mask for i, mask in from_left.items() if i in shown}
+        from_right = {names[b]: mask for b, mask in from_right.items()}
+        either = from_left | from_right
+        empty = np.zeros_like(next(iter(either.values()))) if either else None
+        yield {i: fusion(from_left.get(i, empty), from_right.get(i, empty)) for i in sorted(either)}
+
+
+def still_followed(left: Masks, right: Masks, since: dict[int, int]) -> Points:
+    """Of the objects that this anchor does not show, a point in each that is in view, has not been lost for too long, and is
+    not covered by one that the anchor does show."""
+    return {i: deepest(left[i]) for i, times in since.items() if times <= PATIENCE and left[i].any()
+            and all(iou(left[i], mask) <= SAME for mask in right.values())}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -490,15 +490,15 @@ class Molmo(nn.Module):
     def input_embeddings(self, batch: Batch, visual: VisualTokens) -> Tensor:
         """Word embeddings, plus what visual and grounding tokens carry: (B, T, d)."""
         x = self.embed(batch.tokens).flatten(0, 1)  # (B*T, d)
-        x = x.index_add(0, visual.at, visual.embeddings.to(x.dtype))
+        x = x.index_add_(0, visual.at, visual.embeddings.to(x.dtype))  # in place: on MPS, torch 2.11 returns garbage for no indices otherwise
         if self.point_predictor is not None:
             at_token, at_patch = ((batch.tokens.flatten() == self.ids[n]).nonzero()[:, 0] for n in (TOKEN_INDEX, VIT_INDEX))
             chosen = batch.points[:, 0] >= 0  # "no more points" carries nothing
             token, slot, _ = batch.points[chosen].T
-            x = x.index_add(0, at_token[chosen], visual.embeddings[token].to(x.dtype))
+            x = x.index_add_(0, at_token[chosen], visual.embeddings[token].to(x.dtype))
             n = len(at_patch)  # one fewer than `token` while an answer that is being written ends with <|token_index|>: its patch is not chosen yet
             patch = self.point_predictor.build_vit_embedding(visual.windows[token[:n], slot[:n]])
-            x = x.index_add(0, at_patch, patch.to(x.dtype))
+            x = x.index_add_(0, at_patch, patch.to(x.dtype))
         return x.view(*batch.tokens.shape, -1)
 
     def hidden_states(self, x: Tensor, positions: Tensor, mask: Mask, cache: Cache | None = None, drop: Tensor | None = None) -> Tensor:

@@ -5,7 +5,7 @@ U S V^T, and steps along U V^T (Keller Jordan et al., https://kellerjordan.githu
 (arXiv:2502.16982): a step's entries are as large as AdamW's, so both share one learning rate.
 
 `torch.optim.Muon` is the same in bfloat16 on any device. Processors without instructions for bfloat16 (most laptops) multiply it
-many times slower than float32, so here only GPUs round to it."""
+many times slower than float32, so here only GPUs that have them round to it."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
     """[M, N], U S V^T -> about U V^T. Every iteration maps a singular value s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5: five
     bring any s from 0.01 to 1 to between 0.68 and 1.14, with nothing but products of matrices."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T  # the smaller Gram matrix
-    x = wide.bfloat16() if wide.is_cuda else wide
+    x = wide.bfloat16() if wide.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else wide
     x = x / x.norm().clamp(min=1e-7)  # no singular value is above 1 then
     for _ in range(iterations):
         gram = x @ x.T

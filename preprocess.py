@@ -153,7 +153,7 @@ class _Collector:
                  before: Sequence[np.ndarray] | None = None) -> None:
         if not pictures:
             raise MediaError("no picture was given: give at least one")
-        for number, picture in enumerate(pictures):
+        for number, picture in enumerate((*pictures, *(before or ()))):
             if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
                 raise MediaError(f"picture {number} is {picture.dtype} of shape {picture.shape}: "
                                  "give (height, width, 3) uint8 with no side of 0")
@@ -477,11 +477,7 @@ def _decode(path: str | os.PathLike) -> Iterator[tuple[float, av.VideoFrame]]:
         start = last = problem = None
         try:
             for count, frame in enumerate(container.decode(stream)):
-                if count == MAX_DECODED_FRAMES:
-                    raise MediaError(f"{path}: more than {MAX_DECODED_FRAMES} frames: cut the video into pieces")
-                if frame.width * frame.height > MAX_PIXELS:
-                    raise MediaError(f"{path}: {frame.width}x{frame.height} pixels a frame are more than {MAX_PIXELS}: "
-                                     "shrink the video")
+                _check_limits(path, count, frame)
                 time = frame.time
                 if time is None:
                     time = 0 if last is None else last + step
@@ -498,6 +494,14 @@ def _decode(path: str | os.PathLike) -> Iterator[tuple[float, av.VideoFrame]]:
             problem = f"its header promises {missing:.1f} s more"
         if problem:
             warnings.warn(f"{path}: ends early, after {float(last - start):.1f} s ({problem}); using the frames before")
+
+
+def _check_limits(path: str | os.PathLike, before: int, frame: av.VideoFrame) -> None:
+    """MediaError if a frame is too large, or too many came before it."""
+    if before == MAX_DECODED_FRAMES:
+        raise MediaError(f"{path}: more than {MAX_DECODED_FRAMES} frames: cut the video into pieces")
+    if frame.width * frame.height > MAX_PIXELS:
+        raise MediaError(f"{path}: {frame.width}x{frame.height} pixels a frame are more than {MAX_PIXELS}: shrink the video")
 
 
 def _seconds_missing(container: av.container.InputContainer, stream: av.VideoStream, last: av.VideoFrame) -> float:
@@ -582,8 +586,6 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: floa
     try:
         with command.atomic_write(path) as part:
             _encode(part, first.shape[:2], chain([first], frames), Fraction(fps).limit_denominator(10_000))
-    except MediaError:  # of the source of the frames
-        raise
     except (OSError, av.FFmpegError) as error:
         raise MediaError(f"{path}: cannot be written ({_reason(error)})") from error
 

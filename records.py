@@ -129,9 +129,14 @@ class Annotation:
         return [turn for _, turn in self.messages if isinstance(turn, Annotation)] if self.messages else [self]
 
     @property
+    def points_or_counts(self) -> bool:
+        """Is the answer points or a number, which follow from the objects? Else it is words."""
+        return bool(TASKS[self.task].answer)
+
+    @property
     def by_frame(self) -> bool:
         """What was asked about a video can be asked about each of its frames."""
-        return bool(TASKS[self.task].answer) and self.count is None and self.task != "track_from"
+        return self.points_or_counts and self.count is None and self.task != "track_from"
 
 
 @dataclass
@@ -157,7 +162,7 @@ class Record:
         found: dict[int, list[tuple[int, float]]] = {}
         for identity, thing in self.objects.items():
             for moment in dict.fromkeys((*thing.points, *thing.masks)):
-                if self.times and moment > self.times[-1] + AT_A_FRAME:
+                if self.times and len(self.times) > 1 and moment > self.times[-1] + AT_A_FRAME:  # (of a single frame the end is not known)
                     raise ValueError(f"object {identity}: a {'point' if moment in thing.points else 'mask'} at {moment:g} s, the video ends at "
                                      f"{self.times[-1]:g} s")
                 found.setdefault(self.picture(moment), []).append((identity, moment))
@@ -178,7 +183,7 @@ class Record:
         named = [(f"object {identity}: 'shown'", thing.shown) for identity, thing in self.objects.items()]
         named += [(f"{part.task}: 'start'", part.start) for said in self.annotations for part in said.parts]
         for what, moment in named:
-            if self.times and moment is not None and not 0 <= moment <= self.times[-1] + AT_A_FRAME:
+            if self.times and len(self.times) > 1 and moment is not None and not 0 <= moment <= self.times[-1] + AT_A_FRAME:
                 raise ValueError(f"{what} is {moment:g}, the video is from 0 to {self.times[-1]:g} s")
 
     def seen(self, values: dict[float, T]) -> dict[int, T]:
@@ -485,7 +490,7 @@ def _turn(message: dict, annotation: Callable[[dict], Annotation]) -> str | Anno
 
 def _written(said: Annotation) -> dict:
     written = {key: value for key, value in vars(said).items() if value not in ("", [], None) or key == "objects"}
-    if not TASKS[said.task].answer and not said.objects:
+    if not said.points_or_counts and not said.objects:
         written.pop("objects")  # (what is answered in words may have some, too)
     if said.task not in TRACKS:
         written.pop("fps")

@@ -18,6 +18,7 @@ that still run after 30 s are killed: TORCH_ELASTIC_SHUTDOWN_TIMEOUT is that num
 import argparse
 import json
 import math
+import os
 import signal
 import time
 import zlib
@@ -135,6 +136,12 @@ TABLES = {"tiny": TINY, "small": SMALL, "molmo2-4b": RELEASED, "molmo2-8b": RELE
 STAGES = {(preset, n): stage for preset, table in TABLES.items() for n, stage in table.items()}
 
 
+def usual_workers() -> int:
+    """Half of the machine's cores, shared by the training processes on it; at most eight each beside a GPU, else four."""
+    share = (os.cpu_count() or 1) // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, min(share, 8 if torch.cuda.is_available() else 4))
+
+
 def parse(argv: list[str] | None):
     parser = command.Parser(prog="train.py", description=__doc__.split("\n")[0])
     parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), required=True,
@@ -160,12 +167,12 @@ def parse(argv: list[str] | None):
     parser.add_argument("--seed", type=command.number(int, 0, 10_000), default=0, help="of new weights and of the synthetic data (default: %(default)s)")
     parser.add_argument("--eval-every", type=command.number(int, 1, 10**9), default=400, help="steps between small evaluations (default: %(default)s)")
     parser.add_argument("--save-every", type=command.number(int, 1, 10**9), default=200, help="steps between checkpoints (default: %(default)s)")
-    parser.add_argument("--workers", type=command.number(int, 0, 256), default=8 if torch.cuda.is_available() else 1,
-                        help="processes that draw scenes or read files, of each training process (default: %(default)s)")
+    parser.add_argument("--workers", type=command.number(int, 0, 256), default=usual_workers(),
+                        help="processes that draw scenes or read files, of each training process (here: %(default)s)")
     parser.add_argument("--context-parallel", type=command.number(int, 1, 1024), default=1, metavar="C",
                         help="C processes share every batch, each with a part of its tokens (torchrun)")
     parser.add_argument("--plan", type=command.number(int, 1, 10**6), metavar="GPUS", help="print the estimated memory and time of the stage on so many H100s, and end")
-    parser.add_argument("--device", type=command.device, default="cuda" if torch.cuda.is_available() else "cpu",
+    parser.add_argument("--device", type=command.device, default=command.usual_device(),
                         help="cpu, cuda or mps (default: cuda if there is one, else cpu)")
     return parser.parse_args(argv)
 

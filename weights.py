@@ -396,7 +396,8 @@ def load_released(folder: str | Path, device: str | torch.device = "cpu", dtype:
     memory and its parameters are the mapped file, converted one by one if `dtype` or `device` ask for it, so that the peak
     stays near the size of the weights. `released_inference`: see PointConfig."""
     folder = Path(folder)
-    config = _tied_if_equal(folder, released_config(folder))
+    config, shards = released_config(folder), _shards(folder)
+    config = _tied_if_equal(shards, config)
     if released_inference and config.points_as != "tokens":
         raise CheckpointError(f"{folder}: --released-inference is for grounding tokens, this model writes points as {config.points_as}")
     config = replace(config, point=replace(config.point, released_inference=released_inference))
@@ -407,16 +408,16 @@ def load_released(folder: str | Path, device: str | torch.device = "cpu", dtype:
             model = Molmo(config)
     except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: no model can have these sizes ({error})") from None
-    model.load_state_dict(_released_tensors(folder, model, device, dtype), assign=True)
+    model.load_state_dict(_released_tensors(folder, shards, model, device, dtype), assign=True)
     return model.eval(), tokenizer
 
 
-def _tied_if_equal(folder: Path, config: MolmoConfig) -> MolmoConfig:
+def _tied_if_equal(shards: "dict[str, _Shard]", config: MolmoConfig) -> MolmoConfig:
     """The converter of Molmo2 writes tied tables (4B) as two equal ones and does not say so in config.json: trained as they are,
     they would drift apart."""
     if config.llm.tied:
         return config
-    shards, as_tied = _shards(folder), replace(config, llm=replace(config.llm, tied=True))
+    as_tied = replace(config, llm=replace(config.llm, tied=True))
     heads, tables = list(_tied_copies(as_tied)), [released_name(name, config) for name in TABLE]
     if not {*heads, *tables} <= shards.keys():
         return config
@@ -437,9 +438,8 @@ def _stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple({*tokenizer.stop_ids, *named})
 
 
-def _released_tensors(folder: Path, model: Molmo, device, dtype) -> dict[str, torch.Tensor]:
+def _released_tensors(folder: Path, shards: "dict[str, _Shard]", model: Molmo, device, dtype) -> dict[str, torch.Tensor]:
     """Every parameter of the model by our names."""
-    shards = _shards(folder)
     wanted = {released_name(name, model.config): name for name in model.state_dict()}
     tied = _tied_copies(model.config)
     for name, file in shards.items():
@@ -483,7 +483,7 @@ def _tied_copies(config: MolmoConfig) -> dict[str, str]:
 
 
 class _Shard:
-    """A safetensors file, opened when its first tensor is asked for."""
+    """A safetensors file, mapped into memory: a tensor is read when its numbers are."""
 
     def __init__(self, path: Path):
         self.path, safetensors = path, _extra("safetensors")

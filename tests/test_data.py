@@ -721,6 +721,15 @@ def test_a_bad_line_counts_once(monkeypatch):
         assert len(list(islice(made(state=first.state), 3))) == 3
 
 
+def test_loaders_that_become_one_know_more_bad_lines_than_one_may_find():
+    """The lines that many processes have left out do not end the run of fewer; the next new one does."""
+    known = [(0, n) for n in range(100, 100 + Loader.MOST_SKIPPED + 7)]
+    made = lambda bad: loader(mixture({"a": [Numbers("a", 8, bad=bad)]}, {"a": 1}), state={"next": [0], "pool": [], "left out": known})
+    assert len(list(islice(made(()), 20))) == 20
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="more than 100 examples cannot be used"):
+        list(islice(made((3,)), 20))
+
+
 def test_a_bad_line_of_frames_counts_once(tmp_path):
     """A video that is not there is one bad line, although eight of its frames are asked for; in the state too."""
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(line) for line in (
@@ -827,6 +836,16 @@ def test_show_draws_an_example(name, tmp_path, capsys):
     if record.pictures:
         height, width, _ = record.pictures[0].shape
         assert (page[:height, :width] == record.pictures[0]).all(-1).mean() > 0.9
+
+
+def test_a_sheet_gives_each_branch_one_color(tmp_path, tiny):
+    """Also after an annotation that no frame at its rate shows, which is no branch: the points of the next have the branch's colour."""
+    seen = {1: Object({0.5: (30, 30)}), 2: Object({n / 2: (60, 40) for n in range(5)})}
+    asked = [Annotation("track", "dot", [1], fps=1.0), Annotation("track", "dog", [2])]
+    record = Record("film", [np.zeros((80, 100, 3), np.uint8)] * 5, [n / 2 for n in range(5)], seen, asked)
+    page = np.asarray(data.sheet(record, tiny[1], tiny[0].config))
+    first, second = ((page[:80, :100] == np.array(tuple(bytes.fromhex(color[1:])))).all(-1).sum() for color in data.COLORS[:2])
+    assert first > 5 and not second
 
 
 def test_corpus_holds_the_words_of_every_set(tmp_path):

@@ -98,7 +98,7 @@ def will_answer(monkeypatch, tokenizer, views, points, label="cups"):
 
 def will_write(monkeypatch, answer):
     asked = []
-    monkeypatch.setattr(infer, "generate", lambda model, batch, *_: asked.append(batch) or [answer])
+    monkeypatch.setattr(infer, "generate", lambda model, batch, *_, **__: asked.append(batch) or [answer])
     return asked
 
 
@@ -192,7 +192,7 @@ def test_several_questions_are_answered_at_once(run, media, tiny):
 def test_eight_bit_weights(run, media, monkeypatch):
     """--int8 gives an answer from a language model in eight bits."""
     seen, real = [], infer.generate
-    monkeypatch.setattr(infer, "generate", lambda model, *given: seen.append(model.blocks[0].mlp.ff_out.weight.dtype) or real(model, *given))
+    monkeypatch.setattr(infer, "generate", lambda model, *given, **more: seen.append(model.blocks[0].mlp.ff_out.weight.dtype) or real(model, *given, **more))
     status, out, _ = run(media / "wide.png", "Point to the cups.", "--int8")
     assert status == 0 and seen == [torch.int8] and "decode 4 tokens" in out
 
@@ -455,7 +455,7 @@ def will_point(monkeypatch, tokenizer, places, label="cups"):
     """The model points at places(number of the question); -> the batches it was asked about."""
     asked = []
 
-    def generate(model, batch, *_):
+    def generate(model, batch, *_, **__):
         views = image_views([np.zeros((120, 160, 3), np.uint8)], VIEWS)
         rows, ids = grounding_targets([Point(i, 0, x, y) for i, (x, y) in enumerate(places(len(asked)), start=1)], data.patch_map(views))
         asked.append(batch)
@@ -492,6 +492,15 @@ def test_each_sampled_frame_is_asked_about_with_those_before_it(run, checkpoint,
     assert [(p["frame"], p["time"]) for p in result["points"][::2]] == [(0, 0), (5, 0.5), (10, 1), (15, 1.5), (20, 2), (25, 2.5), (29, 2.9)]
     assert result["text"].splitlines()[1].split("  ")[-1].startswith('<points coords="1 1 ') and "masks" not in result
     assert tree(tmp_path / "out") == {"walk.points.json", "walk.points.mp4"}
+
+
+@pytest.mark.parametrize("masks", [[], ["--masks"]])
+def test_a_number_said_of_a_frame_is_its_count(run, checkpoint, media, tiny, monkeypatch, masks):
+    """Frame by frame, too, an answer that is a number counts; of several the largest."""
+    answers = iter("2302113")
+    monkeypatch.setattr(infer, "generate", lambda *_, **__: [Answer(tiny[1].encode(next(answers)), [], "stop")])
+    status, out, err = run(media / "walk.mp4", "How many cups are there?", "--per-frame", *masks, "--json", "-")
+    assert (status, err) == (0, "") and json.loads(out)["count"] == 3
 
 
 def test_masks_of_every_frame_are_written(run, media, tmp_path, tiny, monkeypatch):

@@ -885,6 +885,8 @@ def test_frames_before_an_image_have_crops_but_no_tokens():
     read = lambda made: [made.crops.reshape(-1, made.crops.shape[-1])[made.pooling[made.pooling >= 0]], made.patch_boxes[made.pooling[made.pooling >= 0]]]
     assert all(np.array_equal(a, b) for a, b in zip(read(views), read(alone)))
     assert np.array_equal(views.pooling >= 0, alone.pooling >= 0) and len(views.patch_boxes) == 4 * count * grid
+    with pytest.raises(preprocess.MediaError, match="picture 1 is float64"):
+        preprocess.image_views(frames[3:], TINY, [frames[0] / 255])
     first = preprocess.image_views(frames[:1], TINY, [])
     assert first.n_past.tolist() == [0] * len(first.crops) and np.array_equal(first.crops, preprocess.image_views(frames[:1], TINY).crops)
 

@@ -125,6 +125,10 @@ VIDEO = {"images": None, "video": "a.mp4", "objects": [{"id": 4, "points": [{"x"
     (VIDEO | {"annotations": [{"task": "track", "label": "x", "objects": [4], "fps": 0}]}, "'fps' is 0"),
     (VIDEO | {"annotations": [{"task": "track_ends", "label": "x", "objects": [4], "fps": 1}]}, "'fps' goes with track and track_from"),
     (VIDEO | {"annotations": [{"task": "track_from", "label": "x", "objects": []}]}, "track_from needs one object"),
+    (VIDEO | {"annotations": [{"task": "track", "label": "x", "objects": [4], "start": 1}]}, "track: 'start' goes with track_from"),
+    ({"annotations": [{"task": "point", "label": "x", "objects": [4], "choices": ["a"], "answer": "a"}]}, "point: 'choices' go with the task choice"),
+    ({"annotations": [{"task": "point", "label": " ", "objects": [4]}]}, "point needs 'label'"),
+    ({"annotations": [{"task": "caption", "answer": "\n"}]}, "caption needs 'answer'"),
     (VIDEO | {"objects": [{"id": 4, "points": [{"x": 3, "y": 2}]}]}, "'time' is missing"),
     (VIDEO | {"objects": [{"id": 4, "points": [{"x": 3, "y": 2, "time": -1}]}]}, "'time' is -1, before the video"),
     ({"annotations": ["point"]}, "'point' is not an object in braces"),
@@ -261,6 +265,8 @@ def test_videos_are_read_at_their_own_times(tmp_path):
     said["objects"][0]["points"] = [{"time": 0.7, "x": 1, "y": 1}]
     with pytest.raises(ValueError, match="none of the 2 frames looked at is within"):
         parse(json.dumps(said), "a", tmp_path).load(data.replace(VIEWS, max_frames=2))
+    with pytest.raises(ValueError, match="none of the 1 frames looked at is within"):  # and not that the video ends before
+        parse(json.dumps(said), "a", tmp_path).load(data.replace(VIEWS, max_frames=1))
     said["objects"].append({"id": 2, "points": [{"time": 2, "x": 1, "y": 1}]})
     said["annotations"] += [{"task": "point", "label": "cat", "objects": [2]}, {"task": "point", "label": "both", "objects": [1, 2]}]
     few = parse(json.dumps(said), "a", tmp_path).load(data.replace(VIEWS, max_frames=2))

@@ -171,6 +171,7 @@ def test_temporal_modules_train_in_any_stage_and_stay(quick, tmp_path, capsys):
     learned = model.connector.adapter.wo.weight.clone()
     assert torch.equal(model.with_temporal(again).connector.adapter.wo.weight, learned)  # what is there stays
     for words, said in ((["--missing", "masked"], "go with --temporal"),
+                        (["--temporal", "add", "--temporal-init", "zero", "--init", str(tmp_path / "2/checkpoint")], "only attention has"),
                         (["--temporal", "attention", "--temporal-init", "zero", "--init", str(tmp_path / "2/checkpoint")], "it stays")):
         with pytest.raises(SystemExit) as end:
             train.main(["--stage", "3", *words, "--out", str(tmp_path / "no"), *quick])
@@ -350,6 +351,15 @@ def test_the_loss_does_not_depend_on_how_a_step_is_cut(quick, form, tmp_path, mo
     assert (one - two).norm() < 1e-4 * (one - start).norm()
 
 
+def test_something_must_be_left_to_train(quick, tmp_path, capsys):
+    """If every part is frozen, by --freeze or by the stage itself, nothing begins; what is trained later does not help."""
+    everything = [word for part in PARTS for word in ("--freeze", part)]
+    for words in (["--stage", "3", "--init", "assets/tiny", *everything], ["--stage", "1", *everything[2:]]):
+        with pytest.raises(SystemExit) as end:
+            train.main([*words, "--out", str(tmp_path / "no"), *quick])
+        assert end.value.code == 2 and "nothing is left that could be trained" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
 def test_a_row_of_the_table_is_what_a_step_does(quick, tmp_path, monkeypatch):
     """Crops, shares of questions, loss weights and dropout of the row reach the step, and the logged loss is the weighted sum over the
     sum of the weights."""
@@ -480,7 +490,7 @@ def test_seeds_of_training_stay_clear_of_those_of_evaluation():
     """What is evaluated by default was never trained on: no run, whatever its stage and seed, draws those scenes."""
     runs = [train.parse(["--stage", str(stage), "--seed", str(seed)]) for stage in (1, 2, 3, 4) for seed in (0, 1, 10000)]
     assert len({train.data_seed(args) for args in runs}) == 12 and max(map(train.data_seed, runs)) < evaluate.EVALUATION_SEED
-    with pytest.raises(ValueError, match="from 0 to 10000"):
+    with pytest.raises(ValueError, match="from 0 to 10,000"):
         train.parse(["--stage", "1", "--seed", "10001"])
 
 
