@@ -497,6 +497,7 @@ def test_each_sampled_frame_is_asked_about_with_those_before_it(run, checkpoint,
 @pytest.mark.parametrize("masks", [[], ["--masks"]])
 def test_a_number_said_of_a_frame_is_its_count(run, checkpoint, media, tiny, monkeypatch, masks):
     """Frame by frame, too, an answer that is a number counts; of several the largest."""
+    walk(media / "walk.mp4")
     answers = iter("2302113")
     monkeypatch.setattr(infer, "generate", lambda *_, **__: [Answer(tiny[1].encode(next(answers)), [], "stop")])
     status, out, err = run(media / "walk.mp4", "How many cups are there?", "--per-frame", *masks, "--json", "-")
