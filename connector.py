@@ -57,9 +57,11 @@ class TemporalConfig:
 
 
 def mean_past(features: Tensor, black: Tensor, n_past: Tensor, c: TemporalConfig) -> tuple[Tensor, Tensor]:
-    """For every crop the mean of the same patches in the frames before it: features (N, S, v), those of a black frame (S, v), and
-    n_past (N,), how many crops right before each show the same place earlier -> (N, S, v), and (N,) bool: is there a past?
-    No gradient goes to the frames before."""
+    """For every crop the mean of the same patches in the frames before it; no gradient goes to those.
+
+    features (N, S, v); black (S, v), the features of a black frame; n_past (N,): how many of the crops right before a crop show
+    the same place at earlier frames. -> the mean (N, S, v), and whether there is a past at all (N,) bool.
+    """
     features = features.detach()
     missing = black if c.missing == "black" else torch.zeros_like(black)
     crop = torch.arange(len(features), device=features.device)

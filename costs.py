@@ -3,10 +3,10 @@
     python costs.py --preset molmopoint-8b                      # parameters, memory, arithmetic
     python train.py --stage 2 --preset molmo2-8b --plan 64      # a stage on 64 GPUs, on paper
 
-FLOPs: two per weight and token that meet, four per query, key and channel of attention that the mask lets meet; norms, RoPE
-and softmax are not counted. A backward pass costs twice the forward pass. MFU is these FLOPs per second of wall clock over
-what the chip could do; what activation checkpointing computes again (the large presets do, and a plan reckons with it) does not
-count as done.
+FLOPs: two for each weight that a token is multiplied by; in attention four for each pair of query and key that the mask lets meet
+and each channel. Norms, RoPE, softmax and the temporal module are not counted. A backward pass costs twice the forward pass. MFU is
+these FLOPs per second of wall clock over what the chip could do; what activation checkpointing computes again (the large presets do,
+and a plan reckons with it) does not count as done.
 
 N crops, S patches per crop, M visual tokens, K slots of a pool window, T tokens, P parameters, C processes of a context group.
 """
@@ -34,7 +34,7 @@ def parameters(config: MolmoConfig) -> dict[str, int]:
 
 
 def cache_bytes(config: MolmoConfig) -> int:
-    """Of the key-value cache per token, in bfloat16."""
+    """Bytes that the key-value cache takes per token, in bfloat16."""
     t = config.llm
     return 2 * t.layers * t.kv_heads * t.head_width * 2
 
@@ -45,7 +45,7 @@ def cache_bytes(config: MolmoConfig) -> int:
 
 @dataclass
 class Work:
-    """What a forward pass is about."""
+    """How much a forward pass has to do."""
 
     crops: float    # N
     windows: float  # M
@@ -56,8 +56,9 @@ class Work:
 
     @classmethod
     def of(cls, model: Molmo, batch: Batch) -> "Work":
-        """Of a training batch; its padding is not work."""
-        real, visual, pairs = batch.example_ids >= 0, model.is_visual(batch.tokens), 0
+        """The work of a training batch; its padding is not work."""
+        real, visual = batch.example_ids >= 0, model.is_visual(batch.tokens)
+        pairs = 0
         for row, examples in enumerate(batch.example_ids):
             for example in examples[real[row]].unique():
                 here = examples == example
@@ -67,12 +68,13 @@ class Work:
 
 
 def seen(tokens: float, visual: float) -> float:
-    """Pairs of a sequence: each with those before it and itself, and visual ones with the visual ones after them."""
+    """Pairs of tokens that may look at each other in a sequence: each sees itself and those before it, visual ones also the visual
+    ones after them."""
     return tokens * (tokens + 1) / 2 + visual * (visual - 1) / 2
 
 
 def flops(config: MolmoConfig, work: Work) -> dict[str, float]:
-    """Of a forward pass, per part."""
+    """FLOPs of a forward pass, per part."""
     v, c, t, S = config.vit, config.connector, config.llm, config.views.grid**2
     depth, features, queries = max(v.tapped) + 1, v.feature_width, t.heads * t.head_width
     patch = 3 * v.patch_size**2 * v.width + depth * (4 * v.width**2 + 2 * v.width * v.mlp_hidden)
@@ -104,7 +106,8 @@ PUBLISHED = {"molmo2-4b": (490, 7500, 3200), "molmo2-8b": (780, 8100, 3300)}  # 
 
 
 def pack(config: MolmoConfig, tokens: int, crops: int) -> Work:
-    """A full pack. Every crop has a frame's visual tokens, three quarters of the pack at most; half of the words are learned."""
+    """The work of a full pack. Assumed: every crop has as many visual tokens as a video frame, all of them together at most three
+    quarters of the pack; half of the other tokens are scored."""
     slots = config.views.video_pool**2
     visual = min(crops * config.views.grid**2 / slots, 0.75 * tokens)
     pairs = EXAMPLES * seen(tokens / EXAMPLES, visual / EXAMPLES)
@@ -112,8 +115,9 @@ def pack(config: MolmoConfig, tokens: int, crops: int) -> Work:
 
 
 def plan(config: MolmoConfig, stage, gpus: int, context: int, accumulate: int, sharded: bool = True) -> dict[str, float]:
-    """A stage (train.Stage) on H100s: bytes per GPU, seconds per step. `sharded`, and its blocks computed again in the backward
-    pass; else the model is whole on every GPU. ValueError if its packs cannot be shared out."""
+    """A stage (train.Stage) on H100s: bytes per GPU, seconds per step. `sharded`: the parameters are cut over the GPUs and blocks
+    are computed again in the backward pass; else every GPU has the whole model and keeps all activations. ValueError if the
+    packs cannot be shared out."""
     if gpus % context or stage.packs % (gpus // context * accumulate):
         raise ValueError(f"--plan {gpus}: {stage.packs} packs a step cannot be shared out to {gpus} GPUs in groups of {context}, "
                          f"in {accumulate} parts (--accumulate)")
@@ -127,8 +131,9 @@ def plan(config: MolmoConfig, stage, gpus: int, context: int, accumulate: int, s
     # memory: parameters, gradients and two moments in float32; what is gathered at a time; what the backward pass needs
     gathered = sharded * (8 * (part["word embeddings"] + part["head"]) + 2 * 2 * part["decoder blocks"] / t.layers)
     kept = 2 * (stage.tokens * t.width * t.layers + stage.crops * S * v.width * depth) / context  # the inputs of the blocks
-    block = 2 * stage.tokens * (qkvo + 4 * t.mlp_hidden + 6 * t.width) / context, 2 * stage.crops * S * (8 * v.width + 2 * v.mlp_hidden) / context
-    inside = max(block) if sharded else t.layers * block[0] + depth * block[1]
+    llm_block = 2 * stage.tokens * (qkvo + 4 * t.mlp_hidden + 6 * t.width) / context  # what is inside of one
+    vit_block = 2 * stage.crops * S * (8 * v.width + 2 * v.mlp_hidden) / context
+    inside = max(llm_block, vit_block) if sharded else t.layers * llm_block + depth * vit_block
     seen_whole = 2 * v.feature_width * (2 * stage.crops * S + work.windows * work.slots)
     logits = 3 * 4 * work.scored * t.vocabulary / context
     memory = {"states": 16 * P / (gpus if sharded else 1), "gathered": gathered, "activations": rows * (kept + inside + seen_whole + logits)}
@@ -174,11 +179,10 @@ def main(argv: list[str] | None = None) -> None:
         figures = parameters(config)
         for name, value in (figures | {"parameters": sum(figures.values())}).items():
             print(f"{name:24}{value:>18,}{value * 2 / 2**30:>9.2f} GiB bf16{value * 4 / 2**30:>9.2f} GiB float32")
-        token = flops(config, Work(crops=0, windows=0, slots=4, tokens=1, pairs=0, scored=1))
-        crop = flops(config, Work(crops=1, windows=0, slots=4, tokens=0, pairs=0, scored=0))
-        print(f"{'cache bytes per token':24}{cache_bytes(config):>18,}")
-        print(f"{'flops per token':24}{int(sum(token.values())):>18,}")
-        print(f"{'flops per crop':24}{int(crop['vit']):>18,}")
+        one = flops(config, Work(crops=1, windows=0, slots=0, tokens=1, pairs=0, scored=1))
+        for name, value in {"cache bytes per token": cache_bytes(config), "flops per token": one["llm"] + one["head"],
+                            "flops per crop": one["vit"]}.items():
+            print(f"{name:24}{value:>18,}")
 
 
 if __name__ == "__main__":

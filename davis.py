@@ -5,9 +5,9 @@
     FOLDER/meta_expressions.json                 {"videos": {SEQUENCE: {"expressions": {"0": {"exp": "a dog", "obj_id": "1"}},
                                                                         "frames": ["00000", ...]}}}
 
-So come Ref-YouTube-VOS and, in the conversion that goes with it, Refer-DAVIS-17 (there may be a folder of the resolution,
-480p, above the sequences). MeViS has no Annotations: its expressions name several objects (a list of "anno_id"), whose
-masks are in mask_dict.json, compressed run lengths for every frame. "frames" may be missing: all of them.
+Ref-YouTube-VOS comes in this layout, and so does Refer-DAVIS-17 as converted for it (where a folder named after the
+resolution, 480p, may lie between). MeViS has no Annotations: its expressions name several objects (a list of "anno_id"), whose
+masks are in mask_dict.json, compressed run lengths for every frame. Without "frames" all frames of the folder are meant.
 
 Nothing is ever written here.
 """
@@ -22,10 +22,10 @@ import numpy as np
 from PIL import Image
 
 from preprocess import MAX_PIXELS, MediaError, ViewConfig, read_image
-from records import Annotation, Object, Record, Runs, only, runs_of, take
+from records import Annotation, Object, Record, Runs, each, only, runs_of, take
 from synthetic import inner
 
-FPS = 6.0  # the frames bear no times; that of YouTube-VOS
+FPS = 6.0  # that of YouTube-VOS: the files do not say at what times the frames were taken
 
 
 def natural(name: str) -> list:
@@ -90,7 +90,8 @@ class Sequences:
         return files
 
     def record(self, index: int, config: ViewConfig | None = None) -> Record:
-        """A sequence with an annotation per expression; object numbers are the dataset's. All frames are read."""
+        """A sequence with an annotation per expression; object numbers are the dataset's. All frames are read: `config`, which
+        other sources of records (`records.Lines`) choose frames by, is not looked at."""
         sequence = self.names[index]
         try:
             return self._record(sequence)
@@ -101,7 +102,7 @@ class Sequences:
     def _record(self, sequence: str) -> Record:
         said = only(self.videos[sequence], "expressions", "frames", "vid_id")
         files = self._files("JPEGImages", sequence, (".jpg", ".jpeg", ".png"))
-        names = [take({"frames": name}, "frames", str) for name in take(said, "frames", list, [])] or list(files)
+        names = each(said, "frames", str, []) or list(files)
         if missing := [name for name in names if name not in files]:
             raise ValueError(f"{self.folder}: {sequence} has no frame {missing[0]}")
         if not names:
@@ -112,27 +113,28 @@ class Sequences:
                 raise ValueError(f"{files[name]}: {picture.shape[1]}x{picture.shape[0]}, the frames before are "
                                  f"{pictures[0].shape[1]}x{pictures[0].shape[0]}")
         expressions, shape = take(said, "expressions", dict), pictures[0].shape[:2]
-        meant, wordings = {}, {}
+        annotations = {}
         for key in sorted(expressions, key=natural):
             one = only(expressions[key], "exp", "obj_id", "anno_id")
-            listed = "anno_id" in one
-            wordings[key], numbers = take(one, "exp", str), one.get("anno_id" if listed else "obj_id")
-            meant[key] = [int(n) for n in (numbers if isinstance(numbers, list) else [numbers]) if re.fullmatch("[0-9]{1,9}", str(n))]
-            if not meant[key]:
+            label, numbers = take(one, "exp", str), one.get("anno_id", one.get("obj_id"))
+            numbers = numbers if isinstance(numbers, list) else [numbers]
+            if numbers in ([], [None]):
                 raise ValueError(f"expression {key} names no object: this part of the set cannot be scored")
+            if odd := [n for n in numbers if not re.fullmatch("[0-9]{1,9}", str(n))]:
+                raise ValueError(f"expression {key}: {str(odd[0])[:40]!r} is not the number of an object")
+            annotations[key] = Annotation("point", label, [int(n) for n in numbers], about=sequence)
         if any("anno_id" in one for one in expressions.values()):
-            masks = self._listed({n for numbers in meant.values() for n in numbers}, len(names), shape)
+            masks = self._listed({n for said in annotations.values() for n in said.objects}, len(names), shape)
         else:
             masks = self._drawn(sequence, names, shape)
         objects = {}
         for identity, found in masks.items():
             covered = {frame / FPS: runs for frame, runs in found.items()}
             objects[identity] = Object({moment: inner(runs.mask()) for moment, runs in covered.items()}, covered)
-        for key, numbers in meant.items():
-            if unknown := [one for one in numbers if one not in objects]:
+        for key, annotation in annotations.items():
+            if unknown := [one for one in annotation.objects if one not in objects]:
                 raise ValueError(f"expression {key}: no mask has an object {unknown[0]}")
-        annotations = [Annotation("point", wordings[key], meant[key], about=sequence) for key in meant]
-        return Record(sequence, pictures, [n / FPS for n in range(len(names))], objects, annotations)
+        return Record(sequence, pictures, [n / FPS for n in range(len(names))], objects, list(annotations.values()))
 
     def _drawn(self, sequence: str, names: list[str], shape: tuple[int, int]) -> dict[int, dict[int, Runs]]:
         """Object -> frame -> mask, from pictures; frames that do not show it are left out."""

@@ -98,10 +98,8 @@ def _absent(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
 def _pick(scene: Scene, rng: np.random.Generator, about: str) -> tuple[str, list[int]]:
     """Label and targets by kind, colour or both of a random thing of the scene, or of all or of none."""
     thing = scene.things[rng.integers(len(scene.things))]
-    kind, color = {"kind": (thing.kind, ""), "color": ("", thing.color), "color+kind": (thing.kind, thing.color),
-                   "all": ("", ""), "none": ("", "")}[about]
-    if about == "none":
-        kind, color = _absent(scene, rng)
+    kind, color = _absent(scene, rng) if about == "none" else {
+        "kind": (thing.kind, ""), "color": ("", thing.color), "color+kind": (thing.kind, thing.color), "all": ("", "")}[about]
     return _plural(kind, color), _match(scene, kind, color)
 
 
@@ -127,7 +125,8 @@ def _outermost(scene: Scene, group: list[int], side: str) -> int | None:
 
 
 def _extreme(scene: Scene, group: list[int], word: str) -> int | None:
-    """The largest or smallest thing of the group, if it beats the next one by a factor of 1.35, and all in the area that shows; else None."""
+    """The largest or smallest thing of the group, if its size differs from the next one's by a factor of 1.35 and the area that
+    shows of it is the largest or smallest, too; else None."""
     order = sorted(group, key=lambda i: scene.things[i].size, reverse=word in LARGEST)
     sizes = [scene.things[i].size for i in order[:2]]
     if len(order) < 2 or max(sizes) < 1.35 * min(sizes):
@@ -203,8 +202,8 @@ def _ways(scene: Scene) -> list[np.ndarray]:
 
 
 def _far(scene: Scene) -> float:
-    """How far something gets that clearly moves, in pixels: a quarter of the shorter side, in a scene of less than 1.5 seconds a
-    sixth a second."""
+    """How far a thing must get, in pixels, for its motion to be clear: a quarter of the shorter side; in a scene shorter than 1.5
+    seconds, a sixth of that side per second."""
     return min(0.25, (scene.times[-1] - scene.times[0]) / 6) * min(scene.frames.shape[1:3])
 
 
@@ -217,38 +216,44 @@ def _reach(way: np.ndarray, word: str) -> float:
 
 def motions(scene: Scene) -> list[tuple[str, ...]]:
     """What each thing of a clip may be said to do from its first to its last moment in view, of MOTIONS: one word if that is
-    clear, several if each of them could be meant. Something that moves gets far; what rests stays within a fifth of that."""
-    words, far = [], _far(scene)
-    for track in _ways(scene):
-        if not len(track):
-            words.append(())
-            continue
-        (dx, dy), way = track[-1] - track[0], np.abs(track - track[0]).max()
-        along = {"moves right" if dx > 0 else "moves left": abs(dx), "moves down" if dy > 0 else "moves up": abs(dy)}
-        main, least = max(along, key=along.get), min(along.values())
-        if way < far / 5 and len(track) > 0.6 * len(scene.times):
-            words.append(("rests",))
-        elif along[main] > max(far, 1.5 * least):
-            words.append((main,))
-        else:
-            may = [word for word, reach in along.items() if reach > far / 5] + (["rests"] if along[main] < far else [])
-            words.append(tuple(may) if len(may) > 1 else MOTIONS)
-    return words
+    clear, several if each of them could be meant, none if it is never in view."""
+    far = _far(scene)
+    return [_motion_words(way, far, len(scene.times)) for way in _ways(scene)]
+
+
+def _motion_words(way: np.ndarray, far: float, frames: int) -> tuple[str, ...]:
+    """The same of one thing, from its places in view (moments, 2). What moves gets `far`; what rests stays within a fifth of it."""
+    if not len(way):
+        return ()
+    dx, dy = way[-1] - way[0]
+    along = {"moves right" if dx > 0 else "moves left": abs(dx), "moves down" if dy > 0 else "moves up": abs(dy)}
+    main, least = max(along, key=along.get), min(along.values())
+    if np.abs(way - way[0]).max() < far / 5 and len(way) > 0.6 * frames:
+        return ("rests",)
+    if along[main] > max(far, 1.5 * least):
+        return (main,)
+    may = [word for word, reach in along.items() if reach > far / 5] + (["rests"] if along[main] < far else [])
+    return tuple(may) if len(may) > 1 else MOTIONS
 
 
 def _ask_motion(scene: Scene, rng: np.random.Generator, task: str) -> Query | None:
-    """Which of several alike is meant is said by how it moves: "cup that moves left". To be tracked, all of them must move clearly,
-    it must not go far back, and none of the others far in that direction, even if they turn; to be pointed at in a moment, none of
-    the others may do what is said."""
+    """A query that tells one thing from the others of its kind by how it moves: "cup that moves left". None of the others may do
+    what is said. A track needs more than a point: it must be clear what each of the others does; none of them goes far in that
+    direction, not even for a while; and the thing itself does not go far back."""
     may, ways, far, found = motions(scene), _ways(scene), _far(scene), []
     for kind in ("", *sorted({thing.kind for thing in scene.things})):
         group = _match(scene, kind)
         for word in MOTIONS:
-            meant, others = ([i for i in group if (may[i] == (word,)) == same] for same in (True, False))
-            clear = all(word not in may[i] for i in others) and (task == "point" or all(len(may[i]) == 1 for i in others))
-            if clear and len(meant) == 1 and task != "point" and word in DIRECTIONS:
-                clear = _reach(-ways[meant[0]], word) < far and all(_reach(ways[i], word) < far for i in others)
-            if len(group) > 1 and len(meant) == 1 and clear:
+            meant = [i for i in group if may[i] == (word,)]
+            others = [i for i in group if i not in meant]
+            if len(meant) != 1 or not others:
+                continue
+            clear = all(word not in may[i] for i in others)
+            if task != "point":
+                clear = clear and all(len(may[i]) == 1 for i in others)
+                if word in DIRECTIONS:
+                    clear = clear and _reach(-ways[meant[0]], word) < far and all(_reach(ways[i], word) < far for i in others)
+            if clear:
                 found.append((f"{kind or 'thing'} that {word}", meant))
     chosen = choose(rng, sorted(found))
     return chosen and _ask(scene, rng, task, "motion", *chosen)

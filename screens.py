@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from questions import NONE, Query, choose
 from synthetic import Scene
 
-CLICK_VISIBLE = 0.7  # of its box, and of a word beside it: what an element must show to be asked for
+CLICK_VISIBLE = 0.7  # the share of its box, and of the word beside it, that an element must show to be asked for
 
 # What stands on an element -> what it is good for.
 BUTTONS = {"Save": "keep my work", "Cancel": "leave without changes", "OK": "agree", "Help": "read the manual",
@@ -81,8 +81,8 @@ class Look:
     bar: tuple[int, ...]     # of title bars,
     ink: tuple[int, ...]     # of letters and lines,
     accent: tuple[int, ...]  # of what stands out
-    type: int                # height of the letters in pixels
-    round: int               # radius of corners
+    letters: int             # their height in pixels
+    corners: int             # their radius
     flat: bool               # filled buttons without an outline
 
     @classmethod
@@ -155,7 +155,7 @@ class Window:
     def __init__(self, pen: ImageDraw.ImageDraw, rng: np.random.Generator, look: Look, box: tuple[int, int, int, int], words: Words):
         self.pen, self.rng, self.look, self.words = pen, rng, look, words
         self.left, self.top, self.right, self.bottom = box
-        self.font, self.line, self.gap = ImageFont.load_default(look.type), round(1.7 * look.type), round(0.6 * look.type)
+        self.font, self.line, self.gap = ImageFont.load_default(look.letters), round(1.7 * look.letters), round(0.6 * look.letters)
         self.elements: list[Element] = []
         pen.rectangle(box, fill=look.paper, outline=look.ink)
         pen.rectangle((self.left + 1, self.top + 1, self.right - 1, self.top + self.line), fill=look.bar)
@@ -194,7 +194,7 @@ class Window:
         self.y += self.line + 2
 
     def icons(self) -> None:
-        x, side = self.left + self.gap, round(1.5 * self.look.type)
+        x, side = self.left + self.gap, round(1.5 * self.look.letters)
         for _ in range(self.rng.integers(2, 6)):
             if made := self.place("icon", x, self.y, side, side):
                 icon(self.pen, made.word, made.box, self.look.ink)
@@ -202,16 +202,16 @@ class Window:
         self.y += side + self.gap
 
     def field(self) -> Element | None:
-        start = self.left + self.gap + round(4.2 * self.look.type)
-        made = self.place("field", start, self.y, max(self.right - 2 * self.gap - start, 2 * self.look.type), self.line)
+        start = self.left + self.gap + round(4.2 * self.look.letters)
+        made = self.place("field", start, self.y, max(self.right - 2 * self.gap - start, 2 * self.look.letters), self.line)
         if made:
             self.beside(made, self.left + self.gap)
             fill = tuple((c + 128) // 2 for c in self.look.paper)
-            self.pen.rounded_rectangle(made.box, self.look.round, fill=fill, outline=self.look.ink)
+            self.pen.rounded_rectangle(made.box, self.look.corners, fill=fill, outline=self.look.ink)
         return made
 
     def tick(self) -> Element | None:
-        side, word = self.look.type, self.words.next("tick") or ""
+        side, word = self.look.letters, self.words.next("tick") or ""
         if made := self.place("tick", self.left + self.gap, self.y + (self.line - side) // 2, side, side,
                               self.gap + round(self.font.getlength(word))):
             self.pen.rectangle(made.box, outline=self.look.ink, fill=self.look.accent if made.ticked else None)
@@ -226,7 +226,7 @@ class Window:
         while (word := self.words.next("button")) and (made := self.place(
                 "button", x, y, round(self.font.getlength(word)) + 2 * self.gap, self.line)):
             first = x == self.left + self.gap
-            self.pen.rounded_rectangle(made.box, self.look.round, fill=self.look.accent if first else self.look.bar,
+            self.pen.rounded_rectangle(made.box, self.look.corners, fill=self.look.accent if first else self.look.bar,
                                        outline=None if self.look.flat else self.look.ink)
             self.write((made.box[0] + made.box[2]) / 2, y + self.line // 2, word, "white" if first else self.look.ink, "mm")
             x = made.box[2] + self.gap
@@ -238,6 +238,12 @@ def covered(box: tuple[int, int, int, int], by: tuple[int, int, int, int]) -> fl
     """The share of a box that lies under another."""
     width, height = (max(min(box[i + 2], by[i + 2]) - max(box[i], by[i]), 0) for i in (0, 1))
     return width * height / ((box[2] - box[0]) * (box[3] - box[1]))
+
+
+def pixels(box: tuple[int, int, int, int]) -> tuple[slice, slice]:
+    """Rows and columns of a box, which ends with its last pixels."""
+    left, top, right, bottom = box
+    return slice(top, bottom + 1), slice(left, right + 1)
 
 
 def screen(seed: int, index: int, scale: float = 1.0) -> Scene:
@@ -254,11 +260,9 @@ def screen(seed: int, index: int, scale: float = 1.0) -> Scene:
 
     def show(box: tuple[int, int, int, int]) -> None:
         """A window over what is there, and its elements."""
-        a, b, c, d = box
-        owner[b:d + 1, a:c + 1] = -1
+        owner[pixels(box)] = -1
         for element in Window(pen, rng, look, box, words).elements:
-            a, b, c, d = element.box
-            owner[b:d + 1, a:c + 1] = len(elements)
+            owner[pixels(element.box)] = len(elements)
             elements.append(element)
 
     show((margin(width), margin(height), width - 1 - margin(width), height - 1 - margin(height)))
@@ -271,11 +275,11 @@ def screen(seed: int, index: int, scale: float = 1.0) -> Scene:
     masks = owner == np.arange(len(elements))[:, None, None]
     points = np.full((1, len(elements), 2), np.nan, np.float32)
     for i, element in enumerate(elements):
-        a, b, c, d = element.box
-        x, y = (v + 0.5 for v in element.middle)  # a box ends with its last pixels
+        x, y = (v + 0.5 for v in element.middle)
         lost = covered(element.text, over) if over and element.text and i < behind else 0.0
         element.hidden = not masks[i].any() and (element.text is None or lost == 1)
-        if masks[i].sum() >= CLICK_VISIBLE * (c - a + 1) * (d - b + 1) and masks[i, int(y), int(x)] and lost <= 1 - CLICK_VISIBLE:
+        area = masks[i][pixels(element.box)].size
+        if masks[i].sum() >= CLICK_VISIBLE * area and masks[i, int(y), int(x)] and lost <= 1 - CLICK_VISIBLE:
             points[0, i] = x, y
     return Scene(np.asarray(image)[None], np.zeros(1), elements, masks[None], points, "screen", False)
 
@@ -368,21 +372,21 @@ def _in_order(scene: Scene, meant: list[int]) -> list[int] | None:
 
 
 def _beside(scene: Scene, there: list[int], i: int, rng: np.random.Generator) -> Query | None:
-    """The nearest element of the same sort on one side of element i: right, left, above or below. None if there is none, or one of
-    its sort is half in view; not on a side where another one, out of line but beside a part of it, is as near."""
-    thing, here, found = scene.things[i], scene.things[i].middle, []
+    """A query for the element of the same sort that is next to element i on one side: right, left, below or above. It must be in
+    line with i, and no other that only overlaps that line may be as near. None if no side has such a one, or if one of the sort is
+    half in view."""
+    thing, found = scene.things[i], []
     alike = _all_of(scene, there, thing.sort)
     if alike is None:
         return None
     for side, axis, sign in (("right of", 0, 1), ("left of", 0, -1), ("below", 1, 1), ("above", 1, -1)):
-        ahead = [(sign * (scene.things[j].middle[axis] - here[axis]), j) for j in alike
-                 if abs(scene.things[j].middle[1 - axis] - here[1 - axis]) < (thing.box[3] - thing.box[1]) / 2]
-        if ahead := [(distance, j) for distance, j in ahead if distance > 0]:
-            nearest, target = min(ahead)
-            overlaps = lambda other: other.box[1 - axis] < thing.box[3 - axis] and thing.box[1 - axis] < other.box[3 - axis]
-            as_near = [j for j in alike if j != target and overlaps(scene.things[j])
-                       and 0 < sign * (scene.things[j].middle[axis] - here[axis]) <= nearest]
-            if not as_near:
+        away = lambda j, axis: scene.things[j].middle[axis] - thing.middle[axis]
+        overlaps = lambda box: box[1 - axis] < thing.box[3 - axis] and thing.box[1 - axis] < box[3 - axis]
+        ahead = {j: sign * away(j, axis) for j in alike if sign * away(j, axis) > 0}
+        in_line = [j for j in ahead if abs(away(j, 1 - axis)) < (thing.box[3] - thing.box[1]) / 2]
+        if in_line:
+            target = min(in_line, key=ahead.get)
+            if not any(j != target and ahead[j] <= ahead[target] and overlaps(scene.things[j].box) for j in ahead):
                 found.append((f"{side} {thing.name}", target))
     chosen = choose(rng, found)
     if chosen is None:

@@ -277,8 +277,8 @@ def first_seen(scene: Scene, thing: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def _cast(rng: np.random.Generator, n: int, smallest: float, largest: float) -> list[Thing]:
-    """n things of two to five types (kind, colour). A new type often shares one of the two with an old one: most
-    questions then have things that are nearly but not quite asked for, and many have several targets."""
+    """n things of up to five types (kind, colour). A new type often shares its kind or its colour with an old one: so most
+    questions meet things that are nearly but not quite what is asked for, and many have several targets."""
     types = [(str(rng.choice(KINDS)), str(rng.choice(list(COLORS))))]
     for _ in range(rng.integers(2, 5)):
         kind, color = types[rng.integers(len(types))]
@@ -291,9 +291,10 @@ def _cast(rng: np.random.Generator, n: int, smallest: float, largest: float) -> 
     return [Thing(*types[pick], float(rng.uniform(smallest, largest))) for pick in rng.permutation(picks)]
 
 
-# Streams of random numbers are told apart by the number after seed and index: 0 stills, 1 clips, 3 `show`, 4 crowds, 5 screens, 6 questions
-# (data.draw), 7 lengths of long clips, 8 wordings in evaluation, 9 arrivals (and, in place of the index, the corpus), 11 vpos, 13 moments of
-# files, 14 frames for the ViT alone, 15 the order of a mixture, 16 wordings in training.
+# Each use of random numbers has its own stream, named by the number after seed and index: 0 stills, 1 clips, 3 `show`, 4 crowds,
+# 5 screens, 6 questions (data.draw), 7 lengths of long clips, 8 wordings in evaluation, 9 arrivals, 11 vpos, 13 moments of files,
+# 14 frames for the ViT alone, 15 the order of a mixture, 16 wordings in training. (NumPy takes [seed, index] for [seed, index, 0]: the
+# corpus, [seed, 9], and masks.annotate_file share the numbers of stills. That does no harm, and changing it would change what is drawn.)
 def _generator(seed: int, index: int, salt: int) -> np.random.Generator:
     if min(seed, index) < 0:
         raise ValueError(f"seed and index must be 0 or more, not {seed} and {index}")
@@ -351,7 +352,8 @@ class Motion:
     swing: np.ndarray = field(default_factory=lambda: np.zeros(2))  # amplitude
     period: np.ndarray = field(default_factory=lambda: np.ones(2))  # of the swing
 
-    def __call__(self, time: float) -> np.ndarray:
+    def __call__(self, time: float | np.ndarray) -> np.ndarray:
+        """The centre (2,) at a time; for times (m, 1) the centres (m, 2)."""
         span = self.high - self.low
         folded = span - np.abs((self.start - self.low + self.velocity * time) % (2 * span) - span)
         return self.low + folded + self.swing * np.sin(2 * np.pi * time / self.period)
@@ -480,15 +482,17 @@ def arrivals(seed: int, index: int) -> Scene:
         motions: list[Motion] = []
         for thing, motion in zip(reversed(made.things), reversed(made.motions)):  # the nearest first
             way = rng.choice(["stays", "comes in", "comes out"], p=[0.5, 0.25, 0.25])
-            motions.append(motion if way == "stays" else
-                           _emergence(rng, thing.size, shape, motions[rng.integers(len(motions))]) if way == "comes out" and motions else
-                           _arrival(rng, thing.size, shape, made.seconds))
+            if way == "comes out" and motions:
+                motion = _emergence(rng, thing.size, shape, motions[rng.integers(len(motions))])
+            elif way != "stays":
+                motion = _arrival(rng, thing.size, shape, made.seconds)
+            motions.append(motion)
         came = replace(made, motions=motions[::-1]).without_hidden()
     return came.film(filming_times(2.0, came.seconds))
 
 
 def _journey(rng: np.random.Generator, size: float, shape: tuple[int, int], seconds: float, others: list[Motion]) -> Motion:
-    """Always on its way: bounces off the frame or turns outside of it; mostly sent across the path of another."""
+    """Never at rest: bounces off the frame or, a quarter of the things, turns outside of it; mostly sent across the path of another."""
     sides = np.array(shape[::-1], float)
     margin = np.full(2, size * (-0.7 if rng.random() < 0.25 else 0.5))
     velocity, start = _velocity(rng, 0.15, 0.4, shape), rng.uniform(size / 2, sides - size / 2)
@@ -505,10 +509,10 @@ def _away(way: np.ndarray, shape: tuple[int, int], standing: list[Thing], still_
 
 
 def crowd(seed: int, index: int, seconds: float | None = None) -> World:
-    """A clip for tracking, 3 to 6 seconds unless given: three to six things that look much alike (two or three types),
-    all on their way and across each other's, and one or two large ones that stand in front of them for long. Of those that look the
-    same, one at a time is outside or behind a large one, if twenty tries find such ways: who comes back can then be known (but for those
-    that hide behind each other: `questions.mixed_up`). A pure function of its arguments."""
+    """A clip for tracking, 3 to 6 seconds unless given: three to six moving things of a few types, so that many look alike, whose
+    ways cross, and one or two large ones that stand still in front of them. Of those that look the same only one at a time is outside
+    or behind a large one, if twenty tries find such ways: then it is known which of them comes back. (Not so where they hide behind
+    each other: `questions.mixed_up`.) A pure function of its arguments."""
     rng = _generator(seed, index, 4)
     drawn = float(rng.integers(6, 13) / 2)
     seconds = drawn if seconds is None else seconds

@@ -20,6 +20,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import command
@@ -223,7 +224,7 @@ class ReleasedTokenizer(Tokenizer):
             if (found := self.library.token_to_id(name)) not in (i, None):
                 raise ValueError(f"{name} has id {found}, the vocabulary of {base_size} rows asks for {i}")
         chat = {name: self.library.token_to_id(name) for name in {*CHAT_TOKENS, bos, eos}}
-        if missing := sorted(name for name, i in chat.items() if i is None and name != "<|endoftext|>"):
+        if missing := sorted(name for name in {*CHAT_TOKENS[1:], bos, eos} if chat[name] is None):
             raise ValueError(f"the token {missing[0]} is missing")
         self.special = chat | wanted
         self.bos_id, self.eos_id = chat[bos], chat["<|im_end|>"]
@@ -239,13 +240,9 @@ class ReleasedTokenizer(Tokenizer):
         return self.library.encode(utf8(text).decode("utf-8"), add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        parts, text = [], []  # the library leaves out ids that it has no name for, Molmo2's files lack the pointing tokens
-        for i in [*self._checked(ids), -1]:
-            if i in self._names or i < 0:
-                parts += [self.library.decode(text, skip_special_tokens=False), self._names.get(i, "")]
-                text = []
-            else:
-                text.append(i)
+        parts = []  # special tokens by their names here: Molmo2's files lack the pointing tokens, which the library would leave out
+        for special, run in groupby(self._checked(ids), self._names.__contains__):
+            parts += [self._names[i] for i in run] if special else [self.library.decode([*run], skip_special_tokens=False)]
         return "".join(parts)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -255,14 +252,14 @@ class ReleasedTokenizer(Tokenizer):
     @classmethod
     def load(cls, folder: str | os.PathLike, base_size: int) -> "ReleasedTokenizer":
         """From tokenizer.json and, for bos and eos, tokenizer_config.json in a folder. ValueError names the file."""
-        path = Path(folder) / "tokenizer.json"
+        path = beside = Path(folder) / "tokenizer_config.json"
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-            beside = Path(folder) / "tokenizer_config.json"
             said = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
             spelled = lambda token: token["content"] if isinstance(token, dict) else token
             eos = spelled(said.get("eos_token")) or "<|im_end|>"
-            return cls(settings, base_size, spelled(said.get("bos_token")) or eos, eos)
+            bos = spelled(said.get("bos_token")) or eos
+            path = Path(folder) / "tokenizer.json"  # `path` is what an error names
+            return cls(json.loads(path.read_text(encoding="utf-8")), base_size, bos, eos)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
         except ImportError:

@@ -52,9 +52,9 @@ def block(x: float, y: float, width: float, height: float, angle: float = 0.0, s
 
 def bar(x0: float, y0: float, x1: float, y1: float, radius: float) -> np.ndarray:
     """A line with round ends."""
-    along, down = x1 - x0, y1 - y0
-    t = np.clip(((COLUMNS - x0) * along + (ROWS - y0) * down) / max(along**2 + down**2, 1e-9), 0, 1)
-    return np.hypot(COLUMNS - x0 - t * along, ROWS - y0 - t * down) - radius
+    across, down = x1 - x0, y1 - y0
+    t = np.clip(((COLUMNS - x0) * across + (ROWS - y0) * down) / max(across**2 + down**2, 1e-9), 0, 1)
+    return np.hypot(COLUMNS - x0 - t * across, ROWS - y0 - t * down) - radius
 
 
 def star(x: float, y: float, inner: float, outer: float, points: int = 5) -> np.ndarray:
@@ -154,14 +154,14 @@ def desk(rng: np.random.Generator) -> World:
         rings = np.sin((ROWS - gaze[1]) * wood + 2 * np.sin((COLUMNS - gaze[0]) * 0.03))[..., None]
         canvas = Canvas(np.array((168.0, 124.0, 82.0)) + 9 * rings)
         for i, (color, kind) in enumerate(things):
-            (x, y), s, paint_ = places[i] - gaze, size[i], np.array(PAINT[color])
+            (x, y), s, tone = places[i] - gaze, size[i], np.array(PAINT[color])
             if kind == "cup":
-                canvas.lay(bar(x, y, x + 0.62 * s * np.cos(turn[i]), y + 0.62 * s * np.sin(turn[i]), s * 0.09), paint_ * 0.85, i)
-                canvas.lay(disc(x, y, s * 0.42), paint_, i)
-                canvas.lay(disc(x, y, s * 0.32), paint_ * 0.7, i)
+                canvas.lay(bar(x, y, x + 0.62 * s * np.cos(turn[i]), y + 0.62 * s * np.sin(turn[i]), s * 0.09), tone * 0.85, i)
+                canvas.lay(disc(x, y, s * 0.42), tone, i)
+                canvas.lay(disc(x, y, s * 0.32), tone * 0.7, i)
             else:
-                canvas.lay(block(x, y, s * 0.95, s * 0.7, turn[i], 2), paint_, i)
-                canvas.lay(block(x, y, s * 0.95, 3, turn[i]), np.clip(paint_ * 1.2 + 20, 0, 255), i)
+                canvas.lay(block(x, y, s * 0.95, s * 0.7, turn[i], 2), tone, i)
+                canvas.lay(block(x, y, s * 0.95, 3, turn[i]), np.clip(tone * 1.2 + 20, 0, 255), i)
         return canvas
 
     return World(things, paint, float(rng.uniform(3, 6)))
@@ -187,11 +187,11 @@ def road(rng: np.random.Generator) -> World:
         for d, i in sorted(shown):  # what is near stands in front
             y, scale = horizon + d * (HEIGHT - horizon), 12 + 50 * max(d, 0)
             if i < n_cars:
-                x, paint_ = WIDTH / 2 + lane[i] * (14 + 58 * d), np.array(PAINT[cars[i][0]])
+                x, tone = WIDTH / 2 + lane[i] * (14 + 58 * d), np.array(PAINT[cars[i][0]])
                 for wheel in (-0.34, 0.34):
                     canvas.lay(block(x + wheel * scale, y, scale * 0.18, scale * 0.2, 0, 1), (24, 24, 26), i)
-                canvas.lay(block(x, y - scale * 0.22, scale, scale * 0.36, 0, scale * 0.08), paint_, i)
-                canvas.lay(block(x, y - scale * 0.46, scale * 0.72, scale * 0.34, 0, scale * 0.1), paint_ * 0.9, i)
+                canvas.lay(block(x, y - scale * 0.22, scale, scale * 0.36, 0, scale * 0.08), tone, i)
+                canvas.lay(block(x, y - scale * 0.46, scale * 0.72, scale * 0.34, 0, scale * 0.1), tone * 0.9, i)
                 canvas.lay(block(x, y - scale * 0.47, scale * 0.56, scale * 0.2, 0, scale * 0.05), (150, 172, 188), i)
                 for light in (-0.4, 0.4):
                     canvas.lay(disc(x + light * scale, y - scale * 0.22, scale * 0.06), (236, 90, 70), i)
@@ -221,7 +221,7 @@ def recording(rng: np.random.Generator) -> World:
             canvas.lay(disc(6 + 8 * dot, 5, 2.2), ((236, 96, 88), (240, 190, 80), (98, 196, 96))[dot])
         share = np.clip((t / seconds - 0.2) / 0.6, 0, 1)
         hand = places[dragged] + (goal - places[dragged]) * share
-        for i in [i for i in range(n) if i != dragged] + [dragged]:
+        for i in sorted(range(n), key=lambda i: i == dragged):  # it lies on top
             (x, y), (color, kind) = hand if i == dragged else places[i], things[i]
             canvas.lay(heart(x, y, size[i]) if kind == "heart" else star(x, y, size[i] * 0.24, size[i] * 0.56), PAINT[color], i)
         x, y = hand + (3, 4)
@@ -245,13 +245,13 @@ def arm(rng: np.random.Generator) -> World:
         shoulder = np.array([base, -6.0])
         for i, (color, kind) in enumerate(things):
             x, y = (hand[0], hand[1] + size[i] * 0.45) if i == lifted else (column[i], table - size[i] / 2)
-            paint_ = np.array(PAINT[color])
+            tone = np.array(PAINT[color])
             if kind == "ball":
-                canvas.lay(disc(x, y, size[i] * 0.52), paint_, i)
-                canvas.lay(disc(x - size[i] * 0.15, y - size[i] * 0.17, size[i] * 0.12), np.clip(paint_ + 70, 0, 255), i)
+                canvas.lay(disc(x, y, size[i] * 0.52), tone, i)
+                canvas.lay(disc(x - size[i] * 0.15, y - size[i] * 0.17, size[i] * 0.12), np.clip(tone + 70, 0, 255), i)
             else:
-                canvas.lay(block(x, y, size[i], size[i]), paint_, i)
-                canvas.lay(block(x, y - size[i] * 0.36, size[i], size[i] * 0.28), np.clip(paint_ + 40, 0, 255), i)
+                canvas.lay(block(x, y, size[i], size[i]), tone, i)
+                canvas.lay(block(x, y - size[i] * 0.36, size[i], size[i] * 0.28), np.clip(tone + 40, 0, 255), i)
         reach = hand - shoulder
         far = np.linalg.norm(reach)
         elbow = shoulder + reach / 2 + np.array([reach[1], -reach[0]]) / max(far, 1) * np.sqrt(max(70.0**2 - (far / 2)**2, 0))
@@ -331,13 +331,14 @@ def record(seed: int, index: int) -> Record:
     there."""
     name = list(WORLDS)[index % len(WORLDS)]
     world, times, frames, masks = film(name, seed, index // len(WORLDS))
-    objects, plural = _objects(times, masks), lambda kind: {"box": "boxes"}.get(kind, kind + "s")
+    objects, plural = _objects(times, masks), {kind: "boxes" if kind == "box" else f"{kind}s" for _, kind in world.things}
     asked: dict[str, list[int]] = {}
     for i in objects:
         color, kind = world.things[i]
-        for label in (f"{color} {plural(kind)}", plural(kind)):
+        for label in (f"{color} {plural[kind]}", plural[kind]):
             asked.setdefault(label, []).append(i)
-    missing = next(f"{color} {plural(kind)}" for color in PAINT for _, kind in world.things if f"{color} {plural(kind)}" not in asked)
+    nearly = (f"{color} {kinds}" for color in PAINT for kinds in plural.values())
+    missing = next(label for label in nearly if label not in asked)
     annotations = [Annotation("point_count", label, targets, about=name) for label, targets in asked.items()]
     annotations.append(Annotation("point_count", missing, [], about="none"))
     return Record(f"vpos-{name}-{index}", list(frames), times.tolist(), objects, annotations)

@@ -136,6 +136,7 @@ BAD = {
     "a damaged frame": (lambda f: (f / "JPEGImages/walk/1.jpg").write_bytes(b"JPG"), "1.jpg: cannot be read as an image"),
     "no such object": (lambda f: write(f, {"videos": {"walk": {"expressions": {"0": {"exp": "x", "obj_id": "5"}}}}}), "no mask has an object 5"),
     "no objects at all": (lambda f: [Image.new("L", (60, 40)).save(f / f"Annotations/walk/{n}.png") for n in (1, 2, 10)], "no mask has an object 1"),
+    "a number that is none": (lambda f: write(f, {"videos": {"walk": {"expressions": {"0": {"exp": "x", "obj_id": [1, "2a"]}}}}}), "'2a' is not the number of an object"),
     "nothing to score": (lambda f: write(f, {"videos": {"walk": {"expressions": {"0": {"exp": "x"}}}}}), "cannot be scored"),
     "no such sequence": (lambda f: write(f, {"videos": {"run": {"expressions": {"0": {"exp": "x", "obj_id": "1"}}}}}), "has no folder run"),
     "no videos": (lambda f: write(f, {"videos": {}}), "names no videos"),

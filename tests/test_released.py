@@ -193,6 +193,15 @@ def only_pickle(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def spoil_end(folder):
+    """The end of an answer is a token that the tokenizer lacks."""
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    for token in settings["added_tokens"]:
+        token["content"] = token["content"].replace("<|endoftext|>", "<|something|>")
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+
+
 WRONG = {
     "missing shard": (lambda f: index(f, more="b.safetensors"), ("b.safetensors",)),
     "tensor not where the index says": (lambda f: index(f, more="a.safetensors"), ("a.safetensors", "more")),
@@ -240,6 +249,8 @@ WRONG = {
     "a pickle": (only_pickle, ("pytorch_model.bin", "pickle")),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ("tokenizer.json",)),
     "not a tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), ("tokenizer.json",)),
+    "no tokenizer config": (lambda f: (f / "tokenizer_config.json").write_text("{broken"), ("tokenizer_config.json",)),
+    "no end of texts": (spoil_end, ("tokenizer.json", "<|endoftext|> is missing")),
 }
 
 
