@@ -271,9 +271,11 @@ def main(argv: list[str] | None = None) -> None:
         examples = loading.Mixture(sets, data.RATES, 0, tokenizer, PRESETS["tiny"], args.max_tokens)
         model = Molmo(PRESETS["tiny"]).initialize(0)
 
-        trees = [examples[i][1] for i in range(args.examples)]
-        if too_long := [tree for tree in trees if isinstance(tree, str)]:
-            raise ValueError(f"--max-tokens {args.max_tokens}: {too_long[0]}")
+        trees = []
+        for i in range(args.examples):
+            trees.append(examples[i][1])
+            if isinstance(trees[-1], str):  # too long
+                raise ValueError(f"--max-tokens {args.max_tokens}: {trees[-1]}")
         packer = Packer(args.max_tokens, args.max_crops)
         start = time.perf_counter()
         made = list(packs(enumerate(trees), packer))

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from masks import deepest
+from masks import box, deepest
 from records import Annotation, Object, Record, Runs
 
 HEIGHT, WIDTH, FPS = 144, 192, 6.0
@@ -90,8 +90,12 @@ class Canvas:
 
     def lay(self, distance: np.ndarray, color: Color | np.ndarray, thing: int = -1):
         """Paints a shape over what is there; it belongs to a thing, or hides what it covers."""
-        cover = np.clip(0.5 - distance, 0, 1)[..., None]
-        self.picture = self.picture * (1 - cover) + np.asarray(color, float) * cover
+        shown, color = distance < 0.5, np.broadcast_to(np.asarray(color, float), self.picture.shape)
+        if not shown.any():
+            return
+        window = box(shown)  # elsewhere nothing changes
+        cover = np.clip(0.5 - distance[window], 0, 1)[..., None]
+        self.picture[window] = self.picture[window] * (1 - cover) + color[window] * cover
         self.owner[distance < 0] = thing
 
 

@@ -159,12 +159,18 @@ def check_resize(source: str, target: str):
             print(json.dumps(said))
 
 
+def halved(**changes):
+    """From now on the preset `tiny` has half of its blocks."""
+    tiny = train.PRESETS["tiny"]
+    train.PRESETS["tiny"] = replace(tiny, vit=replace(tiny.vit, layers=3), llm=replace(tiny.llm, layers=2), **changes)
+
+
 def check_train(model: str, vit_steps: str, dies: str, *words: str):
     """train.py on a small mixture, its model "whole" in every process or in "shards", `vit_steps` steps of which teach the ViT alone;
     process 1 ends without a word after so many steps (0: never)."""
     steps = 0
     train.LIGHT = ("tiny",) if model == "whole" else ()
-    train.PRESETS["tiny"] = replace(train.PRESETS["tiny"], optimizer="adamw")  # as all models that are cut
+    halved(optimizer="adamw")  # as all models that are cut
 
     def counted(*given):
         nonlocal steps
@@ -180,8 +186,10 @@ def check_train(model: str, vit_steps: str, dies: str, *words: str):
 
 
 def small_run(*words: str):
-    """train.py with four small steps of the ViT alone and ten of the model, and a checkpoint after every second."""
-    train.STAGES["tiny", 2] = replace(train.STAGES["tiny", 2], packs=2, tokens=600, pool=3, branches=2, vit_steps=4, watch=())
+    """train.py with four small steps of the ViT alone and fourteen of the model, and a checkpoint after every second."""
+    halved()
+    train.STAGES["tiny", 2] = replace(train.STAGES["tiny", 2], packs=1, tokens=600, pool=3, branches=2, vit_steps=4, watch=())
+    train.VIT_BATCH = 2
     train.main(["--stage", "2", "--steps", "14", "--workers", "1", "--save-every", "2", *words])
 
 

@@ -242,7 +242,7 @@ def test_labels_with_an_article_keep_it():
             asked = {question_text(Annotation(task, label, [1]), film(), np.random.default_rng(i)) for i in range(40)}
             own = label.lower().startswith(("the ", "a ", "an "))
             assert not any(f"{word} {label}" in text.lower() for text in asked for word in ("the the", "the a ", "the an ")), asked
-            assert any(f"the {label}" in text for text in asked) == (not own and task != "only_count") or task == "point_count"
+            assert any(f"the {label}" in text for text in asked) == (not own) or task == "point_count"
             assert task != "point_count" or any(text == f"How many {label.split(' ', 1)[1] if own else label} are there?" for text in asked), asked
             assert task != "point" or any(text == f"Where {'is' if own else 'are the'} {label}?" for text in asked), asked
 
@@ -407,8 +407,8 @@ def test_synthetic_records_are_a_pure_function_of_seed_and_number(name):
     def content(seed, index):
         record = draw(name, seed, index, 4)
         return [p.tobytes() for p in record.pictures], record.times, record.annotations, record.objects
-    assert content(3, 5) == content(3, 5)
-    assert content(3, 5) != content(3, 6) and content(3, 5) != content(4, 5)
+    first, between, again = content(3, 5), content(3, 6), content(3, 5)
+    assert first == again != between and first != content(4, 5)
 
 
 def test_truth_points_lie_in_their_masks():
@@ -426,7 +426,7 @@ def test_every_task_is_drawn_somewhere():
     """Captions spoken and written, short and long answers, choices, chats, all ways to count, point and track, and "none"."""
     tasks, none = Counter(), 0
     for name in data.SETS:
-        for index in range(10):
+        for index in range(4):
             said = draw(name, 1, index, 6).annotations
             tasks.update(one.task for one in said)
             none += sum(bool(one.label) and not one.objects for one in said)
@@ -849,11 +849,11 @@ def test_a_sheet_gives_each_branch_one_color(tmp_path, tiny):
 
 
 def test_corpus_holds_the_words_of_every_set(tmp_path):
-    """The texts, as many as asked for and the same each time, hold 97% of the words that prompts and answers use, and the
-    pieces around points."""
+    """The texts, as many as asked for and the same each time (of the beginning: drawing takes a while), hold 97% of the words that
+    prompts and answers use, and the pieces around points."""
     data.main(["corpus", str(tmp_path / "new/corpus.txt"), "--n", "6000"])
     texts = (tmp_path / "new/corpus.txt").read_bytes().decode().removesuffix("\n").split("\n")
-    assert len(texts) == 6000 and texts == list(data.corpus(6000, 0))
+    assert len(texts) == 6000 and texts[:1000] == list(data.corpus(1000, 0))
     known = {word for text in texts for word in re.findall(r"\w+", text)}
     used = Counter(word for name in data.SETS for index in range(500, 504) for tree in [draw(name, 1, index, 6)]
                    for said in tree.annotations for word in re.findall(r"\w+", f"{said.question} {said.label} {said.answer}"))

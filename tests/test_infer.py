@@ -271,20 +271,20 @@ def test_markers_fit_any_picture():
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
-def command(*words, cwd, **environment):
+def command(*words, cwd):
     return subprocess.run([sys.executable, infer.__file__, *map(str, words)], cwd=cwd, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, timeout=300)
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
 
 
-def test_command_writes_inside_out_only(media, tmp_path, checkpoint):
+def test_command_writes_inside_out_only(run, media, tmp_path, monkeypatch):
     """From another folder: the report on stdout, nothing on stderr, and only --out has changed."""
+    monkeypatch.chdir(tmp_path)
     before = tree(tmp_path)
-    done = command("media/wide.png", "media/tall.png", "--out", "new/results", "--checkpoint", checkpoint,
-                   "Point to the cups.", "--max-new-tokens", 3, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "\ncount: " in done.stdout and "\nfinish reason: length\nprefill " in done.stdout and "; decode 3 tokens, " in done.stdout
-    results = {f"new/results/{name}" for name in ("wide.points.json", "wide.points.png", "tall.points.png")}
-    assert tree(tmp_path) - before == {"new", "new/results"} | results
+    status, out, err = run("media/wide.png", "media/tall.png", "Point to the cups.")
+    assert (status, err) == (0, "")
+    assert "\ncount: " in out and "\nfinish reason: length\nprefill " in out and "; decode 4 tokens, " in out
+    results = {f"out/{name}" for name in ("wide.points.json", "wide.points.png", "tall.points.png")}
+    assert tree(tmp_path) - before == {"out"} | results
 
 
 @pytest.mark.parametrize("text, count", [("12", 12), ("4.", 4), ("There are none.", 0), ("At 3 o'clock.", 0)])
@@ -295,20 +295,24 @@ def test_a_number_is_a_count(run, media, tiny, monkeypatch, text, count):
 
 
 def test_command_prints_json_alone(media, tmp_path, checkpoint):
-    """With --json, stdout is one JSON value, also for a video."""
-    done = command("media/clip.mp4", "Point to the cups.", "--json", "-", "--checkpoint", checkpoint,
+    """As a program of its own, from another folder: with --json, stdout is one JSON value, also for a video, nothing is on stderr, and
+    only --out has changed."""
+    before = tree(tmp_path)
+    done = command("media/clip.mp4", "Point to the cups.", "--json", "-", "--out", "new/results", "--checkpoint", checkpoint,
                    "--max-new-tokens", 3, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+    assert tree(tmp_path) - before == {"new", "new/results", "new/results/clip.points.json", "new/results/clip.points.mp4"}
     result = json.loads(done.stdout)
     assert set(result) == {"media", "prompt", "text", "points", "count", "finish_reason", "timing"}
     assert result["timing"]["tokens"] == 3 and all(value >= 0 for value in result["timing"].values())
-    assert len(list(frames_of(tmp_path / "out/clip.points.mp4"))) == 30
+    assert len(list(frames_of(tmp_path / "new/results/clip.points.mp4"))) == 30
 
 
-def test_traceback_on_request(media, tmp_path):
-    """MOLMO_TRACEBACK=1 shows where it went wrong."""
-    done = command(media / "missing.png", "Hello.", "--checkpoint", "nowhere", cwd=tmp_path, MOLMO_TRACEBACK="1")
-    assert done.returncode != 0 and "Traceback" in done.stderr and "CheckpointError" in done.stderr
+def test_traceback_on_request(media, monkeypatch):
+    """MOLMO_TRACEBACK=1 lets the exception through, which shows where it went wrong."""
+    monkeypatch.setenv("MOLMO_TRACEBACK", "1")
+    with pytest.raises(weights.CheckpointError, match="nowhere"):
+        infer.main([str(media / "missing.png"), "Hello.", "--checkpoint", "nowhere"])
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -113,7 +113,8 @@ def test_a_process_that_dies_stops_the_run_and_the_run_goes_on(tmp_path):
     died in, and by one."""
     words = ("--steps", "4", "--save-every", "2", "--out")
     died = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d",
-                           "--rdzv-endpoint", "localhost:0", "tests/processes.py", "train", "shards", "2", "5", *words, tmp_path / "run"],
+                           "--rdzv-endpoint", "localhost:0", "--local-addr", "localhost",  # else the machine's name, which may lead nowhere
+                           "tests/processes.py", "train", "shards", "2", "5", *words, tmp_path / "run"],
                           cwd=ROOT, capture_output=True, text=True, timeout=300)
     lines = [line for line in died.stderr.splitlines() if line.startswith("train.py")]
     assert died.returncode and len(lines) == 1 and "another process has gone" in lines[0] and "--resume" in lines[0], died.stderr[-3000:]

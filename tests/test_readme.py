@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -101,8 +102,8 @@ def test_the_shipped_model_knows_its_worlds():
 
 
 def test_every_python_command_runs(tmp_path, monkeypatch, capsys):
-    """All commands in their order, in an empty folder with the assets beside it; training and evaluation cut short. The
-    vocabulary and the clip's truth come out byte for byte as they lie in assets/."""
+    """All commands in their order, in an empty folder with the assets beside it; training and evaluation cut short, packs timed with a
+    smaller model. The vocabulary and the clip's truth come out byte for byte as they lie in assets/."""
     commands = [shlex.split(command) for command in COMMANDS if command.startswith("python")]
     assert {words[1] for words in commands} == set(PROGRAMS)
     (tmp_path / "assets").symlink_to(ROOT / "assets")
@@ -111,9 +112,14 @@ def test_every_python_command_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "LONGEST", {False: 16, True: 16})
     monkeypatch.setattr(masks, "CANDIDATES", 1)
     monkeypatch.setattr(packing, "TIMED", 1)
+    tiny = packing.PRESETS["tiny"]
+    monkeypatch.setattr(packing, "PRESETS", {"tiny": replace(
+        tiny, vit=replace(tiny.vit, width=16, heads=2, mlp_hidden=24), connector=replace(tiny.connector, width=16, heads=2, mlp_hidden=24),
+        llm=replace(tiny.llm, width=32, layers=2, head_width=8, mlp_hidden=48), point=replace(tiny.point, width=16))})
+    monkeypatch.setattr(train, "VIT_BATCH", 2)
     monkeypatch.setattr(strangers, "PICTURES", {"train": 12, "test": 4})
     for key, stage in train.STAGES.items():
-        monkeypatch.setitem(train.STAGES, key, train.replace(stage, pool=4, branches=2))
+        monkeypatch.setitem(train.STAGES, key, replace(stage, packs=1, pool=4, branches=2) if key[0] == "tiny" else stage)
     missing = set()
     for _, program, *words in commands:
         if lacks := {EXTRA[word] for word in [program, *words] if word in EXTRA and find_spec(EXTRA[word]) is None}:

@@ -352,16 +352,16 @@ def test_infer_takes_a_released_folder(folder, dtype, tmp_path, monkeypatch):
 
 def test_released_inference_is_a_flag_for_released_grounding_tokens(folder, tmp_path, monkeypatch, capsys):
     """With a released MolmoPoint the model that answers is switched; any other checkpoint is one line."""
-    clip, loaded, real = Path(__file__).parent.parent / "assets/cups.mp4", [], weights.load
+    picture, loaded, real = Path(__file__).parent.parent / "assets/demo.png", [], weights.load
     monkeypatch.setattr(weights, "load", lambda *given: loaded.append(real(*given)) or loaded[-1])
     monkeypatch.chdir(tmp_path)
-    command = [str(clip), "point to the cups", "--max-new-tokens", "4", "--checkpoint"]
+    command = [str(picture), "point to the cups", "--max-new-tokens", "4", "--checkpoint"]
     infer.main([*command, str(folder), "--released-inference"])
     infer.main([*command, str(folder)])
     assert [model.config.point.released_inference for model, _ in loaded] == [True, False]
     tokenizer = loaded[0][1]
     weights.save_released("text", Molmo(replace(SMALL, **AS_TEXT)).initialize(0), tokenizer)
-    for other, said in (("text", "writes points as text"), (str(clip.parent / "tiny"), "is for folders of released layout")):
+    for other, said in (("text", "writes points as text"), (str(picture.parent / "tiny"), "is for folders of released layout")):
         with pytest.raises(SystemExit) as end:
             infer.main([*command, other, "--released-inference"])
         error = capsys.readouterr().err
