@@ -242,7 +242,7 @@ def test_labels_with_an_article_keep_it():
             asked = {question_text(Annotation(task, label, [1]), film(), np.random.default_rng(i)) for i in range(40)}
             own = label.lower().startswith(("the ", "a ", "an "))
             assert not any(f"{word} {label}" in text.lower() for text in asked for word in ("the the", "the a ", "the an ")), asked
-            assert any(f"the {label}" in text for text in asked) == (not own) or task == "point_count"
+            assert any(f"the {label}" in text for text in asked) is not own or task == "point_count"
             assert task != "point_count" or any(text == f"How many {label.split(' ', 1)[1] if own else label} are there?" for text in asked), asked
             assert task != "point" or any(text == f"Where {'is' if own else 'are the'} {label}?" for text in asked), asked
 
