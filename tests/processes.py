@@ -188,7 +188,7 @@ def check_train(model: str, vit_steps: str, dies: str, *words: str):
 def small_run(*words: str):
     """train.py with four small steps of the ViT alone and fourteen of the model, and a checkpoint after every second."""
     halved()
-    train.STAGES["tiny", 2] = replace(train.STAGES["tiny", 2], packs=1, tokens=600, pool=3, branches=2, vit_steps=4, watch=())
+    train.STAGES["tiny", 2] = replace(train.STAGES["tiny", 2], packs=1, tokens=600, pool=4, branches=2, vit_steps=4, watch=())
     train.VIT_BATCH = 2
     train.main(["--stage", "2", "--steps", "14", "--workers", "1", "--save-every", "2", *words])
 
