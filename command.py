@@ -30,8 +30,10 @@ def number(kind: type, low: float, high: float):
 
 
 def device(name: str) -> str:
-    """An argparse type: a device that this machine has, and for every process that torchrun started here."""
+    """An argparse type: a device that this machine has, and for every process that torchrun started here. "usual", the default
+    of all commands: a GPU if there is one."""
     import torch  # takes a second
+    name = usual_device() if name == "usual" else name
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if name == "cuda" and 0 < (gpus := torch.cuda.device_count()) < processes:  # by all processes alike
         raise argparse.ArgumentTypeError(f"cuda: {processes} processes and {gpus} GPU{'s' * (gpus > 1)}: start as many, or try cpu")

@@ -460,8 +460,8 @@ def check(path: str, tokenizer: Tokenizer, config: MolmoConfig, max_tokens: int,
 def sheet(record: Record, tokenizer: Tokenizer, config: MolmoConfig) -> Image.Image:
     """One example as a picture: its pictures with the points of (the first eight) annotations in a colour each, what the
     ViT gets, the mask of the tree (a colour per branch), and all tokens as text."""
-    record.annotations = [said for said in record.annotations if not shows_nothing(record, said)]  # as in `example`: one color each
-    tree = example(record, tokenizer, config, np.random.default_rng(0))
+    tree = example(record, tokenizer, config, np.random.default_rng(0))  # warns of what it leaves out
+    record.annotations = [said for said in record.annotations if not shows_nothing(record, said)]  # so that each branch has one color
     shown = []
     for number, picture in enumerate(record.pictures):
         image = Image.fromarray(picture)

@@ -425,11 +425,13 @@ def _points(a: Asked, true: Sequence[Point], number: int) -> dict[str, float]:
 def _count(a: Asked, number: int) -> dict[str, float]:
     """The count is the number of ids; of the task `count`, and to see whether the two differ, the last number of the text."""
     asked = a.annotation.task == "count"
-    written = re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", re.sub(r"<(points?|tracks) .*?</(points?|tracks)>", "", a.text, flags=re.DOTALL))
+    written = re.findall(r"\d+(?:,\d{3}(?!\d))*(?:\.\d+)?", re.sub(r"<(points?|tracks) .*?</(points?|tracks)>", "", a.text, flags=re.DOTALL))
     said = int(written[-1].replace(",", "").split(".")[0].lstrip("0")[:9] or 0) if written else 0  # one digit without end would be too large for a mean
     counted = said if asked else len({p.id for p in a.points})
     off = abs(counted - number)
     answered = not asked or bool(written) or says_none(a.text)  # words without a number are not a count of 0
+    if asked and written and re.search(r"\.0*[1-9]", written[-1]):
+        answered = False  # 2.7 is no count
     found = {"count exact": answered and off == 0, "count close": answered and off <= 1 + number // 20, "count error": off}
     return found if asked else found | {"number differs": bool(written or a.points) and said != counted}
 
@@ -501,7 +503,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image-crops", type=command.number(int, 1, 10_000), help="high-resolution crops per image, at most (default: the checkpoint's); of several images never more than 8")
     parser.add_argument("--batch", type=command.number(int, 1, 10**4), default=BATCH, help="questions answered at a time (default: %(default)s)")
     parser.add_argument("--json", help="also write figures and settings to this file")
-    parser.add_argument("--device", type=command.device, default=command.usual_device(),
+    parser.add_argument("--device", type=command.device, default="usual",
                         help="cpu, cuda, cuda:1, mps, ... (default: cuda if there is one, else cpu)")
     args = parser.parse_args(argv)
     if args.data and args.davis:

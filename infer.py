@@ -95,7 +95,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--released-inference", action="store_true",
                         help="compute as MolmoPoint's released inference code does, which differs from how the model was trained")
     parser.add_argument("--compile", action="store_true", help="compile the decoding step first, which takes up to a minute; on a GPU it becomes a CUDA graph")
-    parser.add_argument("--device", type=command.device, default=command.usual_device(),
+    parser.add_argument("--device", type=command.device, default="usual",
                         help="cpu, cuda, cuda:1, mps, ... (default: cuda if there is one, else cpu)")
     parser.add_argument("--seed", type=command.number(int, 0, 2**32), default=0, help="of the sampling, for temperatures above 0 (default: %(default)s)")
     parser.add_argument("--temperature", type=command.number(float, 0, 100), default=0, help="of the sampling; 0, the default, takes the likeliest token")
@@ -198,8 +198,8 @@ class ParsedAnswer:
 
     def result(self) -> dict:
         """A part of the report."""
-        number = self.text.strip().rstrip(".")
-        count = int(number) if re.fullmatch(r"[0-9]{1,9}", number) else len({point.id for point in self.points})
+        number = re.fullmatch(r"([0-9]{1,9}|[0-9]{1,3}(?:,[0-9]{3}){1,2})(?:\.0*)?", self.text.strip())
+        count = int(number[1].replace(",", "")) if number else len({point.id for point in self.points})
         return {"text": self.text, "count": count, "finish_reason": self.answer.finish_reason}
 
 

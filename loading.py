@@ -243,7 +243,7 @@ class Loader:
 
 def prefetch(items: Iterator, most: int = 2) -> Iterator:
     """The same items, up to `most` of them made ahead by a thread while the last one is in use; what goes wrong there is raised
-    here, when its turn comes."""
+    here, when its turn comes. At the end it waits for the item that is being made."""
     thread = ThreadPoolExecutor(1)
     try:
         coming = deque(thread.submit(next, items) for _ in range(most))

@@ -490,7 +490,7 @@ class Molmo(nn.Module):
     def input_embeddings(self, batch: Batch, visual: VisualTokens) -> Tensor:
         """Word embeddings, plus what visual and grounding tokens carry: (B, T, d)."""
         x = self.embed(batch.tokens).flatten(0, 1)  # (B*T, d)
-        x = x.index_add_(0, visual.at, visual.embeddings.to(x.dtype))  # in place: on MPS, torch 2.11 returns garbage for no indices otherwise
+        x = x.index_add_(0, visual.at, visual.embeddings.to(x.dtype))  # in place: on MPS some versions of torch are said to return unwritten memory for no indices otherwise
         if self.point_predictor is not None:
             at_token, at_patch = ((batch.tokens.flatten() == self.ids[n]).nonzero()[:, 0] for n in (TOKEN_INDEX, VIT_INDEX))
             chosen = batch.points[:, 0] >= 0  # "no more points" carries nothing

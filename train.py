@@ -172,7 +172,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--context-parallel", type=command.number(int, 1, 1024), default=1, metavar="C",
                         help="C processes share every batch, each with a part of its tokens (torchrun)")
     parser.add_argument("--plan", type=command.number(int, 1, 10**6), metavar="GPUS", help="print the estimated memory and time of the stage on so many H100s, and end")
-    parser.add_argument("--device", type=command.device, default=command.usual_device(),
+    parser.add_argument("--device", type=command.device, default="usual",
                         help="cpu, cuda or mps (default: cuda if there is one, else cpu)")
     return parser.parse_args(argv)
 

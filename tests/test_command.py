@@ -89,3 +89,16 @@ def test_a_device_is_refused_by_all_processes_alike(monkeypatch):
         with pytest.raises(argparse.ArgumentTypeError, match="not available on this machine"):
             command.device("nowhere")
     assert command.device("cpu") == "cpu"
+
+
+def test_the_usual_device_is_one_that_works(monkeypatch):
+    """A GPU that is there but for which torch has no kernels is not taken; of many processes each tries its own later."""
+    def no_kernels(*_, **__):
+        raise RuntimeError("no kernel image is available for execution on the device")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert command.device("usual") in ("cpu", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", no_kernels)
+    assert command.usual_device() == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert command.usual_device() == "cuda"

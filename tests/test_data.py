@@ -843,7 +843,8 @@ def test_a_sheet_gives_each_branch_one_color(tmp_path, tiny):
     seen = {1: Object({0.5: (30, 30)}), 2: Object({n / 2: (60, 40) for n in range(5)})}
     asked = [Annotation("track", "dot", [1], fps=1.0), Annotation("track", "dog", [2])]
     record = Record("film", [np.zeros((80, 100, 3), np.uint8)] * 5, [n / 2 for n in range(5)], seen, asked)
-    page = np.asarray(data.sheet(record, tiny[1], tiny[0].config))
+    with pytest.warns(UserWarning, match="left out: film"):
+        page = np.asarray(data.sheet(record, tiny[1], tiny[0].config))
     first, second = ((page[:80, :100] == np.array(tuple(bytes.fromhex(color[1:])))).all(-1).sum() for color in data.COLORS[:2])
     assert first > 5 and not second
 

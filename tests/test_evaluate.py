@@ -249,7 +249,7 @@ def test_a_number_without_end_is_a_wrong_count(record):
     assert figures["count exact"] == 0.5 and figures["count error"] < 1e9
 
 
-@pytest.mark.parametrize("text, exact", [("2.0", True), ("There are 2 cups.", True), ("1,002", False), ("2.7", True), ("20", False)])
+@pytest.mark.parametrize("text, exact", [("2.0", True), ("There are 2 cups.", True), ("1,002", False), ("2.7", False), ("20", False)])
 def test_numbers_are_read_as_they_are_written(record, text, exact):
     """With a decimal point, and with commas between thousands."""
     assert asked(record, Annotation("count", "cups", [0, 1]), text).figures["count exact"] == exact

@@ -287,7 +287,7 @@ def test_command_writes_inside_out_only(run, media, tmp_path, monkeypatch):
     assert tree(tmp_path) - before == {"out"} | results
 
 
-@pytest.mark.parametrize("text, count", [("12", 12), ("4.", 4), ("There are none.", 0), ("At 3 o'clock.", 0)])
+@pytest.mark.parametrize("text, count", [("12", 12), ("4.", 4), ("1,204", 1204), ("3.0", 3), ("2.7", 0), ("There are none.", 0), ("At 3 o'clock.", 0)])
 def test_a_number_is_a_count(run, media, tiny, monkeypatch, text, count):
     """An answer that is a number and points at nothing counts so many."""
     will_write(monkeypatch, Answer(tiny[1].encode_layout([text]), [], "stop"))

@@ -351,6 +351,15 @@ def test_the_loss_does_not_depend_on_how_a_step_is_cut(quick, form, tmp_path, mo
     assert (one - two).norm() < 1e-4 * (one - start).norm()
 
 
+@pytest.mark.parametrize("cores, processes, gpu, workers", [(2, 1, False, 1), (2, 2, False, 1), (16, 1, False, 4), (64, 2, True, 8), (None, 1, False, 1)])
+def test_workers_go_by_cores(monkeypatch, cores, processes, gpu, workers):
+    """Half of the cores, shared by the training processes of the machine."""
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert train.usual_workers() == workers
+
+
 def test_something_must_be_left_to_train(quick, tmp_path, capsys):
     """If every part is frozen, by --freeze or by the stage itself, nothing begins; what is trained later does not help."""
     everything = [word for part in PARTS for word in ("--freeze", part)]
