@@ -350,6 +350,16 @@ def test_infer_takes_a_released_folder(folder, dtype, tmp_path, monkeypatch):
     assert result["finish_reason"] == ("length" if result["timing"]["tokens"] == 12 else "stop")
 
 
+@pytest.mark.parametrize("able, dtype, warned", [(False, "bfloat16", True), (False, "float32", False), (True, "bfloat16", False)])
+def test_slow_bfloat16_is_said(folder, able, dtype, warned, tmp_path, monkeypatch, capsys):
+    """On a CPU without instructions for it, of weights that have it: one line that names the other choice, and the answer."""
+    monkeypatch.setattr(infer, "has_bfloat16_on_cpu", lambda: able)
+    picture = Path(__file__).parent.parent / "assets/demo.png"
+    infer.main([str(picture), "Hello.", "--checkpoint", str(folder), "--max-new-tokens", "2", "--dtype", dtype, "--device", "cpu", "--out", str(tmp_path)])
+    said = capsys.readouterr()
+    assert ("--dtype float32 is faster" in said.err) == warned and said.err.count("\n") == warned and "finish reason" in said.out
+
+
 def test_released_inference_is_a_flag_for_released_grounding_tokens(folder, tmp_path, monkeypatch, capsys):
     """With a released MolmoPoint the model that answers is switched; any other checkpoint is one line."""
     picture, loaded, real = Path(__file__).parent.parent / "assets/demo.png", [], weights.load
