@@ -138,11 +138,22 @@ class Linear8(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        if compiling_one_token(x) and x.device.type == "cpu" and self.weight.shape[1] % 4 == 0:
+            return (word_by_word(x.float(), self.weight) * self.scale).to(x.dtype)
         weight = self.weight.to(x.dtype)
         if compiling_one_token(x):
             return row_by_row(x, weight) * self.scale
         scale = self.scale.float() if x.is_cuda else self.scale  # or the compiler takes its own product of bytes, which is slower
         return (F.linear(x, weight) * scale).to(x.dtype)
+
+
+def word_by_word(x: Tensor, weight: Tensor) -> Tensor:
+    """`row_by_row` for float32 x and int8 weights, i a multiple of 4: reads four weights as one word, and shifts each to the word's
+    end. (Without AVX-512, compiled code takes all vectors but those of floats through the stack, at a tenth of the speed.)"""
+    words = weight.view(torch.float32).view(torch.int32)
+    inputs = torch.stack(x.flatten().view(-1, 4).unbind(1)).clone()  # (4, i / 4), row k for the k-th byte of every word
+    products = sum(((words << 24 - 8 * byte) >> 24) * inputs[byte] for byte in range(4))
+    return products.sum(-1).view(*x.shape[:-1], -1)
 
 
 class Head8(nn.Module):

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import data
 import generate as generation
 from attention import Dense, DenseDecode, MaskIds, make_mask, may_attend
-from generate import Linear8, Speed, Frontier, generate, generate_slowly, sampler, step_bytes, to_int8
+from generate import Linear8, Speed, Frontier, generate, generate_slowly, sampler, step_bytes, to_int8, word_by_word
 from model import Cache
 from packing import collate
 from pointing import PointPredictor
@@ -198,6 +198,13 @@ def test_eight_bits_are_off_by_half_a_step_at_most():
     half = Linear8(weight.bfloat16())
     error = (half.weight * half.scale.float()[:, None] - weight.bfloat16().float()).abs()
     assert (error <= half.scale.float()[:, None] * 0.51).all()
+
+
+def test_words_of_four_weights_are_taken_apart():
+    """Every value of a byte, in every place of a word, times its own input: in float64 sums that hold exactly."""
+    weight = torch.stack([torch.arange(-128, 128).roll(shift) for shift in range(9)]).to(torch.int8)
+    x = torch.randint(-99, 99, (1, 1, 256), generator=torch.Generator().manual_seed(0)).double()
+    assert torch.equal(word_by_word(x, weight), F.linear(x, weight.double()))
 
 
 @pytest.mark.parametrize("tied", [False, True])
