@@ -174,10 +174,10 @@ def desk(rng: np.random.Generator) -> World:
 def road(rng: np.random.Generator) -> World:
     n_cars, n_trees = int(rng.integers(1, 4)), int(rng.integers(1, 4))
     cars = _names(rng, ("car",), ("red", "blue", "white", "black", "yellow"), n_cars)
-    things = cars + [("green", "tree")] * n_trees
     lane, near, speed = rng.permutation([-1.0, 0.0, 1.0])[:n_cars], rng.uniform(0.35, 0.75, n_cars), rng.uniform(-0.08, 0.1, n_cars)
     side, start, ride = rng.choice([-1, 1], n_trees), rng.permutation(np.linspace(0.15, 0.7, n_trees)), rng.uniform(0.05, 0.15)
-    horizon = 52.0
+    horizon, seconds = 52.0, float(rng.uniform(3, 6))
+    things = cars + [("green", "tree")] * n_trees * (1 + int((start.max() + ride * seconds) // 0.9))  # who has passed does not return
 
     def paint(t: float) -> Canvas:
         sky = np.clip((ROWS - horizon) / -horizon, 0, 1)[..., None]
@@ -187,7 +187,9 @@ def road(rng: np.random.Generator) -> World:
         dashes = np.where((1 / (depth + 0.15) - 3 * t) % 1.2 < 0.5, 0.0, 1e3)
         canvas.lay(np.maximum(abs(COLUMNS - WIDTH / 2) - 0.5 - 2 * depth, horizon - ROWS) + dashes, (222, 220, 210))
         shown = [(near[i] + speed[i] * t, i) for i in range(n_cars)]
-        shown += [((start[j] + ride * t) % 0.9, n_cars + j) for j in range(n_trees)]
+        for j in range(n_trees):
+            passed, d = divmod(start[j] + ride * t, 0.9)
+            shown.append((d, n_cars + int(passed) * n_trees + j))
         for d, i in sorted(shown):  # what is near stands in front
             y, scale = horizon + d * (HEIGHT - horizon), 12 + 50 * max(d, 0)
             if i < n_cars:
@@ -200,13 +202,13 @@ def road(rng: np.random.Generator) -> World:
                 for light in (-0.4, 0.4):
                     canvas.lay(disc(x + light * scale, y - scale * 0.22, scale * 0.06), (236, 90, 70), i)
             else:
-                x = WIDTH / 2 + side[i - n_cars] * (30 + 96 * d)
+                x = WIDTH / 2 + side[(i - n_cars) % n_trees] * (30 + 96 * d)
                 canvas.lay(block(x, y - scale * 0.1, scale * 0.16, scale * 0.4), (104, 72, 48), i)
                 for level in (0.0, 0.35):
                     canvas.lay(wedge(x, y - scale * (1.25 + level * 0.6), y - scale * (0.2 + level), scale * (0.5 - level * 0.3)), (48, 118, 62), i)
         return canvas
 
-    return World(things, paint, float(rng.uniform(3, 6)))
+    return World(things, paint, seconds)
 
 
 def recording(rng: np.random.Generator) -> World:
