@@ -501,7 +501,7 @@ def prepare(args: argparse.Namespace, world: World):
     stage = stage_of(args)
     accumulate = parts_of_a_step(args, stage, world.data_size)
     if stage.packs % (accumulate * world.data_size):
-        raise ValueError(f"the {stage.packs} packs of a step cannot be cut into {accumulate} parts (--accumulate) "
+        raise ValueError(f"a step of this stage ({stage.packs} packs) cannot be cut into {accumulate} parts (--accumulate) "
                          f"for {world.data_size} processes")
     if not args.temporal and (args.temporal_init or args.missing):
         raise ValueError("--temporal-init and --missing go with --temporal")
