@@ -144,7 +144,7 @@ class Linear8(nn.Module):
         if compiling_one_token(x):
             return row_by_row(x, weight) * self.scale
         scale = self.scale.float() if x.is_cuda else self.scale  # or the compiler takes its own product of bytes, which is slower
-        return (F.linear(x, weight) * scale).to(x.dtype)
+        return (linear(x, weight) * scale).to(x.dtype)
 
 
 def word_by_word(x: Tensor, weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import data
 import train
@@ -15,7 +16,7 @@ import weights
 from attention import may_attend
 from connector import ConnectorConfig, TemporalConfig
 from generate import Answer, generate, generate_slowly, sampler, speakable
-from model import PRESETS, Batch, LLMConfig, Molmo, MolmoConfig
+from model import FEW_TOKENS, PRESETS, Batch, LLMConfig, Molmo, MolmoConfig, linear
 from packing import Example, collate
 from pointing import TOKEN_INDEX, VIT_INDEX, VIT_LOC, PointConfig, grounded_pieces
 from preprocess import ViewConfig, Views, image_views, video_views
@@ -141,6 +142,19 @@ def test_decoder_equals_slow_loops(tied):
     slow_h, slow_logits = slow_decoder(model, x[0].double().numpy(), batch.positions[0].tolist(), mask)
     np.testing.assert_allclose(h[0].numpy(), slow_h, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(logits[0].numpy(), slow_logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [(), (1, 1), (2, 3), (FEW_TOKENS,), (FEW_TOKENS + 1,), (0,)])
+@pytest.mark.parametrize("outputs", [24, 23])
+def test_few_tokens_times_parts_of_a_matrix(tokens, outputs):
+    """Any number of tokens, in any shape, and outputs that cannot be shared out equally: the products are the matrix's, and
+    so are the gradients."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*tokens, 10, generator=generator).requires_grad_()
+    weight, given = torch.randn(outputs, 10, generator=generator).requires_grad_(), torch.randn(*tokens, outputs, generator=generator)
+    ours, plain = ((product, *torch.autograd.grad(product, (x, weight), given)) for product in (linear(x, weight), F.linear(x, weight)))
+    for one, other in zip(ours, plain):
+        torch.testing.assert_close(one, other)
 
 
 def test_inputs_equal_a_loop(model):
