@@ -197,7 +197,7 @@ def test_tags_train_frame_by_frame(quick, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("argv, said", [
     (["--stage", "5"], "stage"),
     (["--stage", "1", "--data", "none.jsonl"], "none.jsonl"),
-    (["--stage", "1", "--accumulate", "3"], "packs of a step cannot be cut"),
+    (["--stage", "1", "--accumulate", "3"], "cannot be cut into 3 parts (--accumulate)"),
     (["--stage", "1", "--steps", "0"], "0"),
     (["--stage", "2", "--init", "no/such/folder"], "no/such/folder"),
     (["--stage", "1", "--preset", "huge"], "huge"),
