@@ -35,7 +35,7 @@ POINTS_AS = ("tokens", "text", "tags")
 LOSSES = ("token", "patch", "slot", "location")  # what is learned; the last three by models that point with grounding tokens
 VISUAL_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<im_low>",
                  "<frame_start>", "<frame_end>")  # these see each other in both directions
-FEW_TOKENS, MATRICES = 16, 8  # so few tokens are multiplied by so many parts of a matrix on a CPU
+FEW_TOKENS, MATRICES, LARGE = 16, 8, 2**18  # so few tokens multiply so many parts of a matrix of so many weights, on a CPU
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,11 +275,12 @@ def row_by_row(x: Tensor, weight: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., i), weight (o, i) -> (..., o). A compiled step of one token on a CPU goes row by row, which streams the matrix
-    from memory. BLAS is tuned for many tokens and leaves few to one thread, so they multiply a batch of smaller matrices."""
+    from memory. BLAS is tuned for many tokens and may leave few to one thread or to slow loops, so that they multiply a large
+    float32 matrix as a batch of smaller ones."""
     few = x.device.type == "cpu" and x.numel() <= FEW_TOKENS * x.shape[-1]
     if few and compiling_one_token(x):
         return row_by_row(x, weight)
-    if few and weight.dtype == torch.float32 and len(weight) % MATRICES == 0:
+    if few and weight.dtype == torch.float32 and weight.numel() >= LARGE and len(weight) % MATRICES == 0:
         columns = x.reshape(-1, x.shape[-1]).T.expand(MATRICES, -1, -1)  # (MATRICES, i, tokens)
         return torch.bmm(weight.unflatten(0, (MATRICES, -1)), columns).flatten(0, 1).T.view(*x.shape[:-1], len(weight))
     return F.linear(x, weight)

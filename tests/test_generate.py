@@ -87,6 +87,7 @@ def test_a_compiled_step_writes_the_same(model, monkeypatch, questions, eight): 
     assert counter.frame_count == 1
     nodes = [str(node.target) for node in counter.graphs[0].graph.nodes]
     assert nodes.count("sum") == (4 * len(model.blocks) + 2 if len(questions) == 1 else 0)  # and the head's two tables
+    assert any("lshift" in node for node in nodes) == (eight and len(questions) == 1)  # four weights read as one word
 
 
 def test_compiled_answers_share_their_cache(model, monkeypatch):  # noqa: F811
