@@ -148,14 +148,17 @@ def test_decoder_equals_slow_loops(tied):
 @pytest.mark.parametrize("outputs", [24, 23])
 def test_few_tokens_times_parts_of_a_matrix(monkeypatch, tokens, outputs):
     """Any number of tokens, in any shape, and outputs that cannot be shared out equally: the products are the matrix's, and
-    so are the gradients."""
+    so are the gradients; only few tokens and equal parts go as a batch."""
+    batches, bmm = [], torch.bmm
     monkeypatch.setattr("model.LARGE", 0)
+    monkeypatch.setattr(torch, "bmm", lambda a, b: batches.append(a.shape) or bmm(a, b))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(*tokens, 10, generator=generator).requires_grad_()
     weight, given = torch.randn(outputs, 10, generator=generator).requires_grad_(), torch.randn(*tokens, outputs, generator=generator)
     ours, plain = ((product, *torch.autograd.grad(product, (x, weight), given)) for product in (linear(x, weight), F.linear(x, weight)))
     for one, other in zip(ours, plain):
         torch.testing.assert_close(one, other)
+    assert len(batches) == (tokens != (FEW_TOKENS + 1,) and outputs == 24)
 
 
 def test_inputs_equal_a_loop(model):
