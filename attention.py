@@ -39,8 +39,8 @@ class MaskIds(NamedTuple):
 
     example: Tensor
     branch: Tensor
-    index: Tensor   # place in the sequence
-    visual: Tensor  # bool
+    index: Tensor   # place in the row, or in the cache (not the position, which every branch restarts)
+    visual: Tensor  # bool: a visual token, or a start, end or column token around them
 
 
 def sees(q: MaskIds, k: MaskIds) -> Tensor:

@@ -4,15 +4,17 @@
           |               |
           +---- gather ---+--> windows (M, K, v)   past (M, K, v): the same patches, mean of the 4 frames before
                                   |                  |
-                                  +-- temporal module (VideoMolmo; optional)
-                                  |  query = mean of the valid slots, keys = values = the slots
+                                  v                  v
+                             temporal module (VideoMolmo; optional): queries = the slots, keys = values = the past
                                   v
-                             attention pooling (M, p)  ->  gated projector  ->  visual tokens (M, d)
+                             attention pooling (M, p): query = mean of the valid slots, keys = values = the slots
+                                  v
+                             gated projector  ->  visual tokens (M, d)
 
 One gather index serves everything: 2x2 windows of images, 3x3 windows of video frames, overlapping crops whose shared
 patches are read once, and the empty slots at the rim of a 27x27 grid. (Molmo2, section on the connector.)
 
-M visual tokens of the whole batch, K slots per window, v ViT feature width, p pooled width, d LLM width.
+N crops of the whole batch, S patches per crop, M visual tokens, K slots per window, v ViT feature width, p pooled width, d LLM width.
 """
 
 from dataclasses import dataclass
@@ -60,20 +62,18 @@ def mean_past(features: Tensor, black: Tensor, n_past: Tensor, c: TemporalConfig
     """For every crop the mean of the same patches in the frames before it; no gradient goes to those.
 
     features (N, S, v); black (S, v), the features of a black frame; n_past (N,): how many of the crops right before a crop show
-    the same place at earlier frames. -> the mean (N, S, v), and whether there is a past at all (N,) bool.
+    the same place at earlier frames. -> the mean (N, S, v), and whether to use it (N,) bool: with black frames always.
     """
     features = features.detach()
     missing = black if c.missing == "black" else torch.zeros_like(black)
     crop = torch.arange(len(features), device=features.device)
-    total, seen = torch.zeros_like(features), torch.zeros_like(n_past)  # sum over the frames before, and how many there are
+    total = torch.zeros_like(features)  # over the frames before
     for back in range(1, c.history + 1):
-        there = n_past >= back  # (N,)
         earlier = features[(crop - back).clamp(min=0)]
-        total = total + torch.where(there[:, None, None], earlier, missing)
-        seen = seen + there
+        total = total + torch.where((n_past >= back)[:, None, None], earlier, missing)
     if c.missing == "black":  # black frames count like any other
         return total / c.history, torch.ones_like(n_past, dtype=torch.bool)
-    return total / seen.clamp(min=1)[:, None, None].to(total.dtype), seen > 0
+    return total / n_past.clamp(min=1, max=c.history)[:, None, None].to(total.dtype), n_past > 0
 
 
 class TemporalAttention(nn.Module):
@@ -152,7 +152,7 @@ class Connector(nn.Module):
 
     def forward(self, windows: Tensor, valid: Tensor, past: Tensor | None = None, known: Tensor | None = None) -> Tensor:
         """windows (M, K, v), valid (M, K) -> visual tokens (M, d). Every window has at least one valid slot. With a
-        temporal module also past (M, K, v), zeros in empty slots, and known (M,) bool, whether there is a past."""
+        temporal module also past (M, K, v), zeros in empty slots, and known (M,) bool, whether to use it."""
         more = None
         if self.mode == "add":
             windows = windows + past * known[:, None, None].to(past.dtype)

@@ -34,7 +34,7 @@ import synthetic
 from attention import MaskIds, may_attend
 from connector import TemporalConfig
 from generate import Answer, ControlTokens
-from model import VISUAL_TOKENS, MolmoConfig
+from model import PICTURE_TOKENS, MolmoConfig
 from packing import Branch, Example, lay_out
 from pointing import (
     CLOSE_LIST,
@@ -476,7 +476,7 @@ def sheet(record: Record, tokenizer: Tokenizer, config: MolmoConfig) -> Image.Im
     shown += [Image.fromarray(crop) for crop in crops]
 
     row = lay_out([tree])
-    visual = np.isin(row.tokens, [tokenizer.special[name] for name in VISUAL_TOKENS])
+    visual = np.isin(row.tokens, [tokenizer.special[name] for name in PICTURE_TOKENS])
     ids = MaskIds(*(torch.from_numpy(np.ascontiguousarray(a))[None] for a in
                 (row.example_ids, row.branch_ids, np.arange(len(visual)), visual)))
     seen = may_attend(ids, ids)[0].numpy()

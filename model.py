@@ -8,10 +8,10 @@
 
 The decoder is Qwen3's: pre-norm, grouped-query attention with an RMSNorm on each head's query and key, RoPE, SwiGLU. (Or OLMo 3's:
 norms after attention and MLP, over all heads at once, YaRN on some layers.)
-One rule says who may look at whom (attention.py).
+One rule says who may look at whom (attention.py). Modules have the names of the released checkpoints, but for what weights.py translates.
 
 B sequences, T tokens, d LLM width, N crops of the batch, S patches per crop, v ViT feature width, M visual tokens of the
-batch, K slots of a pool window, G <|token_index|> tokens (points and stops), V rows of the base vocabulary.
+batch, K slots of a pool window, P patch side, G <|token_index|> tokens (points and stops), V rows of the base vocabulary.
 """
 
 import json
@@ -33,7 +33,7 @@ from vit import ViT, ViTConfig
 PLACEHOLDERS = ("<im_patch>", "<im_low>")  # one per visual token
 POINTS_AS = ("tokens", "text", "tags")
 LOSSES = ("token", "patch", "slot", "location")  # what is learned; the last three by models that point with grounding tokens
-VISUAL_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<im_low>",
+PICTURE_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<im_low>",
                  "<frame_start>", "<frame_end>")  # these see each other in both directions
 FEW_TOKENS, MATRICES, LARGE = 16, 8, 2**18  # so few tokens multiply so many parts of a matrix of so many weights, on a CPU
 
@@ -195,7 +195,7 @@ class Batch:
     targets: Tensor       # (B, T) the token to predict at each place
     loss_weights: Tensor  # (B, T) float, 0 = no loss
     positions: Tensor     # (B, T) for RoPE; every branch of a message tree restarts where its trunk ends
-    example_ids: Tensor   # (B, T), -1 = padding
+    example_ids: Tensor   # (B, T), from 0 in every row, -1 = padding
     branch_ids: Tensor    # (B, T), 0 = the trunk that all branches of the example share
     crops: Tensor         # (N, S, 3P²) uint8
     pooling: Tensor       # (M, K) into the N*S patches, -1 = empty slot, in the order of the visual tokens
@@ -275,8 +275,8 @@ def row_by_row(x: Tensor, weight: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., i), weight (o, i) -> (..., o). A compiled step of one token on a CPU goes row by row, which streams the matrix
-    from memory. BLAS is tuned for many tokens and may leave few to one thread or to slow loops, so that they multiply a large
-    float32 matrix as a batch of smaller ones."""
+    from memory. BLAS is tuned for many tokens and may leave few to one thread or to slow loops: a large float32 matrix is
+    therefore multiplied as a batch of smaller ones."""
     few = x.device.type == "cpu" and x.numel() <= FEW_TOKENS * x.shape[-1]
     if few and compiling_one_token(x):
         return row_by_row(x, weight)
@@ -448,7 +448,7 @@ class Molmo(nn.Module):
 
     def is_visual(self, tokens: Tensor) -> Tensor:
         """(B, T) bool: picture tokens and the start, end and column tokens around them."""
-        return self.is_any(tokens, VISUAL_TOKENS)
+        return self.is_any(tokens, PICTURE_TOKENS)
 
     def visual_tokens(self, batch: Batch) -> VisualTokens:
         """ViT and connector over all pictures of the batch, matched to the placeholders in its tokens. ValueError if there are
@@ -520,10 +520,9 @@ class Molmo(nn.Module):
 
     def rope(self, positions: Tensor, yarn: Yarn | None, dtype: torch.dtype) -> CosSin:
         """positions (B, T) -> cosines and sines, each (B, T, 1, head_width): the same for every head."""
-        width, theta = self.config.llm.head_width, self.config.llm.rope_theta
-        if yarn is None:
-            return rope_cos_sin(positions[..., None], rope_frequencies(width, theta, positions.device), dtype=dtype)
-        return rope_cos_sin(positions[..., None], yarn.frequencies(width, theta, positions.device), yarn.attention_factor, dtype)
+        c = self.config.llm
+        frequencies, scale = (rope_frequencies, 1.0) if yarn is None else (yarn.frequencies, yarn.attention_factor)
+        return rope_cos_sin(positions[..., None], frequencies(c.head_width, c.rope_theta, positions.device), scale, dtype)
 
     def logits(self, h: Tensor) -> Tensor:
         """h (..., d) -> (..., V) scores of the base vocabulary, and of the extra tokens if points are grounding tokens."""
@@ -531,7 +530,7 @@ class Molmo(nn.Module):
         return head.logits(self.ln_f(h), extra=self.point_predictor is not None)
 
     def owners(self, batch: Batch) -> Tensor:
-        """(B, T): one number per example of the batch."""
+        """(B, T): one number per example of the batch (`example_ids` are those of a row)."""
         rows, length = batch.tokens.shape
         return batch.example_ids + 1 + torch.arange(rows, device=batch.tokens.device)[:, None] * (length + 1)
 

@@ -39,7 +39,7 @@ import torch
 import command
 from model import LOSSES, PRESETS, Batch, Molmo
 
-IGNORED = 0      # target where there is no loss, its weight being 0: any id would do
+IGNORED = 0      # padding, and the target after a trunk's end. Its weight is 0: any id would do but a grounding token's, which would be counted
 CROP_VALUE = 30  # a crop counts as this many tokens when the fullest pack is sought
 PATIENCE = 4     # an example that has waited while this many poolfuls of others arrived goes into the next pack
 UNITS = 512      # a pack's tokens are counted in about so many units, of 32 tokens at most: a smaller table, hardly a worse pack
@@ -63,7 +63,7 @@ class Branch:
 class Example:
     """A message tree: what was seen and what is said about it. All arrays of one example."""
 
-    trunk: np.ndarray    # (t,) tokens up to and with the visual ones
+    trunk: np.ndarray    # (t,) what all branches share: <bos>, visual tokens, subtitles
     crops: np.ndarray    # (N, S, 3P²) uint8
     pooling: np.ndarray  # (M, K) into the N*S patches, -1 = empty
     branches: list[Branch]
@@ -76,8 +76,9 @@ class Example:
         return len(self.trunk) + sum(len(branch.tokens) - 1 for branch in self.branches)
 
 
-# category, answer tokens n, branches of its tree -> weight of every one of the n tokens. (Molmo2, on token
-# weights; "released": its code. Without them long captions drown short answers.)
+# category, answer tokens n, branches of its tree -> weight of every token that carries loss. The <eos> at an answer's end is counted in n
+# if the tree has one branch, and not if it has several. (Molmo2, on token weights; "released": its code. Without weights long captions
+# drown short answers.)
 FIXED = {"video caption": 0.1, "pointing": 0.2}
 WEIGHTS: dict[str, Callable[[str, int, int], float]] = {
     "paper": lambda category, n, branches: FIXED.get(category, 4 / math.sqrt(n)),
@@ -135,7 +136,7 @@ def collate(packs: Sequence[Example | Sequence[Example]], weights: str = "unifor
     for e in examples:
         shifted = np.where(e.pooling >= 0, e.pooling + patches, -1)
         pooling.append(np.pad(shifted, ((0, 0), (0, slots - e.pooling.shape[1])), constant_values=-1))
-        own = np.concatenate([b.points for b in e.branches]) if e.branches else np.zeros((0, 3), int)
+        own = np.concatenate([np.zeros((0, 3), int), *(b.points for b in e.branches)])
         points.append(np.where(own[:, :1] >= 0, own + [visual, 0, 0], own))
         patches, visual = patches + e.crops.shape[0] * e.crops.shape[1], visual + len(e.pooling)
     return Batch(

@@ -18,7 +18,7 @@ The choice is then fed back: <|token_index|> carries the chosen token's connecto
     write_text ...    the same points as text, and the strict reader
 
 B sequences, T tokens, d LLM width, M visual tokens, K slots of a pool window, v ViT feature width, w width of the pointing queries
-and keys, G <|token_index|> tokens (points and stops), P of them points.
+and keys, G <|token_index|> tokens (points and stops), P of them points, N crops, S patches per crop, V rows of the base vocabulary.
 """
 
 import re
@@ -85,7 +85,7 @@ class PatchMap:
 
 
 def grounding_targets(points: Sequence[Point], patch_map: PatchMap, tracks: bool = False):
-    """Points -> (G, 3) targets sorted by (token, slot, location), and the id written after each.
+    """Points -> (P, 3) targets sorted by (token, slot), without the stop that ends the list, and the id written after each.
 
     Two points in one slot are merged: a slot can be chosen once. Ids of a `points` list count 1, 2, 3, ...;
     in `tracks` an id names an object and is renumbered by first appearance.
@@ -178,7 +178,7 @@ class PointPredictor(nn.Module):
         self.build_vit_embedding = nn.Linear(feature_width, d)  # <|vit_index|> carries the chosen patch
 
     def rotated(self, x: Tensor, index: Tensor) -> Tensor:
-        """RoPE by the place (...,) among the indexable tokens."""
+        """x (..., w), turned by RoPE according to its place (...,) among the indexable tokens."""
         return apply_rope(x, rope_cos_sin(index, rope_frequencies(self.config.width, self.config.rope_theta, x.device), dtype=x.dtype))
 
     def patch_keys(self, x: Tensor, index: Tensor) -> Tensor:
@@ -262,9 +262,9 @@ class PointDecoder:
     """Writes one answer: free text is sampled, grounding tokens follow the rules.
 
     After <|token_index|> come <|vit_index|> and <|vit_loc|>; a list never goes back to an earlier visual token and never
-    takes a slot twice (inside a token, slots ascend); once a list has begun it holds at least one point; when "no more
-    points" wins, `">` follows. `triples` collects [visual token, slot, location] of every <|token_index|>: visual token -1 is
-    "no more points", slot and location are -1 until they are chosen.
+    takes a slot twice (inside a token, slots ascend); "no more points" is not a list's first choice; when it wins, `">` follows.
+    `triples` collects [visual token, slot, location] of every <|token_index|>: visual token -1 is "no more points", slot and
+    location are -1 until they are chosen.
     """
 
     def __init__(self, predictor: PointPredictor, h: Tensor, visual: VisualTokens, ids: dict[str, int], close: Sequence[int]):
