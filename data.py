@@ -332,16 +332,20 @@ def album(seed: int, index: int, rng: np.random.Generator, branches: int, masks:
 
 
 def glimpse(seed: int, index: int, rng: np.random.Generator, branches: int, masks: bool, more: dict[str, float]) -> Record:
-    """A frame of a clip with up to HISTORY frames before it, asked about on its own: also what is moving there."""
-    made = synthetic.world(seed, index) if rng.random() < 0.5 else synthetic.crowd(seed, index)
-    last = rng.uniform(0, made.seconds)
-    times = last - np.arange(HISTORY + 1)[::-1] / rng.choice([4.0, 8.0, 16.0])
-    scene = made.film(times[times >= 0])
-    asked = questions.queries(scene, rng, min(2, branches), more, questions.MOVING)  # where it can be said clearly
-    asked += questions.queries(scene, rng, branches - len(asked), more, questions.POINTING)
-    half_hidden = {i for i, mask in enumerate(scene.masks[-1]) if mask.any() and not np.isfinite(scene.points[-1, i, 0])}
-    asked = [query for query in asked if not half_hidden & set(query.targets)]  # neither there nor not there
-    return scene_record(scene, asked, masks, f"moments-{index}").moment(len(scene.times) - 1, HISTORY)
+    """A frame of a clip with up to HISTORY frames before it, a third or a quarter of a second apart (in less time things hardly
+    move by a patch), asked about on its own. In three of four records something is asked that only the frames before can answer."""
+    said, wanted, step = [], rng.choice(["", "direction", "moving", "moving"]), 1 / rng.choice([3.0, 4.0])
+    while not said:  # in most scenes not much about motion is clear
+        make = synthetic.world if rng.random() < 0.5 else synthetic.crowd
+        made = make(seed, int(rng.integers(2**31)))
+        times = rng.uniform(HISTORY * step if wanted else 0, made.seconds) - step * np.arange(HISTORY + 1)[::-1]
+        scene = made.film(times[times >= 0])
+        asked = questions.deeds(scene, rng, max(branches - 1, 1)) if wanted else []
+        if wanted in ("", *(query.about for query in asked)):
+            asked += questions.queries(scene, rng, min(branches - len(asked), 1) if wanted else branches, more, questions.POINTING)
+            half_hidden = {i for i, mask in enumerate(scene.masks[-1]) if mask.any() and not np.isfinite(scene.points[-1, i, 0])}
+            said = [query for query in asked if not half_hidden & set(query.targets)]  # neither there nor not there
+    return scene_record(scene, said, masks, f"moments-{index}").moment(len(scene.times) - 1, HISTORY)
 
 
 def dialogue(record: Record, rng: np.random.Generator) -> None:

@@ -107,7 +107,7 @@ def _ask(scene: Scene, rng: np.random.Generator, task: str, about: str, label: s
     if task not in ("point", "point_count"):
         return Query(task, "", label, targets, "", about)
     template = str(rng.choice(POINT if task == "point" else COUNT))
-    verb = "is" if about in ("size", "position", "motion") else "are"
+    verb = "is" if about in ("size", "position") else "are"
     question = template.format(label=label, medium=_medium(scene), **{"is": verb})
     return Query(task, question, label, targets, "", about)
 
@@ -192,6 +192,8 @@ def _ask_choice(scene: Scene, rng: np.random.Generator) -> Query | None:
 
 DIRECTIONS = {"moves left": (0, -1), "moves right": (0, 1), "moves up": (1, -1), "moves down": (1, 1)}  # axis, sign
 MOTIONS = ("rests", *DIRECTIONS)
+DEEDS = [("moving", "rest", ("rests",)), ("moving", "move", tuple(DIRECTIONS)),
+         *(("direction", word.replace("moves", "move"), (word,)) for word in DIRECTIONS)]  # of several things, and the motions that they mean
 
 
 def _ways(scene: Scene) -> list[np.ndarray]:
@@ -237,26 +239,34 @@ def _motion_words(way: np.ndarray, far: float, frames: int) -> tuple[str, ...]:
 
 
 def _ask_motion(scene: Scene, rng: np.random.Generator, task: str) -> Query | None:
-    """A query that tells one thing from the others of its kind by how it moves: "cup that moves left". None of the others may do
-    what is said. A track needs more than a point: it must be clear what each of the others does; none of them goes far in that
-    direction, not even for a while; and the thing itself does not go far back."""
+    """A query that tells one thing from the others of its kind by how it moves: "cup that moves left". It must be clear what each
+    of the others does; none of them goes far in that direction, not even for a while; and the thing itself does not go far back."""
     may, ways, far, found = motions(scene), _ways(scene), _far(scene), []
     for kind in ("", *sorted({thing.kind for thing in scene.things})):
         group = _match(scene, kind)
         for word in MOTIONS:
             meant = [i for i in group if may[i] == (word,)]
             others = [i for i in group if i not in meant]
-            if len(meant) != 1 or not others:
-                continue
-            clear = all(word not in may[i] for i in others)
-            if task != "point":
-                clear = clear and all(len(may[i]) == 1 for i in others)
-                if word in DIRECTIONS:
-                    clear = clear and _reach(-ways[meant[0]], word) < far and all(_reach(ways[i], word) < far for i in others)
+            clear = len(meant) == 1 and others and all(len(may[i]) == 1 for i in others)
+            if clear and word in DIRECTIONS:
+                clear = _reach(-ways[meant[0]], word) < far and all(_reach(ways[i], word) < far for i in others)
             if clear:
                 found.append((f"{kind or 'thing'} that {word}", meant))
     chosen = choose(rng, sorted(found))
     return chosen and _ask(scene, rng, task, "motion", *chosen)
+
+
+def deeds(scene: Scene, rng: np.random.Generator, n: int) -> list[Query]:
+    """Up to n queries, each for those of a kind that clearly do something which the others of it clearly do not: "things that rest",
+    "cups that move left"."""
+    may, found = motions(scene), []
+    for kind in ("", *sorted({thing.kind for thing in scene.things})):
+        group = [i for i in _match(scene, kind) if may[i]]  # without what is never in view
+        for about, deed, words in DEEDS:
+            meant = [i for i in group if set(may[i]) <= set(words)]
+            if meant and len(meant) < len(group) and all(set(may[i]).isdisjoint(words) for i in group if i not in meant):
+                found.append((about, f"{_plural(kind, '')} that {deed}", meant))
+    return [_ask(scene, rng, "point", *found[i]) for i in rng.permutation(len(found))[:n]]
 
 
 def mixed_up(scene: Scene, targets: list[int]) -> bool:
@@ -302,8 +312,7 @@ POINTING = {key: share for key, share in MIXTURE.items() if key[0].startswith("p
 TRACKING = {("track", "kind"): 6, ("track", "color+kind"): 6, ("track", "all"): 1, ("track", "motion"): 5, ("track", "none"): 2,
             ("track_ends", "kind"): 2, ("track_ends", "color+kind"): 2, ("track_ends", "motion"): 1, ("track_from", "given"): 3}
 
-MOVING = {("point", "motion"): 1}
-WAYS = {about for mixture in (MIXTURE, CAPTIONS, ANSWERS, POINTING, TRACKING, MOVING) for _, about in mixture}
+WAYS = {about for mixture in (MIXTURE, CAPTIONS, ANSWERS, POINTING, TRACKING) for _, about in mixture}
 
 
 def _query(scene: Scene, rng: np.random.Generator, more: dict[str, float], mixture: dict[tuple[str, str], float]) -> Query | None:

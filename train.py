@@ -122,7 +122,7 @@ TINY = {
                                      "tracks": 42, "captions": 26, "image qa": 3, "video qa": 6, "text": 1, "long points": 2, "long tracks": 9},
              "uniform", per_part(2e-4, 1e-4, 1.2e-3, 1.2e-3), per_part(20, 20, 20, 20), ("video points", "long points", "long tracks"),
              more={"none": 2, "absent": 1.5, "position": 2.5, "size": 2, "place": 3, "all": 3}),
-    4: Stage(300, 1, 1024, 100, 32, {"moments": 1.0}, "uniform", per_part(2e-4, 8e-4, 8e-4, 8e-4), per_part(20, 20, 20, 20),
+    4: Stage(400, 2, 1024, 100, 32, {"moments": 1.0}, "uniform", per_part(2e-4, 8e-4, 8e-4, 8e-4), per_part(20, 20, 20, 20),
              ("moments",), branches=5),
 }
 # Crops of 27x27 patches: an image of the synthetic worlds is two of them and 400 tokens. (Not yet trained: that needs a GPU.)

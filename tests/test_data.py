@@ -901,14 +901,24 @@ def test_a_moment_is_what_its_frame_shows():
 
 
 def test_moments_ask_what_moves():
-    """Among their questions are some about motion, which the frame alone cannot answer, and all of them are about one image
-    with up to four frames before it."""
+    """Most of their questions are about motion, which the frame alone cannot answer; all are about one image with up to four frames
+    before it, and where motion is asked about, with all four."""
     records = [data.draw("moments", 5, index, 5) for index in range(40)]
     said = [one for record in records for one in record.annotations]
-    assert sum(one.about == "motion" for one in said) > 10 and len(said) > 120
+    asked = [[one.about in ("moving", "direction") for one in record.annotations] for record in records]
+    assert sum(map(sum, asked)) > 0.4 * len(said) > 50 and 0.6 < sum(map(any, asked)) / len(records) < 0.9
     assert all(record.times is None and len(record.pictures) == 1 and len(record.before) <= 4 for record in records)
-    assert sum(len(record.before) == 4 for record in records) > 25
+    assert all(len(record.before) == 4 for record, motion in zip(records, asked) if any(motion))
+    assert any(len(record.before) < 4 for record in records)
     assert not any("video" in one.question for one in said)
+
+
+@pytest.mark.parametrize("branches", [1, 2, 5])
+def test_a_moment_has_no_more_questions_than_asked_for(branches):
+    """And at least one."""
+    for index in range(8):
+        record = data.draw("moments", 6, index, branches)
+        assert 1 <= len(record.annotations) <= branches and record.name == f"moments-{index}, frame {len(record.before)}"
 
 
 def test_what_is_half_hidden_in_a_moment_is_not_asked_about(monkeypatch):
@@ -923,7 +933,7 @@ def test_what_is_half_hidden_in_a_moment_is_not_asked_about(monkeypatch):
                 half += 1
                 names = {scene.things[i].kind, scene.things[i].color, *scene.things[i].name.split()}
                 assert not any(said.label in (f"{scene.things[i].name}s", "things") or set(said.label.removesuffix("s").split()) <= names
-                               for said in record.annotations if said.about != "motion"), (index, scene.things[i].name)
+                               for said in record.annotations if " that " not in said.label), (index, scene.things[i].name)
     assert half > 5
 
 

@@ -236,21 +236,26 @@ def test_tracked_things_can_be_told_apart():
     assert 0 < lost < 0.12 * total
 
 
-def test_motion_in_a_moment():
-    """Among the few frames of a moment the same holds for pointing: one of several of its kind clearly does what is said,
-    and none of the others may be said to."""
-    seen = 0
-    for index in range(40):
+def test_deeds_in_a_moment():
+    """Among the few frames of a moment: exactly those of a kind are meant that do what is said, no other of the kind may be said to do
+    it, and there is another. "Move" means any direction."""
+    seen = Counter()
+    for index in range(60):
         made = synthetic.crowd(1, index)
         scene = made.film(np.linspace(0.4, 1.0, 5) * made.seconds / 2)
         may = questions.motions(scene)
-        for query in queries(scene, np.random.default_rng(index), 2, mixture=questions.MOVING):
-            noun, motion = query.label.split(" that ")
-            group = meant(scene, noun)
-            assert query.task == "point" and query.label in query.question and len(group) > 1
-            assert [i for i in group if motion in may[i]] == query.targets and may[query.targets[0]] == (motion,)
-            seen += 1
-    assert seen > 10
+        found = questions.deeds(scene, np.random.default_rng(index), 3)
+        assert len(found) <= 3 and len({query.label for query in found}) == len(found)
+        for query in found:
+            noun, deed = query.label.split(" that ")
+            words = {"rest": {"rests"}, "move": set(questions.DIRECTIONS)}.get(deed, {deed.replace("move", "moves")})
+            group = [i for i in meant(scene, noun) if may[i]]
+            assert query.task == "point" and query.label in query.question and query.about == ("moving" if " " not in deed else "direction")
+            assert [i for i in group if words & set(may[i])] == query.targets and len(group) > len(query.targets) > 0
+            assert all(set(may[i]) <= words for i in query.targets)
+            assert not re.search(r"\bis\b", query.question)
+            seen[deed] += 1
+    assert len(seen) == 6 and min(seen.values()) > 2, seen
 
 
 def test_subtitles_are_what_is_asked_for():
