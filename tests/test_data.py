@@ -915,7 +915,7 @@ def test_moments_ask_what_moves():
 
 @pytest.mark.parametrize("branches", [1, 2, 5])
 def test_a_moment_has_no_more_questions_than_asked_for(branches):
-    """And at least one."""
+    """A moment has at least one question and at most `branches`, even if only one fits; its name says which frame it is."""
     for index in range(8):
         record = data.draw("moments", 6, index, branches)
         assert 1 <= len(record.annotations) <= branches and record.name == f"moments-{index}, frame {len(record.before)}"
