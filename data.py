@@ -75,18 +75,21 @@ def question_text(annotation: Annotation, record: Record, rng: np.random.Generat
 
 
 def worded(annotation: Annotation, record: Record, rng: np.random.Generator) -> str:
-    """One of the task's wordings at random, filled in; articles and verbs agree with the label."""
+    """One of the task's wordings at random, filled in; articles and verbs agree with the label, and say nothing about the answer."""
     wordings, label, given = TASKS[annotation.task].wordings, annotation.label, ""
     if annotation.fps != DEFAULT_FPS:  # the prompt has to say so
         wordings = [w for w in wordings if "{fps}" in w] or wordings
+    article = re.match("(the|an?) ", label, re.IGNORECASE)
+    if article and article[1].lower() == "the":  # one or several: no verb has to agree with it
+        wordings = [w for w in wordings if "{is}" not in w and "{do}" not in w]
     wording = wordings[rng.integers(len(wordings))]
-    if article := re.match("(the|an?) ", label, re.IGNORECASE):
+    if article:
         wording = wording.replace("the {label}", "{label}").replace("many {label}", "many {bare}")
     if record.times is None and len(record.pictures) > 1:
         wording = wording.replace("this {medium}", "these {medium}s")
     if annotation.task == "track_from":
         given = write_text(given_point(record, annotation), places(record.times, len(record.pictures)), sizes(record), label)
-    one = len(annotation.objects) == 1 and (article or annotation.about == "motion")
+    one = article or annotation.about == "motion"
     return wording.format(label=label, bare=label[article.end():] if article else label, medium=record.medium,
                           fps=rate_of(annotation, record), question=annotation.question, options=options(annotation.choices),
                           given=given, do="does" if one else "do", **{"is": "is" if one else "are"})
@@ -603,6 +606,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         texts.add_argument("--seed", type=command.number(int, 0, 2**32), default=0, help="of the records (default: %(default)s)")
         args = parser.parse_args(argv)
         if args.command == "corpus":
+            if args.out.is_dir():
+                raise ValueError(f"{args.out}: a folder: give a file")
             args.out.parent.mkdir(parents=True, exist_ok=True)
             with command.atomic_write(args.out) as part:  # in bytes: the same line ends everywhere
                 part.write_bytes("".join(f"{text}\n" for text in corpus(args.n, args.seed)).encode())

@@ -29,7 +29,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count, groupby
+from itertools import count, groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,6 @@ from attention import set_cuda_numerics
 from davis import Sequences
 from masks import FUSIONS, Growing, Propagator, Sam2, dilated, iou, through_time
 from generate import generate
-from loading import Loader
 from model import Molmo
 from packing import collate
 from pointing import Point
@@ -293,13 +292,13 @@ def fresh(name: str, count: int, config: ViewConfig, seed: int = EVALUATION_SEED
 
 def usable(given: Lines | Sequences, count: int, config: ViewConfig, bad: list[int]) -> Iterator[Record]:
     """The first records of a file or folder. One whose pictures cannot be read, or do not show what is said, is named and comes into `bad`.
-    ValueError if there are more of them than training would leave out, or nothing else."""
+    ValueError if there are no others."""
     for i in range(count):
         try:
             record = given.record(i, config)
         except ValueError as error:
             bad.append(i)
-            if len(bad) > Loader.MOST_SKIPPED or len(bad) == count:
+            if len(bad) == count:
                 raise
             warnings.warn(f"left out: {error}")
         else:
@@ -324,10 +323,13 @@ def frame_by_frame(model: Molmo, tokenizer: Tokenizer, record: Record, how: Betw
     """Every question about a video, asked about single frames; figures of points and numbers are means over these
     frames, those of masks over all. The masks of all objects meant make one."""
     anchors, shape = range(0, len(record.pictures), how.every), record.pictures[0].shape[:2]
-    asked = list(questions((record.moment(anchor, model.config.temporal.history) for anchor in anchors), model, seed))
-    if not how.oracle:
-        for start in range(0, len(asked), batch):
-            ask(model, tokenizer, asked[start:start + batch])
+    moments, asked = questions((record.moment(anchor, model.config.temporal.history) for anchor in anchors), model, seed), []
+    while some := list(islice(moments, batch)):
+        if not how.oracle:
+            ask(model, tokenizer, some)
+        for a in some:
+            a.views = None  # crops are large
+        asked += some
     meant = [said for said in record.annotations if said.by_frame]
     results = []
     for number, said in enumerate(meant):
@@ -587,7 +589,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             told = sum(len(given.line(i).record.annotations) for i in range(most[name]) if i not in bad) if args.data else 0
             if (away := told - len({id(a.annotation) for a in asked})) > 0:
                 result[name]["left out"] = away
-                print(f"  left out: {away} that point between the frames looked at")
+                print(f"  left out: {away} about what no frame that is looked at, or asked for, shows")
             if args.json:  # after every set: what comes later may go wrong
                 with command.atomic_write(args.json) as part:
                     part.write_text(json.dumps({"settings": settings, "figures": result}, indent=1) + "\n")

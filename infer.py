@@ -470,11 +470,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             timing |= {"tokens": sum(len(answer.tokens) for answer in answers), **rates(speed, device),
                        **({"graphs_compiled": compilations()} if args.compile or device.type == "cuda" else {})}
 
-            # 5. The results: all of them, or none
-            annotate(media, points, folder)
-            timing["draw"] = lap()
+            # 5. The report: before anything is drawn or written, which may fail
             result = {"media": args.media, "prompt": args.prompt, "text": summary.pop("text"),
                       "points": describe(points, media), **summary, "timing": timing}
+            if not args.json:
+                print("\n".join(report(result)))
+
+            # 6. The results: all of them, or none
+            annotate(media, points, folder)
+            timing["draw"] = lap()
             (folder / f"{media.names[0]}.points.json").write_text(json.dumps(result, indent=None if args.masks else 1) + "\n")
             written = [os.path.join(args.out, name) for name in sorted(os.listdir(fresh))]
             for path in written:
@@ -482,8 +486,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     os.replace(path, folder / ".before")
                 os.replace(folder / os.path.basename(path), path)
 
-        # 6. The report
-        print(json.dumps(result) if args.json else "\n".join([*report(result), *(f"wrote {path}" for path in written)]))
+        print(json.dumps(result) if args.json else "\n".join(f"wrote {path}" for path in written))
 
 
 if __name__ == "__main__":

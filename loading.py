@@ -68,14 +68,18 @@ class Moments:
         return self.lines.size * self.FRAMES
 
     def record(self, index: int, config: ViewConfig) -> Record:
-        """As `Lines.record`, but of a video one frame; an image that has frames before it stays as it is. ValueError also if
+        """As `Lines.record`, but of a video one frame; an image that has frames before it stays as it is. What is said of an object that
+        has a single moment is left out: that marks it, and does not say in which other frames it is out of view. ValueError also if
         the record is neither of these, or if nothing is pointed at."""
         record = self.lines.record(index // self.FRAMES, replace(config, fps=self.RATE))
         if record.before is not None:
             return record
-        frames = sorted({frame for thing in record.objects.values() for frame in record.seen(thing.points)})
+        followed = {identity for identity, thing in record.objects.items() if len({*thing.points, *thing.masks}) > 1}
+        record.annotations = [one for one in record.annotations if all(followed.issuperset(part.objects) for part in one.parts)]
+        frames = sorted({frame for identity in followed for frame in record.seen(record.objects[identity].points)})
         if record.times is None or not frames:
-            raise ValueError(f"{record.name}: no video with points, and no image with 'before': nothing to ask frame by frame")
+            raise ValueError(f"{self.lines.where(index // self.FRAMES)}: no video with points at several moments, and no image with 'before': "
+                             "nothing to ask frame by frame")
         return record.moment(int(np.random.default_rng([self.seed, index, 13]).choice(frames)), HISTORY)
 
 

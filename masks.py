@@ -24,6 +24,7 @@ n objects, H x W pixels.
 """
 
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -519,8 +520,9 @@ def annotate_line(line: Line, rng: np.random.Generator, segmenter: Callable[[np.
 
 
 def annotate_file(path: str, out: Path, segmenter: Callable[[np.ndarray, float, float], np.ndarray], seed: int) -> None:
-    """`annotate_line` for a JSONL file (records.py); the file `out` holds all lines with the points. ValueError begins with file and line."""
-    lines, fits = Lines(path), []
+    """`annotate_line` for a JSONL file (records.py); the file `out` holds the lines with the points. A line whose masks do not fit its
+    pictures is named and left out. ValueError, which begins with file and line, if another is wrong, or nothing is left."""
+    lines, fits, bad = Lines(path), [], 0
     for index in range(lines.size):
         lines.line(index, pointless=True)  # a bad line is found before the first point
     with command.atomic_write(out) as part, open(part, "w", encoding="utf-8") as file:
@@ -529,11 +531,15 @@ def annotate_file(path: str, out: Path, segmenter: Callable[[np.ndarray, float, 
             try:
                 fits += annotate_line(line, np.random.default_rng([seed, index]), segmenter)
             except ValueError as error:
-                raise ValueError(f"{lines.where(index)}: {error}") from None
+                bad += 1
+                if bad == lines.size:
+                    raise ValueError(f"{lines.where(index)}: {error}") from None
+                warnings.warn(f"left out: {lines.where(index)}: {error}")
+                continue
             near = lambda media: os.path.relpath(media, out.parent)
             before = None if line.before is None else list(map(near, line.before))
             file.write(dump(line.record, list(map(near, line.images)), line.video and near(line.video), before) + "\n")
-    print(f"wrote {out}: {lines.size} lines, {len(fits)} points; "
+    print(f"wrote {out}: {lines.size - bad} lines{f' ({bad} left out)' if bad else ''}, {len(fits)} points; "
           f"their own masks fit the given ones with an IoU of {np.mean(fits or [0]):.3f}")
 
 

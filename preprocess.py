@@ -40,6 +40,7 @@ import command
 IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]  # no others: .eps, for one, would run Ghostscript
 # no playlists among them: these open other files
 VIDEO_FORMATS = "mov,matroska,webm,avi,gif,apng,mpegts,mpeg,flv,asf,ogg,h264,hevc"
+ENCODER = "libx264"
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".apng", ".ts", ".mts", ".m2ts", ".mpg",
                   ".mpeg", ".3gp", ".flv", ".wmv", ".ogv", ".h264", ".hevc"}
 MAX_PIXELS = 64_000_000        # of an image or a frame
@@ -288,7 +289,8 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     scaled to 8 bits, the first frame of an animation. Raises MediaError."""
     check_file(path)
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        # by name, Pillow 13 would map some TIFFs into memory and read turned ones in rows of the wrong length
+        with open(path, "rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:  # known from the header; a small file can hold a huge image
                 raise MediaError(f"{path}: {image.width}x{image.height} pixels are more than {MAX_PIXELS}: shrink it")
             return _displayed(ImageOps.exif_transpose(image))
@@ -307,6 +309,8 @@ def _displayed(image: Image.Image) -> np.ndarray:
         scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
         white = next((scale for scale in scales if values.max() <= 1.1 * scale), values.max())  # resampling overshoots
         grey = np.clip(values / white * 255, 0, 255).round().astype(np.uint8)
+        if isinstance(transparent := image.info.get("transparency"), int):
+            grey[values == transparent] = 255
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.has_transparency_data:
         return _over_white(np.asarray(image.convert("RGBA")))
@@ -365,7 +369,7 @@ Picked = tuple[list[np.ndarray], list[float], list[int]]  # frames (H, W, 3), se
 
 def _pick(path: str | os.PathLike, choose: Callable[[list[float]], list[int]]) -> Picked:
     """The frames that `choose` numbers, given the seconds of all: by the list of the packets, as far as decoding bears it
-    out, leaping or from the start, or else slowly. All ways give the same."""
+    out, leaping or from the start, or else slowly. All ways give the same, but for damage in a part leapt over (`read_video`)."""
     if listed := _list_frames(path):
         wanted = choose(listed.times)
         for leap in (True, False):
@@ -594,7 +598,10 @@ def _encode(path: Path, size: tuple[int, int], frames: Iterable[np.ndarray], rat
     """Encode frames of `size` (h, w). Raises MediaError on a frame that is not (h, w, 3) uint8."""
     height, width = size
     with av.open(f"file:{path}", "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})  # 18: hardly visible loss
+        try:
+            stream = container.add_stream(ENCODER, rate=rate, options={"crf": "18"})  # 18: hardly visible loss
+        except ValueError:  # not one of FFmpeg's errors
+            raise MediaError(f"this copy of PyAV has no {ENCODER}: pip install --force-reinstall av") from None
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         for number, picture in enumerate(frames):
             if picture.shape != (height, width, 3) or picture.dtype != np.uint8:

@@ -2,8 +2,8 @@
 
     scene --_query, a mixture of ways to ask--> Query: the question, and the things it means or an answer in words
 
-A label is a noun phrase ("red cups", "leftmost star"); the things it means are found in the scene's list, never in its
-pixels. Some of the questions are about what is not there. Everything is a pure function of a scene and a generator.
+A label is a noun phrase ("red cups", "leftmost star"); the things it means are found in the scene's list and masks, never in the
+picture. Some of the questions are about what is not there. Everything is a pure function of a scene and a generator.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Query:
     targets: list[int]  # indices of the things meant; [] if there is none ("There are none.")
     answer: str         # in words; "" where points are the answer
     about: str          # how the targets were picked: "kind", "color", "color+kind", "all", "size", "position", "motion",
-    #                     "given", "none"; on screens "name", "use", "place", "sort", "none"; for words: "caption", "color-of",
+    #                     "moving", "direction", "given", "none"; on screens "name", "use", "place", "sort", "none"; for words: "caption", "color-of",
     #                     "kind-of", "exists", "colors", "subtitle", "words"; on screens "read", "exists", "beside"
     choices: list[str] = field(default_factory=list)  # "choice": what to choose from
 

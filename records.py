@@ -23,7 +23,7 @@ One line of a JSONL file is one record, paths are relative to the file:
                                                    {"role": "user", "content": "Where are the cups?"},
                                                    {"role": "assistant", "task": "point", "label": "cups", "objects": [1]}, ...]}]}
 
-An object that has no point at some moment is out of view then. Annotations whose points fall between the sampled frames (far apart
+An object that has no point at some moment is out of view then (in a video, if it has points at several). Annotations whose points fall between the sampled frames (far apart
 in a long video) are left out. `TASKS` names all tasks and what they need.
 """
 
@@ -41,8 +41,8 @@ import questions
 from preprocess import ViewConfig, check_file, read_image, read_video, sample_frames
 
 T = TypeVar("T")
-AT_A_FRAME = 0.25  # seconds: what is said about a moment holds for frames this close to it
-ROUNDING = 0.005   # seconds: moments are written with two decimals
+AT_A_FRAME = 0.25  # seconds: what is said about a moment holds for the nearest frame, if it is this close
+ROUNDING = 0.005   # seconds: in many files moments have two decimals
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,8 +188,8 @@ class Record:
 
     def seen(self, values: dict[float, T]) -> dict[int, T]:
         """Values by moment -> by picture, in order. What lies between the frames is left out, and of several moments at
-        one frame the nearest counts. A value holds for frames up to AT_A_FRAME seconds away, but only halfway to the object's next
-        moment: where a dense track has no moment, its object is out of view."""
+        one frame the nearest counts. A value holds for the nearest frame, if that is no farther than AT_A_FRAME and than halfway to
+        the object's next moment: where a dense track has no moment, its object is out of view."""
         if self.times is None:
             return {int(moment): values[moment] for moment in sorted(values)}
         moments, times = np.array(sorted(values)), np.array(self.times)

@@ -107,7 +107,7 @@ class World:
 
 
 def _names(rng: np.random.Generator, kinds: tuple[str, ...], colors: tuple[str, ...], n: int) -> list[tuple[str, str]]:
-    """n things of two or three looks, so that most have company and something that is nearly like them."""
+    """n things of two or three looks (sometimes twice the same), so that most have company and something that is nearly like them."""
     looks = [(str(rng.choice(colors)), str(rng.choice(kinds))) for _ in range(rng.integers(2, 4))]
     return [looks[i % len(looks)] for i in range(n)]
 

@@ -3,9 +3,9 @@
     ours      config.json (the MolmoConfig), tokenizer.json, model.npz: one array per parameter, named as in the model
     released  config.json, tokenizer.json, model*.safetensors: the layout of allenai/Molmo2-* and allenai/MolmoPoint-*
 
-Strictly: every tensor of the file is used once, every parameter is filled, all shapes are equal; else nothing is loaded
-and one line names the file and the tensor. No pickle is ever read. The released layout needs two more packages
-(requirements-released.txt), imported only then.
+Strictly: every tensor of the file is used once (but ViT blocks above the deepest tap, and copies of tied tables), every parameter
+is filled, all shapes are equal; else nothing is loaded and one line names the file and the tensor. No pickle is ever read. The
+released layout needs two more packages (requirements-released.txt), imported only then.
 
     python weights.py runs/stage2/checkpoint exported    # any checkpoint, written in the released layout
 """
@@ -363,6 +363,8 @@ def _released_views(folder: Path, crop: int, patch: int, pointing: bool) -> View
     both = _Entries(path, _read_json(path) if path.is_file() else {})
     for name, value in PROCESSOR.items():
         both.must(value, name)
+    if both.values.get("use_single_crop_col_tokens", False) is None:  # the library then goes by image_use_col_tokens
+        raise CheckpointError(f"{path}: use_single_crop_col_tokens is null, this code knows False")
     images = settings("preprocessor_config.json", "image_processor")
     videos = settings("video_preprocessor_config.json", "video_processor")
     usual = ViewConfig()
@@ -422,7 +424,8 @@ def _tied_if_equal(shards: "dict[str, _Shard]", config: MolmoConfig) -> MolmoCon
     if not {*heads, *tables} <= shards.keys():
         return config
     head, table = ([shards[name].get(name) for name in names] for names in (heads, tables))
-    if any(part.shape[1:] != (config.llm.width,) for part in head + table) or not torch.equal(head[0][:64], table[0][:64]):
+    fits = all(part.shape[1:] == (config.llm.width,) for part in head + table) and len(head[0]) == config.llm.vocabulary
+    if not fits or not torch.equal(head[0][:64], table[0][:64]):
         return config  # a few rows tell most apart; what has a wrong shape is refused later
     head, table = torch.cat(head), torch.cat(table)  # copies made by the library may be split at another row
     rows = config.llm.vocabulary + (len(heads) - 1) * RESERVED
@@ -642,8 +645,8 @@ def mean(first: str | Path, others: dict[str, float]) -> tuple[Molmo, Tokenizer]
         raise ValueError(f"--mean-with: shares of {', '.join(f'{share:g}' for share in shares)}: they must be above 0, and less than 1 "
                          "together, for the rest is the first checkpoint's")
     model, tokenizer = load(first)
-    spelled = lambda vocabulary: vocabulary.decode(range(vocabulary.size))
-    parameters = dict(model.named_parameters())
+    spelled, dtype = lambda vocabulary: vocabulary.decode(range(vocabulary.size)), next(model.parameters()).dtype
+    parameters = dict(model.float().named_parameters())  # rounded once, in the end
     for p in parameters.values():
         p *= 1 - sum(shares)
     for folder, share in others.items():
@@ -652,8 +655,8 @@ def mean(first: str | Path, others: dict[str, float]) -> tuple[Molmo, Tokenizer]
         if config != model.config or spelled(words) != spelled(tokenizer):
             raise ValueError(f"{folder} is another model than {first}")
         for name, p in other.named_parameters():
-            parameters[name] += share * p
-    return model, tokenizer
+            parameters[name] += share * p.float()
+    return model.to(dtype), tokenizer
 
 
 def share_of(text: str) -> tuple[str, float]:

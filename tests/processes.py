@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import parallel  # noqa: E402
 import train  # noqa: E402
 import weights  # noqa: E402
 from connector import TemporalConfig  # noqa: E402
+from model import Molmo  # noqa: E402
 from packing import collate  # noqa: E402
 from test_model import CONFIG, TOKENIZER, scrambled, tree  # noqa: E402
 
@@ -165,9 +167,14 @@ def halved(**changes):
     train.PRESETS["tiny"] = replace(tiny, vit=replace(tiny.vit, layers=3), llm=replace(tiny.llm, layers=2), **changes)
 
 
+def size(model: Molmo) -> float:
+    """Of all parameters together: in place of the figures of an evaluation."""
+    return float(sum(p.detach().double().abs().sum() for p in model.parameters()))
+
+
 def check_train(model: str, vit_steps: str, dies: str, *words: str):
     """train.py on a small mixture, its model "whole" in every process or in "shards", `vit_steps` steps of which teach the ViT alone;
-    process 1 ends without a word after so many steps (0: never)."""
+    process 1 ends without a word after so many steps, or, if that number is negative, is asked to stop (0: neither)."""
     steps = 0
     train.LIGHT = ("tiny",) if model == "whole" else ()
     halved(optimizer="adamw")  # as all models that are cut
@@ -176,25 +183,26 @@ def check_train(model: str, vit_steps: str, dies: str, *words: str):
         nonlocal steps
         update(*given)
         steps += 1
-        if steps == int(dies) and os.environ.get("RANK") == "1":
-            os._exit(9)
+        if steps == abs(int(dies)) and os.environ.get("RANK") == "1":
+            os._exit(9) if int(dies) > 0 else signal.raise_signal(signal.SIGTERM)
 
     update, train.update = train.update, counted
-    train.STAGES["tiny", 2] = replace(train.TINY[3], packs=2, tokens=512, rates={"image points": 8, "text": 2}, pool=2, branches=2, watch=(),
-                                      vit_steps=int(vit_steps))
+    train.evaluate = lambda model, tokenizer, records: ({"f1": size(model)}, [])
+    train.STAGES["tiny", 2] = replace(train.TINY[3], packs=2, tokens=512, rates={"image points": 8, "text": 2}, pool=2, branches=2,
+                                      watch=("stills",), vit_steps=int(vit_steps))
     train.main(["--stage", "2", "--workers", "0", *words])
 
 
 def small_run(*words: str):
-    """train.py with four small steps of the ViT alone and fourteen of the model, and a checkpoint after every second."""
+    """train.py with four small steps of the ViT alone and eighteen of the model, and a checkpoint after every second."""
     halved()
     train.STAGES["tiny", 2] = replace(train.STAGES["tiny", 2], packs=1, tokens=600, pool=4, branches=2, vit_steps=4, watch=())
     train.VIT_BATCH = 2
-    train.main(["--stage", "2", "--steps", "14", "--workers", "1", "--save-every", "2", *words])
+    train.main(["--stage", "2", "--steps", "18", "--workers", "1", "--save-every", "2", *words])
 
 
 def killed_in_a_save(*words: str):
-    """`small_run`, whose second save ends in the middle of its largest file, by the system."""
+    """`small_run`, whose fourth save ends in the middle of its largest file: the system kills program and worker."""
     saved = []
 
     def savez(path: Path, **arrays: np.ndarray):
@@ -202,11 +210,26 @@ def killed_in_a_save(*words: str):
         real(whole, **arrays)
         saved.append(path)
         with open(path, "wb") as file:
-            file.write(whole.getvalue() if len(saved) < 4 else whole.getvalue()[:99_999])
-        if len(saved) == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
+            file.write(whole.getvalue() if len(saved) < 8 else whole.getvalue()[:99_999])  # two files a save
+        if len(saved) == 8:
+            os.killpg(0, signal.SIGKILL)
 
     real, np.savez = np.savez, savez
+    small_run(*words)
+
+
+def killed_after(steps: str, seconds: str, *words: str):
+    """`small_run`, program and worker of which the system kills so long after so many steps."""
+    done = 0
+
+    def counted(*given):
+        nonlocal done
+        update(*given)
+        done += 1
+        if done == int(steps):
+            threading.Timer(float(seconds), os.killpg, (0, signal.SIGKILL)).start()
+
+    update, train.update = train.update, counted
     small_run(*words)
 
 

@@ -29,7 +29,7 @@ from loading import Loader, Mixture
 from model import PRESETS, LLMConfig, MolmoConfig
 from packing import Branch, Example, Packer, collate, lay_out
 from pointing import TOKEN_INDEX, Point
-from preprocess import ViewConfig
+from preprocess import ViewConfig, write_video
 from records import TASKS, Annotation, Lines, Object, Record, dump
 from tokenizer import Tokenizer
 from vit import ViTConfig
@@ -236,7 +236,8 @@ def test_styles_that_are_not_for_chat_say_their_name():
 
 
 def test_labels_with_an_article_keep_it():
-    """"the dog" and expressions such as "a dog on the left" are not asked for as "the a dog"; of one of them "is" is asked."""
+    """"the dog" and expressions such as "a dog on the left" are not asked for as "the a dog"; with "a" goes "is", and with "the"
+    no verb."""
     for label in ("the dog", "a dog on the left", "An owl", "another dog", "theatres"):
         for task in ("point", "track", "point_count"):
             asked = {question_text(Annotation(task, label, [1]), film(), np.random.default_rng(i)) for i in range(40)}
@@ -244,7 +245,8 @@ def test_labels_with_an_article_keep_it():
             assert not any(f"{word} {label}" in text.lower() for text in asked for word in ("the the", "the a ", "the an ")), asked
             assert any(f"the {label}" in text for text in asked) is not own or task == "point_count"
             assert task != "point_count" or any(text == f"How many {label.split(' ', 1)[1] if own else label} are there?" for text in asked), asked
-            assert task != "point" or any(text == f"Where {'is' if own else 'are the'} {label}?" for text in asked), asked
+            where = {text for text in asked if text.startswith("Where")}
+            assert task != "point" or where == (set() if label == "the dog" else {f"Where {'is' if own else 'are the'} {label}?"}), asked
 
 
 def test_several_images_are_these():
@@ -264,8 +266,8 @@ def test_sets_that_tags_cannot_mark():
 
 
 def test_verbs_agree_with_what_is_asked_for():
-    """One thing moves and "does" go somewhere, be it named with an article or by how it moves; several "do"."""
-    for said, words in ((Annotation("track", "the dog", [1], fps=1.0), "Where does the dog go? Answer at 1 fps."),
+    """One thing moves and "does" go somewhere, be it named with "a" or by how it moves; several "do"."""
+    for said, words in ((Annotation("track", "a dog", [1], fps=1.0), "Where does a dog go? Answer at 1 fps."),
                         (Annotation("track", "dog that rests", [1], fps=1.0, about="motion"), "Where does the dog that rests go? Answer at 1 fps."),
                         (Annotation("track", "dogs", [1], fps=1.0), "Where do the dogs go? Answer at 1 fps."),
                         (Annotation("point", "dog that rests", [1], about="motion"), "Where is the dog that rests?"),
@@ -574,7 +576,7 @@ def test_many_sets_do_not_change_the_rates():
 
 
 def test_what_is_packed_has_the_rates_too():
-    """The packer chooses, but cannot favour for long: what came out of 400 packs of stage 2's mixture has its rates, but for what
+    """The packer chooses, but cannot favour for long: what came out of the packs of stage 2's mixture has its rates, but for what
     may still wait."""
     stage, rng = train.STAGES["tiny", 2], np.random.default_rng(0)
     sizes = {name: (int(rng.integers(100, 600)), int(rng.integers(1, 17))) for name in stage.rates}
@@ -949,6 +951,37 @@ def test_videos_of_a_file_become_moments(tmp_path):
     stills = Lines(data.write_set("stills", tmp_path, 1, 0, 3))
     with pytest.raises(ValueError, match="no video with points"):
         loading.Moments(stills, 0).record(0, VIEWS)
+
+
+def test_a_thing_with_one_moment_is_not_away_from_all_others(tmp_path):
+    """Of a video whose things are marked once each nobody is told that they are out of view elsewhere: what is said of them is left out
+    frame by frame, and a video with nothing else is named."""
+    write_video(tmp_path / "v.mp4", np.zeros((9, 40, 60, 3), np.uint8), 4)
+    once = lambda i, *moments: {"id": i, "points": [{"time": t, "x": 9, "y": 9} for t in moments]}
+    objects = [once(0, 0.5), once(1, 0, 0.25, 0.5, 0.75, 1)]
+    asked = [{"task": "point", "label": label, "objects": ids} for label, ids in (("cup", [0]), ("dog", [1]), ("both", [0, 1]), ("cat", []))]
+    path = tmp_path / "v.jsonl"
+    path.write_text("\n".join(json.dumps({"video": "v.mp4", "objects": some, "annotations": said}) for some, said in
+                              ((objects, asked), (objects[:1], asked[:1]))))
+    moments = loading.Moments(Lines(path), 0)
+    for index in range(8):
+        record = moments.record(index, VIEWS)
+        assert [(said.label, said.objects) for said in record.annotations] == [("dog", [1]), ("cat", [])]
+    with pytest.raises(ValueError, match="v.jsonl:2: no video with points at several moments"):
+        moments.record(8, VIEWS)
+
+
+@pytest.mark.parametrize("label, about", [("the red cup", ""), ("the two dogs", ""), ("a man in red", ""), ("red cups", ""), ("cup that rests", "motion")])
+def test_a_prompt_does_not_tell_how_many_there_are(label, about):
+    """Whether nothing, one thing or several are meant, a label is asked for in the same words; verbs agree with it."""
+    for task, times in (("point", None), ("track", [0.0, 0.5]), ("track_ends", [0.0, 0.5])):
+        things = {i: Object({moment: (9, 9) for moment in times or [0]}) for i in range(3)}
+        record = Record("", [np.zeros((40, 60, 3), np.uint8)] * len(times or [0]), times, things, [])
+        said = [{data.question_text(Annotation(task, label, ids, about=about), record, np.random.default_rng(seed)) for seed in range(60)}
+                for ids in ([], [1], [1, 2])]
+        assert said[0] == said[1] == said[2]
+        verbs = {word.lower() for text in said[0] for word in re.findall(r"\w+", text)} & {"is", "are", "do", "does"}
+        assert verbs <= (set() if label.startswith("the") else {"are", "do"} if label == "red cups" else {"is", "does"}), verbs
 
 
 def test_tags_are_for_one_picture():

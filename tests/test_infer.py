@@ -390,8 +390,9 @@ def test_unwritable_out_ends_in_one_line(media, tmp_path, capsys, checkpoint):
 
 
 def test_failure_while_drawing_leaves_nothing(run, media, tmp_path, monkeypatch):
-    """Results appear all together: if the second picture fails, the first and the earlier results are as before."""
-    will_write(monkeypatch, Answer([], [], "stop"))
+    """Results appear all together: if the second picture fails, the first and the earlier results are as before. The answer
+    has been printed."""
+    will_write(monkeypatch, Answer([72, 105], [], "stop"))
     assert run(media / "wide.png", "Earlier.")[0] == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     pictures = iter([np.zeros((5, 5, 3), np.uint8)])
@@ -402,7 +403,9 @@ def test_failure_while_drawing_leaves_nothing(run, media, tmp_path, monkeypatch)
         return drawn
 
     monkeypatch.setattr(infer, "draw", draw)
-    refused(run(media / "wide.png", media / "tall.png", "Later."), "no space left")
+    status, out, err = run(media / "wide.png", media / "tall.png", "Later.")
+    assert status == 2 and "no space left" in err and err.count("\n") == 1
+    assert out.startswith("Hi\n") and "count: 0" in out and "wrote" not in out
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 

@@ -331,7 +331,7 @@ def test_a_file_of_masks_becomes_one_of_points(tmp_path, images, capsys, monkeyp
 
 def test_masks_of_a_video_belong_to_their_own_frames(tmp_path, capsys):
     """Thirty frames a second, something else in each: every mask is asked about in its own frame, and an annotation stays that no
-    sampled frame would show."""
+    sampled frame would show. A line whose masks fit nothing is left out, or is the error if there is no other."""
     frames, places = [], [(10 + 3 * n, 20 + n) for n in range(12)]
     for x, y in places:
         frame = np.full((64, 80, 3), 30, np.uint8)
@@ -357,6 +357,12 @@ def test_masks_of_a_video_belong_to_their_own_frames(tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             masks.main(["annotate", str(tmp_path / f"{name}.jsonl")])
         assert end.value.code == 2 and f"{tmp_path / name}.jsonl:1: object 0: {said}" in capsys.readouterr().err
+    lines = [line | {"objects": objects} for objects in ([{"id": 0, "masks": [small]}], [{"id": 0, "masks": masks_of}])]
+    (tmp_path / "both.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    masks.main(["annotate", str(tmp_path / "both.jsonl")])
+    out, err = capsys.readouterr()
+    assert f"warning: left out: {tmp_path / 'both'}.jsonl:1: object 0: a mask of size" in err and "1 lines (1 left out), 12 points" in out
+    assert len(Lines(tmp_path / "both.points.jsonl").line(0).record.objects[0].points) == 12
 
 
 def test_annotate_ends_in_one_line(tmp_path, capsys):

@@ -755,12 +755,19 @@ def test_image_formats(tmp_path, ending, options):
     assert error.mean() < 3 if ending == "jpg" else error.max() == 0
 
 
-def test_orientation_of_a_phone_picture(tmp_path):
-    """EXIF orientation 6 turns the stored picture a quarter clockwise."""
-    pixels, exif = noise(40, 60), Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(pixels).save(tmp_path / "phone.png", exif=exif)
-    assert np.array_equal(preprocess.read_image(tmp_path / "phone.png"), np.rot90(pixels, -1))
+@pytest.mark.parametrize("mode, ending", [("RGB", "png"), ("RGB", "tiff"), ("L", "tiff"), ("RGBA", "tiff"), ("CMYK", "tiff"), ("I;16", "tiff")])
+@pytest.mark.parametrize("orientation, turns", [(6, -1), (3, 2), (8, 1)])
+def test_orientation_of_a_phone_picture(tmp_path, mode, ending, orientation, turns):
+    """EXIF orientation 6 turns the stored picture a quarter clockwise, 3 and 8 two and three quarters; a TIFF without compression,
+    which Pillow may map into memory, too."""
+    path, exif = tmp_path / f"phone.{ending}", Image.Exif()
+    picture = Image.fromarray(noise(40, 60)).convert("L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
+    picture.save(tmp_path / f"plain.{ending}")
+    exif[0x0112] = orientation
+    picture.save(path, exif=exif)
+    assert np.array_equal(preprocess.read_image(path), np.rot90(preprocess.read_image(tmp_path / f"plain.{ending}"), turns))
 
 
 def test_deep_pixels_are_scaled_not_clipped(tmp_path):
@@ -785,6 +792,8 @@ def test_transparency_is_white(tmp_path):
     Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4)).convert("P").save(tmp_path / "p.png", transparency=3)
     palette = preprocess.read_image(tmp_path / "p.png")
     assert palette[0, 3].tolist() == [255] * 3 and palette[0, 2].tolist() == [2] * 3
+    Image.fromarray(np.arange(16, dtype=np.uint16).reshape(4, 4) * 257).save(tmp_path / "deep.png", transparency=3 * 257)
+    assert preprocess.read_image(tmp_path / "deep.png")[0, :, 0].tolist() == [0, 1, 2, 255]
 
 
 def test_other_kinds_of_pixels(tmp_path):

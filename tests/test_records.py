@@ -33,8 +33,9 @@ def test_run_lengths_equal_a_walk_down_the_columns(density):
 
 @pytest.mark.parametrize("name", data.SETS)
 def test_synthetic_records_survive_a_file(name, tmp_path):
-    """A record as files and a line of JSON reads back as the same record: everything in it but the pictures of a video,
-    which were compressed, is equal, and so are its tokens, loss mask and grounding targets."""
+    """A record as files and a line of JSON reads back as the same record: everything in it but the pictures of a video, which were
+    compressed, is equal, points to a hundredth of a pixel, and so are its tokens, loss mask and grounding targets (but for one in ten in
+    videos, whose odd sides grow by a pixel)."""
     from tokenizer import Tokenizer
 
     tokenizer = Tokenizer([(34, 62)])
@@ -51,11 +52,18 @@ def test_synthetic_records_survive_a_file(name, tmp_path):
             assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.loss_mask, b.loss_mask)
             assert len(a.points) == len(b.points)
             differ += (a.points[:, 0] != b.points[:, 0]).sum()
-        assert differ <= 0.1 * sum(len(made.points) for made in one.branches)  # odd sides of videos grow by a pixel
+        assert differ <= 0.1 * sum(len(made.points) for made in one.branches)
         if made.times is None:
             assert np.array_equal(one.crops, two.crops)
             assert all(np.array_equal(a.points, b.points) for a, b in zip(one.branches, two.branches))
-        assert {i: set(thing.masks) for i, thing in made.objects.items()} == {i: set(thing.masks) for i, thing in read.objects.items()}
+        assert made.objects.keys() == read.objects.keys()
+        for i, thing in made.objects.items():
+            back = read.objects[i]
+            assert thing.shown == back.shown and thing.points.keys() == back.points.keys() and thing.masks.keys() == back.masks.keys()
+            assert all(point == pytest.approx(back.points[moment], abs=0.01) for moment, point in thing.points.items())
+            for moment, runs in thing.masks.items():
+                height, width = runs.size
+                assert np.array_equal(runs.mask(), back.masks[moment].mask()[:height, :width])
 
 
 def test_frames_before_must_have_the_size_of_the_image(tmp_path):

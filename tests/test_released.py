@@ -230,6 +230,7 @@ WRONG = {
     "windows that are no squares": (lambda f: (f / "preprocessor_config.json").write_text('{"pooling_size": [2, 3]}'), ("preprocessor_config.json", "[2, 3]")),
     "another colour": (lambda f: (f / "preprocessor_config.json").write_text('{"image_mean": [0.4, 0.5, 0.5]}'), ("image_mean", "0.4")),
     "another layout": (lambda f: (f / "processor_config.json").write_text('{"image_use_col_tokens": false}'), ("processor_config.json", "image_use_col_tokens")),
+    "another crop": (lambda f: (f / "processor_config.json").write_text('{"use_single_crop_col_tokens": null}'), ("use_single_crop_col_tokens is null",)),
     "one margin": (lambda f: (f / "preprocessor_config.json").write_text('{"overlap_margins": 3}'), ("preprocessor_config.json", "overlap_margins is 3")),
     "a list of frames": (lambda f: (f / "video_preprocessor_config.json").write_text('{"num_frames": [3]}'),
                          ("video_preprocessor_config.json", "num_frames is [3]")),

@@ -18,13 +18,6 @@ def elements(count: int = 60):
         yield scene, [(i, thing) for i, thing in enumerate(scene.things) if np.isfinite(scene.points[0, i, 0])]
 
 
-def test_a_screen_is_a_pure_function_of_seed_and_index():
-    """Twice the same, another index another screen."""
-    one, two, other = screen(1, 5), screen(1, 5), screen(1, 6)
-    assert np.array_equal(one.frames, two.frames) and np.array_equal(one.points, two.points, equal_nan=True)
-    assert one.things == two.things and one.things != other.things
-
-
 def test_screens_are_dense_and_varied():
     """Ten things or so on a screen, every sort and icon appears, some windows hide things, light and dark looks."""
     counts, words, hidden, light = [], set(), 0, []

@@ -294,10 +294,3 @@ def test_command_line(tmp_path, capsys):
         captured = capsys.readouterr()
         assert captured.out == "" and captured.err.startswith("tokenizer.py: ") and captured.err.count("\n") == 1
     assert Tokenizer.load(out).base_size == 300  # the failed runs left it alone
-
-
-def test_traceback_on_request(monkeypatch, tmp_path):
-    """MOLMO_TRACEBACK=1 lets the exception through."""
-    monkeypatch.setenv("MOLMO_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="cannot be read"):
-        module.main(["show", str(tmp_path / "none.json"), "hi"])

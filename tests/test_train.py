@@ -33,7 +33,7 @@ from model import PRESETS, Molmo
 from muon import Muon
 from conftest import ROOT
 from packing import collate
-from processes import killed_in_a_save, small_run
+from processes import killed_after, killed_in_a_save, small_run
 from train import PARTS, STAGES, learning_rates, optimizers, part_of, parts_of
 from vit import ViT
 
@@ -198,6 +198,7 @@ def test_tags_train_frame_by_frame(quick, tmp_path, monkeypatch, capsys):
     (["--stage", "5"], "stage"),
     (["--stage", "1", "--data", "none.jsonl"], "none.jsonl"),
     (["--stage", "1", "--accumulate", "3"], "cannot be cut into 3 parts (--accumulate)"),
+    (["--stage", "1", "--context-parallel", "2"], "--context-parallel 2 needs as many processes"),
     (["--stage", "1", "--steps", "0"], "0"),
     (["--stage", "2", "--init", "no/such/folder"], "no/such/folder"),
     (["--stage", "1", "--preset", "huge"], "huge"),
@@ -458,14 +459,20 @@ def test_loss_weights_can_be_chosen(quick, monkeypatch, tmp_path):
 
 
 def test_own_points_are_learned_from_files(quick, tmp_path, monkeypatch, capsys):
-    """--data trains on JSONL files in place of the stage's sets; a bad line is named and left out."""
+    """--data trains on JSONL files in place of the stage's sets; a bad line is named, left out and counted. With other lines in the file
+    the run does not go on."""
     monkeypatch.setitem(STAGES, ("tiny", 2), replace(STAGES["tiny", 2], packs=2))  # so many that the bad line's turn comes
     path, more = (data.write_set(name, tmp_path, 5, 0, 2) for name in ("image points", "video points"))
     path.write_text(path.read_text() + "{\n")
     train.main(["--stage", "2", "--data", str(path), str(more), "--out", str(tmp_path / "run"), *quick])
     lines = lines_of(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2] and all("loss" in line for line in lines)
-    assert f"warning: left out: {path}:6: " in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert f"warning: left out: {path}:6: " in err and lines[-1]["left out"] == 1 and "left out: 1 examples" in out
+    path.write_text(path.read_text().replace("{\n", "[\n"))
+    with pytest.raises(SystemExit) as end:
+        train.main(["--stage", "2", "--data", str(path), str(more), "--out", str(tmp_path / "run"), "--resume", *quick])
+    assert end.value.code == 2 and "has contents of the data" in capsys.readouterr().err
 
 
 def test_data_without_a_good_line_end_the_program(tmp_path):
@@ -630,37 +637,6 @@ def test_an_evaluation_that_was_stopped_comes_when_the_run_goes_on(watching, tmp
         assert figures() == [1, 3]
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(quick, whole, tmp_path, monkeypatch):
-    """Killed between two saves, and in the middle of one: the steps after the last whole checkpoint are run again and
-    give the same losses; a cut line of the metrics is no obstacle."""
-    for kill in ("between", "during a save"):
-        folder, update, swap, steps = tmp_path / kill.replace(" ", "-"), train.update, weights._swap, []
-
-        class Killed(BaseException):
-            pass
-
-        def counted(optimisers, rates):
-            if len(steps) == 6 + 3 and kill == "between":
-                raise Killed
-            update(optimisers, rates)
-            steps.append(1)
-
-        def cut(fresh, target):
-            if len(steps) == 6 + 4 and kill != "between":
-                raise Killed
-            swap(fresh, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "update", counted)
-            patch.setattr(weights, "_swap", cut)
-            with pytest.raises(Killed):
-                train.main([*LINE, "2", "--out", str(folder)])
-        with open(folder / "metrics.jsonl", "a") as file:
-            file.write('{}\nnull\n{"seconds": 1.0, "st')
-        train.main([*LINE, "2", "--out", str(folder), "--resume"])
-        assert losses_of(folder) == losses_of(whole)
-
-
 @pytest.fixture
 def start(tmp_path):
     """Starts a run of tests/processes.py as a process group of its own; -> it and the file of its complaints. What still runs when the
@@ -691,30 +667,28 @@ def status(run: BaseProcess, seconds: float) -> int | None:
 
 
 def test_kill_9_at_five_random_steps_and_in_a_save_changes_nothing(start, tmp_path):
-    """Program and worker killed by the system while a file of a checkpoint is half written, then some moment after a step of the ViT
-    alone and after five random steps of the model, each time in what --resume goes on with: the losses of all steps are those of a run
-    that was left alone."""
-    rng, folder = np.random.default_rng(0), tmp_path / "killed"
-    metrics, waiting = folder / "metrics.jsonl", []
-    (whole, _), (run, err) = start(small_run, "--out", tmp_path / "whole"), start(killed_in_a_save, "--out", folder)
-    assert status(run, 120) == -signal.SIGKILL, err.read_text()
-    assert weights.load_training(folder / "checkpoint")["step"] == -2 and (folder / ".checkpoint.new").is_dir()
-    for step in (3, *sorted(rng.choice(np.arange(8, 16), 5, replace=False))):  # four are the ViT's
-        before, patience = metrics.stat().st_ino, time.time() + 120
-        run, err = start(small_run, "--out", folder, "--resume")
-        while run.is_alive() and time.time() < patience:  # the run that goes on begins with a new file
-            if metrics.stat().st_ino != before and metrics.read_text().count("\n") >= step:
-                break
-            time.sleep(0.01)
-        assert run.is_alive(), (step, err.read_text())
-        time.sleep(rng.uniform(0, 0.3))  # a save takes as long
-        kill(run)
-        assert status(run, 60) in (0, -signal.SIGKILL), step
-        waiting += [state["pool"] for state in json.loads(str(weights.load_training(folder / "checkpoint")["loaders"])) if state]
+    """Program and worker killed by the system after three steps of the ViT alone, then while a file of a checkpoint is half written,
+    then some moment after each of five random numbers of steps, always in what --resume goes on with: the losses of all steps, and the model
+    in the end, are those of a run that was left alone; a line of the metrics that was cut is no obstacle."""
+    rng, folder, waiting, reached = np.random.default_rng(0), tmp_path / "killed", [], []
+    whole, _ = start(small_run, "--out", tmp_path / "whole")
+    killings = [(killed_after, 3, 0), (killed_in_a_save,), *((killed_after, rng.integers(1, 4), rng.uniform(0, 0.2)) for _ in range(5))]
+    for number, (program, *when) in enumerate(killings):
+        run, err = start(program, *when, "--out", folder, *(["--resume"] if number else []))
+        assert status(run, 120) == -signal.SIGKILL, (program, when, err.read_text())
+        if program is killed_in_a_save:
+            assert (folder / ".checkpoint.new").is_dir()
+        state = weights.load_training(weights.standing(folder / "checkpoint"))
+        reached.append(int(state["step"]))
+        waiting += [loader["pool"] for loader in json.loads(str(state["loaders"])) if loader] if "loaders" in state else []
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write('{}\nnull\n{"seconds": 1.0, "st')
     last, err = start(small_run, "--out", folder, "--resume")
     assert (status(whole, 120), status(last, 120)) == (0, 0), err.read_text()
-    assert losses_of(folder) == losses_of(tmp_path / "whole") and len(losses_of(folder)) == 18
-    assert any(waiting)  # a pack was half made
+    assert losses_of(folder) == losses_of(tmp_path / "whole") and len(losses_of(folder)) == 4 + 18
+    one, two = (weights.load(tmp_path / run / "checkpoint")[0].state_dict() for run in ("killed", "whole"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert reached == sorted(reached) and reached[:2] == [-2, 4] and any(waiting)  # a pack was half made
 
 
 def test_a_kill_between_the_renames_loses_nothing(quick, whole, tmp_path, monkeypatch):
@@ -737,6 +711,14 @@ def test_a_kill_between_the_renames_loses_nothing(quick, whole, tmp_path, monkey
     assert not (folder / "checkpoint").exists()
     train.main([*LINE, "2", "--out", str(folder), "--resume"])
     assert losses_of(folder) == losses_of(whole) and [p.name for p in folder.iterdir() if p.name.startswith(".")] == []
+
+
+def test_resume_refuses_a_run_of_another_format(quick, first, monkeypatch, capsys):
+    """What an older version has left, whose numbers mean other examples, is one line that says how to begin anew from its model."""
+    monkeypatch.setattr(train, "FORMAT", train.FORMAT + 1)
+    with pytest.raises(SystemExit) as end:
+        train.main(["--stage", "1", "--out", str(first), "--resume", *quick])
+    assert end.value.code == 2 and f"older version: begin another with --init {first}/checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", [["--seed", "3"], ["--steps", "9"], ["--stage", "2"]])

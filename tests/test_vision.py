@@ -296,19 +296,6 @@ def test_each_mode_is_its_formula(mode):
                 torch.testing.assert_close(got[m], plain.image_projector(pool.wo(torch.cat(heads))))
 
 
-def test_zero_init_is_no_module_bit_for_bit():
-    """At its first step the attention adds exactly nothing; with Xavier it does not."""
-    plain = scrambled(Connector(ConnectorConfig(width=6, heads=2, mlp_hidden=10), TemporalConfig(), 8, 5), 4)
-    made = Connector(ConnectorConfig(width=6, heads=2, mlp_hidden=10), TemporalConfig("attention", width=4, heads=2), 8, 5).double()
-    made.load_state_dict(plain.state_dict(), strict=False)
-    windows, past = (torch.randn(3, 9, 8).double() for _ in range(2))
-    valid, known = torch.ones(3, 9, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
-    with torch.no_grad():
-        for kind, same in (("zero", True), ("xavier", False)):
-            made.adapter.initialize(kind, 0)
-            assert torch.equal(made(windows, valid, past, known), plain(windows, valid)) == same
-
-
 def test_modes_that_do_not_exist_are_refused():
     """With the names of those that do."""
     for wrong in ({"mode": "sum"}, {"missing": "white"}):
