@@ -1,4 +1,4 @@
-"""What all commands share: bad input ends in a one-line error, and a file is written completely or not at all."""
+"""What all commands share: bad input ends in a one-line error, a file is written completely or not at all, a folder by one at a time."""
 
 import argparse
 import os
@@ -7,6 +7,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 HOME = Path(__file__).resolve().parent  # assets are found from any folder
 
@@ -100,3 +105,20 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: Path, looking: bool = False) -> Iterator[None]:
+    """Inside, no other process of this machine gets here with the same folder; several that are only `looking` do not mind each other.
+    ValueError if another is in. However a process ends, it lets go."""
+    if fcntl is None:
+        yield
+        return
+    with open(folder / ".writing", "a+") as file:
+        try:  # unlike those of `flock`, these locks are not inherited by workers, which may live a little longer
+            fcntl.lockf(file, (fcntl.LOCK_SH if looking else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is writing in {folder}: wait for its end, or give another folder") from None
+        except OSError:  # a file system without locks
+            pass
+        yield

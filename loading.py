@@ -10,6 +10,7 @@ N crops, S patches per crop, P patch side.
 """
 
 import signal
+import sys
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -202,8 +203,7 @@ class Loader:
         state = self.state or {"next": [self.rank], "pool": []}
         numbers = chain(state["pool"], count(state["next"][0], self.world))  # those that waited, then all others
         self.left_out = {(one, index) for one, index in state.get("left out", [])}
-        items = DataLoader(self.examples, batch_size=None, sampler=numbers, num_workers=self.workers, worker_init_fn=ignore_signals,
-                           generator=torch.Generator())  # its own: the global one, from which dropout draws, stays as it is
+        items = DataLoader(self.examples, batch_size=None, sampler=numbers, **in_workers(self.workers))
         # iter(items) gets no name here: it holds the worker processes, which end only when the last reference to it is gone
         for batch, names, after in prefetch(self.batches(iter(items), state["pool"], state["next"][0])):
             self.names, self.state = names, after
@@ -274,6 +274,13 @@ def reshard_state(states: Sequence[dict[str, list]], rank: int, world: int) -> d
     waiting = [n for state in states for n in (*state["pool"], *range(state["next"][0], start, len(states)))]
     left_out = {tuple(place) for state in states for place in state.get("left out", [])}
     return {"next": [start + rank], "pool": sorted(waiting)[rank::world], "left out": sorted(left_out)}
+
+
+def in_workers(workers: int) -> dict:
+    """What DataLoaders here have in common: a generator of their own, for the global one, from which dropout draws, stays as it is; and
+    workers that are copies of this program where that is safe (else a server would start them, which signals would end)."""
+    return {"num_workers": workers, "worker_init_fn": ignore_signals, "generator": torch.Generator(),
+            "multiprocessing_context": "fork" if workers and sys.platform == "linux" else None}
 
 
 def ignore_signals(worker: int):

@@ -144,6 +144,8 @@ def together(device: str, context: int):
         return
     rank, size, kind = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.device(device).type
     with said_once():  # before any of them waits for another
+        if "LOCAL_RANK" not in os.environ:
+            raise ValueError("many processes are started with torchrun: LOCAL_RANK is missing")
         if kind not in ("cpu", "cuda"):
             raise ValueError(f"--device {device}: many processes share a model on CPUs or by CUDA only")
         if size % context:
@@ -287,16 +289,15 @@ def average(model: nn.Module, world: World) -> None:
         p.grad = mean.view_as(p)
 
 
-def shard(model: Molmo, world: World, device: str, recompute: bool = False, half: bool | None = None) -> Molmo:
+def shard(model: Molmo, world: World, device: str, recompute: bool = False, half: bool = False) -> Molmo:
     """Cuts the model over all processes, block by block: gathered when used, gone when not. Parameters and the reduction of
-    gradients stay float32; with `half` (on a GPU, unless given) it computes in bfloat16. `recompute`: blocks keep their input only
+    gradients stay float32; with `half` it computes in bfloat16. `recompute`: blocks keep their input only
     and run again in the backward pass (activation checkpointing)."""
     if recompute:
         for block in (*model.vit.blocks, *model.blocks):
             block.forward = _recomputed(block.forward)
     if world.context > 1:
         model.context = Context(world.group)
-    half = torch.device(device).type == "cuda" if half is None else half
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
     uncast = replace(policy, cast_forward_inputs=False)  # the model's input is a Batch, whose loss weights stay float32
     for module in (*model.vit.blocks, model.vit, model.connector, *model.blocks, model):

@@ -23,8 +23,8 @@ import signal
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice, takewhile
@@ -137,8 +137,9 @@ STAGES = {(preset, n): stage for preset, table in TABLES.items() for n, stage in
 
 
 def usual_workers() -> int:
-    """Half of the machine's cores, shared by the training processes on it; at most eight each beside a GPU, else four."""
-    share = (os.cpu_count() or 1) // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    """Half of the cores that this may use, shared by the training processes of the machine; at most eight each beside a GPU, else four."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return max(1, min(share, 8 if torch.cuda.is_available() else 4))
 
 
@@ -164,7 +165,8 @@ def parse(argv: list[str] | None):
     parser.add_argument("--loss-weights", choices=sorted(WEIGHTS), help="of the tokens (packing.py; default: the stage's)")
     parser.add_argument("--accumulate", type=command.number(int, 1, 10**6),
                         help="parts of a step, for less memory (default: 1; for the large presets, one pack per process at a time)")
-    parser.add_argument("--seed", type=command.number(int, 0, 10_000), default=0, help="of new weights and of the synthetic data (default: %(default)s)")
+    parser.add_argument("--seed", type=command.number(int, 0, 10_000), default=0,
+                        help="of new weights, of what is drawn and in which order, and of dropout (default: %(default)s)")
     parser.add_argument("--eval-every", type=command.number(int, 1, 10**9), default=400, help="steps between small evaluations (default: %(default)s)")
     parser.add_argument("--save-every", type=command.number(int, 1, 10**9), default=200, help="steps between checkpoints (default: %(default)s)")
     parser.add_argument("--workers", type=command.number(int, 0, 256), default=usual_workers(),
@@ -385,6 +387,7 @@ class Run:
             state |= {name: value.cpu().numpy() for name, value in moments.items()}
             moments = {}
         parallel.save(self.checkpoint, moments, self.world, partial(weights.save, self.checkpoint, full_model, self.tokenizer, training=state))
+        self.log.draw()
 
 
 def restore(module: nn.Module, optimisers: list[torch.optim.Optimizer], state: dict[str, np.ndarray], run: Run) -> int:
@@ -426,8 +429,7 @@ def pretrain_vit(run: Run, state: dict[str, np.ndarray] | None):
     each_step = share * world.size       # of all processes
     numbers = range((first + stage.vit_steps) * each_step, stage.vit_steps * each_step)[world.rank::world.size]
     scenes = DataLoader(loading.PatchSet(run.settings["seed"], model.config, stage.vit_scenes), share, sampler=numbers,
-                        collate_fn=loading.collate_patches, num_workers=args.workers, worker_init_fn=loading.ignore_signals,
-                        generator=torch.Generator())
+                        collate_fn=loading.collate_patches, **loading.in_workers(args.workers))
     bar = tqdm(scenes, initial=first + stage.vit_steps, total=stage.vit_steps, desc="the ViT alone", dynamic_ncols=True,
                disable=run.log.silent)
     for step, (crops, labels) in enumerate(bar, start=first):
@@ -471,7 +473,8 @@ def main(argv: list[str] | None = None):
             parts = parts_of_a_step(args, stage, args.plan // args.context_parallel)
             return costs.print_plan(args.preset, PRESETS[args.preset], args.stage, stage, args.plan, args.context_parallel, parts,
                                     sharded=args.preset not in LIGHT, whole=args.steps is None)
-        with parallel.together(args.device, args.context_parallel) as (world, args.device):
+        with parallel.together(args.device, args.context_parallel) as (world, device):
+            args.device = device  # of several GPUs this process's own
             start(args, world)
 
 
@@ -506,13 +509,15 @@ def prepare(args: argparse.Namespace, world: World):
     if not args.temporal and (args.temporal_init or args.missing):
         raise ValueError("--temporal-init and --missing go with --temporal")
     seed, folder = data_seed(args), run_folder(args)
-    weights.recover(folder / "checkpoint")  # a kill may have left it beside its name
+    if folder.is_dir():
+        with command.alone_in(folder, looking=True):
+            weights.recover(folder / "checkpoint")  # a kill may have left it beside its name
     state = weights.load_training(folder / "checkpoint") if args.resume else None
     if not args.resume and (folder / "checkpoint").exists():
         raise ValueError(f"{folder} holds a run: --resume goes on with it, --out FOLDER begins another elsewhere")
     before = Path(f"runs/stage{args.stage - 1}/checkpoint")
     if state is None and not (args.init or args.out) and weights.standing(before).is_dir():
-        args.init, stopped = str(before), unfinished(before)
+        args.init, stopped = str(before), stopped_early(before)
         if world.rank == 0:
             print(f"begins with {args.init}{stopped}: --init names another")
     if state is None and not args.init and args.stage > 2:
@@ -548,7 +553,7 @@ def prepare(args: argparse.Namespace, world: World):
     return stage, settings, state, model.train(), tokenizer, loader
 
 
-def unfinished(checkpoint: Path) -> str:
+def stopped_early(checkpoint: Path) -> str:
     """" (stopped after step 300 of 1160)", if its run was. ValueError if it had not come to its first step."""
     if not (weights.standing(checkpoint) / "training.npz").is_file():
         return ""
@@ -614,14 +619,15 @@ def start(args: argparse.Namespace, world: World):
     with parallel.said_once():
         set_cuda_numerics()
         stage, settings, state, model, tokenizer, loader = prepare(args, world)
-        if len(set(map(json.dumps, world.collect(settings)))) > 1:
-            raise ValueError("the processes have different settings, or different contents of --data")
+        first = int(state["step"]) if state else None
+        if len(set(map(json.dumps, world.collect(settings | {"first step": first})))) > 1:
+            raise ValueError("the processes have different settings, or other contents of --data or of the run folder")
     torch.use_deterministic_algorithms(torch.device(args.device).type == "cpu")  # else threads add gradients in any order
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     torch.manual_seed(settings["seed"] + 1_000_003 * world.rank)  # of dropout
     # only now, with all bad input ruled out: a Log begins a new file
-    log = Log(run_folder(args), int(state["step"]) if state else None, silent=world.rank > 0)
-    with stoppable() as stop_signals:
+    log = Log(run_folder(args), first, silent=world.rank > 0)
+    with command.alone_in(log.folder) if world.rank == 0 else nullcontext(), stoppable() as stop_signals:
         run = Run(model, tokenizer, stage, settings, args, log, stop_signals, world)
         resumes = state is not None and "probe weight" in state  # was stopped while the ViT was alone
         begins = state is None and stage.vit_steps > 0 and not args.data and "vit" not in args.freeze
@@ -633,8 +639,11 @@ def start(args: argparse.Namespace, world: World):
             if args.preset in LIGHT:
                 parallel.replicate(model, world, args.device)
             else:
-                parallel.shard(model, world, args.device, recompute=True)
-            train(run, loader, state)
+                parallel.shard(model, world, args.device, recompute=True, half=has_bfloat16(args.device))
+            if state:
+                loader.state = loading.reshard_state(json.loads(str(state["loaders"])), world.data_rank, world.data_size)
+            with closing(iter(loader)) as batches:  # whatever happens, worker processes end, and the program can
+                train(run, loader, batches, state)
 
 
 def data_seed(args) -> int:
@@ -669,14 +678,11 @@ def make_loader(stage: Stage, seed: int, tokenizer: Tokenizer, config: MolmoConf
                           rank=world.data_rank, world=world.data_size, multiple=multiple, pin=cuda)
 
 
-def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None):
+def train(run: Run, loader: loading.Loader, batches: Iterator[Batch], state: dict[str, np.ndarray] | None):
     model, stage, args, world, parts = run.model, run.stage, run.args, run.world, parts_of(run.model)
     accumulate = stage.packs // (loader.rows * world.data_size)
-    optimisers, first = optimizers(model, model.config.optimizer), 0
-    if state:
-        loader.state = loading.reshard_state(json.loads(str(state["loaders"])), world.data_rank, world.data_size)
-        first = restore(model, optimisers, state, run)
-    batches = iter(loader)
+    optimisers = optimizers(model, model.config.optimizer)
+    first = restore(model, optimisers, state, run) if state else 0
     bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=f"stage {args.stage}", dynamic_ncols=True,
                disable=run.log.silent)
     started, tokens = time.time(), 0
@@ -714,7 +720,6 @@ def train(run: Run, loader: loading.Loader, state: dict[str, np.ndarray] | None)
         if stop:
             run.log.say(f"stopped after step {step + 1}: --resume goes on from there")
             break
-    run.log.draw()
     left_out = world.collect(loader.state["left out"])  # by every process its own
     if count := len({tuple(place) for places in left_out for place in places}):
         run.log.say(f"left out: {count} examples, each with its warning when it came first")

@@ -233,6 +233,13 @@ def killed_after(steps: str, seconds: str, *words: str):
     small_run(*words)
 
 
+def broken(*words: str):
+    """`small_run` with a mistake in the program: its sixth step fails as nobody expects."""
+    steps = iter(range(5))
+    update, train.update = train.update, lambda *given: (next(steps), update(*given))
+    small_run(*words)
+
+
 def check(name: str, *words: str):
     {"equal": check_equal, "grid": check_grid, "resize": check_resize, "train": check_train}[name](*words)
 

@@ -33,7 +33,7 @@ from model import PRESETS, Molmo
 from muon import Muon
 from conftest import ROOT
 from packing import collate
-from processes import killed_after, killed_in_a_save, small_run
+from processes import broken, killed_after, killed_in_a_save, small_run
 from train import PARTS, STAGES, learning_rates, optimizers, part_of, parts_of
 from vit import ViT
 
@@ -354,8 +354,12 @@ def test_the_loss_does_not_depend_on_how_a_step_is_cut(quick, form, tmp_path, mo
 
 @pytest.mark.parametrize("cores, processes, gpu, workers", [(2, 1, False, 1), (2, 2, False, 1), (16, 1, False, 4), (64, 2, True, 8), (None, 1, False, 1)])
 def test_workers_go_by_cores(monkeypatch, cores, processes, gpu, workers):
-    """Half of the cores, shared by the training processes of the machine."""
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    """Half of the cores, shared by the training processes of the machine; where the system says which of them a process may use (not on
+    a Mac), of these."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores or 0), raising=False)
+    if not cores or gpu:
+        monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: cores if gpu or not cores else 99)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert train.usual_workers() == workers
@@ -691,6 +695,28 @@ def test_kill_9_at_five_random_steps_and_in_a_save_changes_nothing(start, tmp_pa
     assert reached == sorted(reached) and reached[:2] == [-2, 4] and any(waiting)  # a pack was half made
 
 
+def test_a_program_with_a_mistake_ends(start, tmp_path):
+    """An error that is not bad input ends in a traceback, and the program, with its worker, in time, though workers ignore SIGTERM."""
+    run, err = start(broken, "--out", tmp_path / "run")
+    assert status(run, 120) == 1 and "Traceback" in err.read_text() and "StopIteration" in err.read_text(), err.read_text()
+
+
+def test_two_runs_do_not_write_to_one_folder(quick, first, tmp_path, capsys):
+    """While another process holds the folder --resume is refused in one line and changes nothing; when that is killed, it goes on."""
+    folder = shutil.copytree(first, tmp_path / "run")
+    hold = "import command, pathlib, sys\nwith command.alone_in(pathlib.Path(sys.argv[1])):\n    print(flush=True)\n    sys.stdin.read()"
+    words = ["--stage", "1", "--out", str(folder), "--resume", *quick]
+    with subprocess.Popen([sys.executable, "-c", hold, folder], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        with pytest.raises(SystemExit) as end:
+            train.main(words)
+        assert end.value.code == 2 and f"another run is writing in {folder}" in capsys.readouterr().err
+        assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        other.kill()
+    train.main(words)
+
+
 def test_a_kill_between_the_renames_loses_nothing(quick, whole, tmp_path, monkeypatch):
     """Killed when the old checkpoint has lost its name and the new one has none yet: the old one is found again."""
     folder, rename, renamed = tmp_path / "run", weights.os.rename, []
@@ -710,7 +736,7 @@ def test_a_kill_between_the_renames_loses_nothing(quick, whole, tmp_path, monkey
             train.main([*LINE, "2", "--out", str(folder)])
     assert not (folder / "checkpoint").exists()
     train.main([*LINE, "2", "--out", str(folder), "--resume"])
-    assert losses_of(folder) == losses_of(whole) and [p.name for p in folder.iterdir() if p.name.startswith(".")] == []
+    assert losses_of(folder) == losses_of(whole) and not list(folder.glob(".checkpoint*"))
 
 
 def test_resume_refuses_a_run_of_another_format(quick, first, monkeypatch, capsys):
