@@ -219,10 +219,10 @@ class Asked:
         return wanted if isinstance(wanted, Annotation) else self.annotation
 
 
-def questions(records: Iterator[Record], model: Molmo, seed: int) -> Iterator[Asked]:
-    """All that is said about the records, as questions; of a chat every turn, after the true ones before it."""
+def questions(records: Iterator[Record], model: Molmo, *seed: int) -> Iterator[Asked]:
+    """All that is said about the records, as questions; of a chat every turn, after the true ones before it. `seed`: of the wordings."""
     for number, record in enumerate(records):
-        rng = np.random.default_rng([seed, number, 8])
+        rng = np.random.default_rng([*seed, number, 8])
         views = data.views_of(record, model.config.views, model.config.temporal.memory)
         for said in record.annotations:
             if data.shows_nothing(record, said):
@@ -319,11 +319,11 @@ class Between:
     oracle: bool = False      # the true points instead of the model's
 
 
-def frame_by_frame(model: Molmo, tokenizer: Tokenizer, record: Record, how: Between, seed: int, batch: int = BATCH) -> list[Asked]:
+def frame_by_frame(model: Molmo, tokenizer: Tokenizer, record: Record, how: Between, seed: Sequence[int], batch: int = BATCH) -> list[Asked]:
     """Every question about a video, asked about single frames; figures of points and numbers are means over these
     frames, those of masks over all. The masks of all objects meant make one."""
     anchors, shape = range(0, len(record.pictures), how.every), record.pictures[0].shape[:2]
-    moments, asked = questions((record.moment(anchor, model.config.temporal.history) for anchor in anchors), model, seed), []
+    moments, asked = questions((record.moment(anchor, model.config.temporal.history) for anchor in anchors), model, *seed), []
     while some := list(islice(moments, batch)):
         if not how.oracle:
             ask(model, tokenizer, some)
@@ -574,7 +574,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 records = fresh(name, most[name], model.config.views, args.seed)
             bar = tqdm(records, total=most[name], desc=name, leave=False, dynamic_ncols=True, disable=None)
             if name in args.masked:
-                asked = [a for record in bar for a in frame_by_frame(model, tokenizer, record, between, args.seed, args.batch)]
+                asked = [a for number, record in enumerate(bar) for a in frame_by_frame(model, tokenizer, record, between, (args.seed, number), args.batch)]
                 figures = summarize(asked)
             else:
                 figures, asked = evaluate(model, tokenizer, bar, args.seed, args.batch)

@@ -483,7 +483,7 @@ def test_frames_are_asked_about_one_by_one(tiny, monkeypatch):
     record, seen = vpos.record(3, 1), []
     real = evaluate.ask
     monkeypatch.setattr(evaluate, "ask", lambda model, tokenizer, some: [seen.append(a.record) for a in some] and real(model, tokenizer, some))
-    answers = evaluate.frame_by_frame(model, tokenizer, record, between(), 0)
+    answers = evaluate.frame_by_frame(model, tokenizer, record, between(), (0,))
     anchors = range(0, len(record.pictures), 6)
     assert len(answers) == len(record.annotations) and len(seen) == len(answers) * len(anchors)
     for moment, anchor in zip(seen[::len(answers)], anchors):
@@ -491,7 +491,7 @@ def test_frames_are_asked_about_one_by_one(tiny, monkeypatch):
         assert all(np.array_equal(a, b) for a, b in zip(moment.before[::-1], record.pictures[anchor - 1::-1]))
     one = Annotation("track_from", "ball", [next(iter(record.objects))])  # cannot be asked about a frame: its label may fit others
     record.annotations.insert(0, one)
-    again = evaluate.frame_by_frame(model, tokenizer, record, between(), 0, batch=1)
+    again = evaluate.frame_by_frame(model, tokenizer, record, between(), (0,), batch=1)
     assert [a.figures for a in answers] == [a.figures for a in again]
     assert all(("J&F" in a.figures) == bool(a.annotation.objects) for a in answers)
 
@@ -503,7 +503,7 @@ def test_true_points_score_full_marks_and_their_masks_well(tiny):
         record = vpos.record(3, index)
         record.annotations = [max(record.annotations, key=lambda said: len(said.objects)), record.annotations[-1]]
         assert [len(said.objects) for said in record.annotations] == [3, 0]
-        answers = evaluate.frame_by_frame(*tiny, record, between(oracle=True), 0)
+        answers = evaluate.frame_by_frame(*tiny, record, between(oracle=True), (0,))
         for a in answers:
             wanted = {"precision", "recall", "f1", "f1 present", "count exact"} if a.annotation.objects else {"none recognised"}
             assert all(a.figures[name] == 1 for name in wanted & a.figures.keys()) and wanted & a.figures.keys()
@@ -528,7 +528,7 @@ def test_fusing_both_directions_beats_the_rest(tiny):
     how = between(oracle=True, fusions=ways, every=12)
     for record in records:
         record.annotations = record.annotations[1:2]
-    figures = summarize([a for record in records for a in evaluate.frame_by_frame(*tiny, record, how, 0)])
+    figures = summarize([a for record in records for a in evaluate.frame_by_frame(*tiny, record, how, (0,))])
     scores = {way: figures["J&F" if way == "fused" else f"J&F {way}"] for way in ways}
     assert min(scores, key=scores.get) == "intersection" and max(scores, key=scores.get) == "fused", scores
 
@@ -575,6 +575,6 @@ def test_points_of_one_id_are_all_followed(tiny, monkeypatch):
             a.points = [p._replace(id=1) for p in data.points_of(a.record, a.annotation)]
 
     monkeypatch.setattr(evaluate, "ask", ask)
-    got = evaluate.frame_by_frame(*tiny, record, between(), 0)[0].figures
-    wanted = evaluate.frame_by_frame(*tiny, record, between(oracle=True), 0)[0].figures
+    got = evaluate.frame_by_frame(*tiny, record, between(), (0,))[0].figures
+    wanted = evaluate.frame_by_frame(*tiny, record, between(oracle=True), (0,))[0].figures
     assert got["f1"] == 1 and got["J&F"] == pytest.approx(wanted["J&F"], abs=0.03)
