@@ -1,6 +1,7 @@
 """What all commands share: bad input ends in a one-line error, a file is written completely or not at all, a folder by one at a time."""
 
 import argparse
+import errno
 import os
 import sys
 import warnings
@@ -99,6 +100,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         yield path
         return
     name, path = path.name, path.resolve()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
     part = path.with_name(f".{os.getpid()}.{name}")  # the suffix may choose the format
     try:
         yield part

@@ -155,13 +155,13 @@ def plan(config: MolmoConfig, stage, gpus: int, context: int, accumulate: int, s
 def print_plan(name: str, config: MolmoConfig, number: int, stage, gpus: int, context: int, accumulate: int, sharded: bool, whole: bool) -> None:
     """Prints `plan`; of a `whole` stage, not only some of its steps, also what was published."""
     p, G = plan(config, stage, gpus, context, accumulate, sharded), 2**30
-    print(f"{name}, stage {number}: {stage.steps:,} steps on {gpus} H100, {context} to a pack, {accumulate} parts a step")
+    print(f"{name}, stage {number}: {stage.steps:,} steps on {gpus} H100, context-parallel {context}, accumulate {accumulate}")
     print(f"a step          {p['packs']:,} packs of {stage.tokens:,} tokens and {stage.crops} crops: {p['tokens']:,} tokens, {p['crops']:,} crops, "
           f"{p['flops']:.2e} FLOPs")
     print(f"memory per GPU  {p['memory'] / G:.1f} GiB of {MEMORY / G:.1f}: states {p['states'] / G:.1f}, gathered {p['gathered'] / G:.1f}, "
           f"activations {p['activations'] / G:.1f}" + (": too much" if p["memory"] > 0.95 * MEMORY else ""))
     print(f"time of a step  {p['step']:.1f} s: computing {p['computing']:.1f} s at {EFFICIENCY:.0%} of the peak, meanwhile collectives {p['talking']:.1f} s "
-          f"({p['shards'] / G:.0f} GiB of parameters and gradients, {p['exchanged'] / G:.0f} GiB between heads and tokens per GPU)")
+          f"(per GPU {p['shards'] / G:.0f} GiB for parameters and gradients, {p['exchanged'] / G:.0f} GiB for context parallelism)")
     print(f"the stage       {p['step'] * stage.steps / 3600:.1f} hours, {p['gpu hours']:,.0f} GPU hours, MFU {p['mfu']:.0%}")
     if whole and name in PUBLISHED and number <= 3:
         hours = PUBLISHED[name][number - 1]

@@ -143,7 +143,8 @@ def in_words(annotation: Annotation) -> str:
 
 def answer_pieces(annotation: Annotation, record: Record, views: Views, config: MolmoConfig) -> tuple[str | list[str], np.ndarray]:
     """-> the answer as a text, or as pieces for `Tokenizer.encode_layout` if it points; and the rows (G, 3) of its
-    grounding tokens. Where there is nothing: `There are none.` ValueError if tags (a form for one picture) are to point in several."""
+    grounding tokens. A number is that of the things, though two in one patch get one point. Where there is nothing: `There are none.`
+    ValueError if tags (a form for one picture) are to point in several."""
     none = np.zeros((0, 3), int)
     if not annotation.points_or_counts:
         return in_words(annotation), none

@@ -574,7 +574,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 records = fresh(name, most[name], model.config.views, args.seed)
             bar = tqdm(records, total=most[name], desc=name, leave=False, dynamic_ncols=True, disable=None)
             if name in args.masked:
-                asked = [a for number, record in enumerate(bar) for a in frame_by_frame(model, tokenizer, record, between, (args.seed, number), args.batch)]
+                asked = [a for number, record in enumerate(bar)
+                         for a in frame_by_frame(model, tokenizer, record, between, (args.seed, number), args.batch)]
                 figures = summarize(asked)
             else:
                 figures, asked = evaluate(model, tokenizer, bar, args.seed, args.batch)

@@ -32,10 +32,10 @@ from vit import ViT, ViTConfig
 
 PLACEHOLDERS = ("<im_patch>", "<im_low>")  # one per visual token
 POINTS_AS = ("tokens", "text", "tags")
-LOSSES = ("token", "patch", "slot", "location")  # what is learned; the last three by models that point with grounding tokens
+LOSSES = ("token", "patch", "slot", "location")  # next token; with grounding tokens also visual token (MolmoPoint's "patch"), slot, location
 PICTURE_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<im_low>",
                  "<frame_start>", "<frame_end>")  # these see each other in both directions
-FEW_TOKENS, MATRICES, LARGE = 16, 8, 2**18  # so few tokens multiply so many parts of a matrix of so many weights, on a CPU
+FEW_TOKENS, MATRICES, LARGE = 16, 8, 2**18  # `linear` on a CPU: most tokens, parts and fewest weights of a matrix that it splits
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,12 +7,12 @@ each a choice among things the model already has in front of it, from coarse to 
     <|vit_index|>    which patch of its window (its slot)?  x  .  the K ViT features of the chosen window
     <|vit_loc|>      which ninth of that patch?             x  -> Linear(9)
 
-    <points coords="  T V L 1  T V L 2  T ">cups</points>       (T alone: the "no more points" choice won)
+    <points coords="  T V L 1  T V L 2  T ">cups</points>       (T, V, L: these three; the last T chose "no more points")
 
-Everything is decided one position earlier: the hidden state that predicts <|token_index|> also asks for the visual token.
+Every choice is made one position earlier: the hidden state that predicts <|token_index|> is the query for the visual token.
 The choice is then fed back: <|token_index|> carries the chosen token's connector output, <|vit_index|> the chosen patch.
 
-    PatchMap          pixels <-> (visual token, slot, location); MolmoPoint calls the slot a sub-patch
+    PatchMap          pixels <-> (visual token, slot, location); in MolmoPoint: patch, sub-patch, location
     PointPredictor    the three heads and their losses
     PointDecoder      the rules that hold while an answer is being written
     write_text ...    the same points as text, and the strict reader

@@ -76,7 +76,7 @@ class ViewConfig:
             raise ValueError(f"sizes, pools, crops, frames and fps must be above 0: {self}")
         if not isinstance(self.margins, tuple) or len(self.margins) != 2 or any(type(n) is not int or n < 0 for n in self.margins):
             raise ValueError(f"the margins must be two numbers of patches, not {self.margins!r}")
-        if self.crop_size % self.patch_size or self.window < 1:
+        if self.crop_size % self.patch_size or self.stride < 1:
             raise ValueError(f"crops of {self.crop_size} px need whole patches of {self.patch_size} px "
                              f"and more of them than the margins {self.margins} give away")
 
@@ -86,7 +86,7 @@ class ViewConfig:
         return self.crop_size // self.patch_size
 
     @property
-    def window(self) -> int:
+    def stride(self) -> int:
         """Patches from one crop of a tiling to the next: what a crop adds to its neighbours."""
         return self.grid - sum(self.margins)
 
@@ -192,19 +192,19 @@ class _Collector:
 # ---- 2. one picture -> crops and the map of their patches ------------------------------------------------------------
 
 def select_tiling(height: int, width: int, config: ViewConfig) -> tuple[int, int]:
-    """Rows and columns of crops for an image of pixels: the least enlarging that shows it in full, or the least
-    shrinking if none does. An image with a side shorter than the margins is one crop, as in the released inference code.
+    """Rows and columns of crops for an image of height x width pixels: the smallest upscaling that `max_crops` allows, or the smallest
+    downscaling if it allows none. An image with a side shorter than the margins is one crop, as in the released inference code.
 
-    The margins around the image come on top of the rows * columns windows, so they are taken off its sides first; of
+    The margins around the image come on top of the rows * columns strides, so they are taken off its sides first; of
     equals the tiling with fewer crops, then with fewer rows, wins. (Molmo2, section on crops.)
     """
-    window, margin = config.window * config.patch_size, sum(config.margins) * config.patch_size
+    stride, margin = config.stride * config.patch_size, sum(config.margins) * config.patch_size
     most = config.max_crops
     tilings = sorted(((rows, cols) for rows in range(1, most + 1) for cols in range(1, most // rows + 1)),
                      key=lambda tiling: (tiling[0] * tiling[1], tiling[0]))
 
     with np.errstate(divide="ignore"):  # a side as long as the margins: they alone show it, any enlarging will do
-        scales = np.array(tilings, np.float32) * window / np.float32([height - margin, width - margin])
+        scales = np.array(tilings, np.float32) * stride / np.float32([height - margin, width - margin])
     scale = scales.min(axis=1)  # negative where a side is shorter than the margins: one crop is the best of such tilings
     enlarging = np.where(scale >= 1, scale, np.inf)
     return tilings[int(enlarging.argmin() if (scale >= 1).any() else scale.argmax())]
@@ -221,10 +221,10 @@ def cut(image: np.ndarray, tiling: tuple[int, int], config: ViewConfig) -> tuple
     """An image (H, W, 3) -> crops (N, S, 3*P*P) uint8 in reading order, boxes (N*S, 4): x, y, width, height of their
     patches in pixels of the image. The tiling (1, 1) is the whole image in one crop."""
     grid, P = config.grid, config.patch_size
-    R, C = (n * config.window + sum(config.margins) for n in tiling)  # patches of the resized image
+    R, C = (n * config.stride + sum(config.margins) for n in tiling)  # patches of the resized image
     patches = resize(image, (R * P, C * P)).reshape(R, P, C, P, 3).swapaxes(1, 2).reshape(R, C, 3 * P * P)
 
-    first_row, first_col = (config.window * np.arange(n) for n in tiling)
+    first_row, first_col = (config.stride * np.arange(n) for n in tiling)
     row = (first_row[:, None] + np.arange(grid))[:, None, :, None]  # crop row, crop column, row and column in the crop
     col = (first_col[:, None] + np.arange(grid))[None, :, None, :]
     height, width = image.shape[0] / R, image.shape[1] / C          # of a patch, in pixels of the image
@@ -239,9 +239,9 @@ def patch_map(tiling: tuple[int, int], config: ViewConfig) -> np.ndarray:
     its patch 4, and so on: the first crop keeps its leading margin and the last its trailing one.
     """
     def owners(n: int) -> tuple[np.ndarray, np.ndarray]:
-        place = np.arange(n * config.window + sum(config.margins))
-        crop = np.clip((place - config.margins[0]) // config.window, 0, n - 1)
-        return crop, place - crop * config.window
+        place = np.arange(n * config.stride + sum(config.margins))
+        crop = np.clip((place - config.margins[0]) // config.stride, 0, n - 1)
+        return crop, place - crop * config.stride
 
     (crop_row, row), (crop_col, col) = map(owners, tiling)
     crop = crop_row[:, None] * tiling[1] + crop_col

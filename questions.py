@@ -34,8 +34,8 @@ class Query:
     targets: list[int]  # indices of the things meant; [] if there is none ("There are none.")
     answer: str         # in words; "" where points are the answer
     about: str          # how the targets were picked: "kind", "color", "color+kind", "all", "size", "position", "motion",
-    #                     "moving", "direction", "given", "none"; on screens "name", "use", "place", "sort", "none"; for words: "caption", "color-of",
-    #                     "kind-of", "exists", "colors", "subtitle", "words"; on screens "read", "exists", "beside"
+    #                     "moving", "direction", "given", "none"; on screens "name", "use", "place", "sort", "none"; for words:
+    #                     "caption", "color-of", "kind-of", "exists", "colors", "subtitle", "words"; on screens "read", "exists", "beside"
     choices: list[str] = field(default_factory=list)  # "choice": what to choose from
 
 

@@ -23,8 +23,8 @@ One line of a JSONL file is one record, paths are relative to the file:
                                                    {"role": "user", "content": "Where are the cups?"},
                                                    {"role": "assistant", "task": "point", "label": "cups", "objects": [1]}, ...]}]}
 
-An object that has no point at some moment is out of view then (in a video, if it has points at several). Annotations whose points fall between the sampled frames (far apart
-in a long video) are left out. `TASKS` names all tasks and what they need.
+An object that has no point at some moment is out of view then; in a video, if it has points at several moments. Annotations whose
+points fall between the sampled frames (far apart in a long video) are left out. `TASKS` names all tasks and what they need.
 """
 
 import json

@@ -511,9 +511,9 @@ def _away(way: np.ndarray, shape: tuple[int, int], standing: list[Thing], still_
 def crowd(seed: int, index: int, seconds: float | None = None) -> World:
     """A clip for tracking, 3 to 6 seconds unless given: three to six moving things of a few types, so that many look alike, whose
     ways cross, and one or two large ones that stand still in front of them; less those that are never clearly in view (three of all
-    are left at least). Of those that look the same only one at a time is outside
-    or behind a large one, if twenty tries find such ways: then it is known which of them comes back. (Not so where they hide behind
-    each other: `questions.mixed_up`.) A pure function of its arguments."""
+    are left at least). Of those that look the same only one at a time is outside or behind a large one, if twenty tries find such
+    ways: then it is known which of them comes back. (Not so where they hide behind each other: `questions.mixed_up`.) A pure
+    function of its arguments."""
     rng = _generator(seed, index, 4)
     drawn = float(rng.integers(6, 13) / 2)
     seconds = drawn if seconds is None else seconds

@@ -22,6 +22,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         part.write_text("ne")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError, match=f"no such folder: '{tmp_path}/new'"), command.atomic_write(tmp_path / "new/a.png"):
+        pass
 
 
 def test_links_and_devices_stay_what_they_are(tmp_path):

@@ -40,7 +40,7 @@ def piece_counts(views: preprocess.Views) -> dict[str, int]:
 def test_every_place_is_read_once_and_holds_its_own_pixels(config, rows, cols):
     """Reading the patches of the pool windows at the places of their boxes rebuilds the picture, each pixel once."""
     P = config.patch_size
-    height, width = ((n * config.window + sum(config.margins)) * P for n in (rows, cols))
+    height, width = ((n * config.stride + sum(config.margins)) * P for n in (rows, cols))
     image = position_picture(height, width)  # exactly the size of its tiling, so that resizing changes nothing
     assert preprocess.select_tiling(height, width, config) == (rows, cols)
     views = preprocess.image_views([image], config)
@@ -98,11 +98,11 @@ def test_tiling_agrees_with_its_definition():
     """The chosen tiling is the one that exhaustive comparison with exact fractions chooses: among those that enlarge the
     least enlarging, else the least shrinking; a side of the margins' length asks for nothing, a shorter one for less."""
     def by_definition(height, width, config):
-        window, margin = config.window * config.patch_size, sum(config.margins) * config.patch_size
+        stride, margin = config.stride * config.patch_size, sum(config.margins) * config.patch_size
         tilings = [(rows, count // rows) for count in range(1, config.max_crops + 1)
                    for rows in range(1, count + 1) if count % rows == 0]
         def scale(tiling):
-            return min(Fraction(n * window, side - margin) if side != margin else math.inf
+            return min(Fraction(n * stride, side - margin) if side != margin else math.inf
                        for n, side in zip(tiling, (height, width)))
         enlarging = [tiling for tiling in tilings if scale(tiling) >= 1]
         return min(enlarging, key=scale) if enlarging else max(tilings, key=scale)
