@@ -470,11 +470,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             timing |= {"tokens": sum(len(answer.tokens) for answer in answers), **rates(speed, device),
                        **({"graphs_compiled": compilations()} if args.compile or device.type == "cuda" else {})}
 
-            # 5. The report: before anything is drawn or written, which may fail
+            # 5. The report: before points are drawn and files written, which may fail
             result = {"media": args.media, "prompt": args.prompt, "text": summary.pop("text"),
                       "points": describe(points, media), **summary, "timing": timing}
             if not args.json:
-                print("\n".join(report(result)))
+                print("\n".join(report(result)), flush=True)
 
             # 6. The results: all of them, or none
             annotate(media, points, folder)

@@ -255,7 +255,6 @@ class Log:
         self.folder, self.lines, self.silent, self.start = folder, [], silent, time.time()
         if silent:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         for text in path.read_text().splitlines() if step is not None and path.exists() else ():
             try:
@@ -625,9 +624,10 @@ def start(args: argparse.Namespace, world: World):
     torch.use_deterministic_algorithms(torch.device(args.device).type == "cpu")  # else threads add gradients in any order
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     torch.manual_seed(settings["seed"] + 1_000_003 * world.rank)  # of dropout
-    # only now, with all bad input ruled out: a Log begins a new file
-    log = Log(run_folder(args), first, silent=world.rank > 0)
-    with command.alone_in(log.folder) if world.rank == 0 else nullcontext(), stoppable() as stop_signals:
+    folder = run_folder(args)  # only now, with all bad input ruled out, is anything written
+    folder.mkdir(parents=True, exist_ok=True)
+    with command.alone_in(folder) if world.rank == 0 else nullcontext(), stoppable() as stop_signals:
+        log = Log(folder, first, silent=world.rank > 0)
         run = Run(model, tokenizer, stage, settings, args, log, stop_signals, world)
         resumes = state is not None and "probe weight" in state  # was stopped while the ViT was alone
         begins = state is None and stage.vit_steps > 0 and not args.data and "vit" not in args.freeze

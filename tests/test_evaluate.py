@@ -496,6 +496,13 @@ def test_frames_are_asked_about_one_by_one(tiny, monkeypatch):
     assert all(("J&F" in a.figures) == bool(a.annotation.objects) for a in answers)
 
 
+def test_every_clip_has_wordings_of_its_own(tiny):
+    """The number of a clip is part of the seed of its wordings."""
+    record = vpos.record(3, 1)
+    first, again, second = ([a.question for a in evaluate.frame_by_frame(*tiny, record, between(oracle=True), seed)] for seed in ((0, 0), (0, 0), (0, 1)))
+    assert first == again != second
+
+
 def test_true_points_score_full_marks_and_their_masks_well(tiny):
     """With the true points P, R, F1 and counts are perfect, and nothing is found where nothing is; a question about some
     objects is measured on all of them together. (Of every record the question about most things and the one about none.)"""

@@ -910,3 +910,11 @@ def test_frames_before_must_fit(images, before):
     """They are of the image's size, and it is alone."""
     with pytest.raises(preprocess.MediaError, match="frames before an image must be of its size, and the image alone"):
         preprocess.image_views([noise(30, 40)] * images, TINY, [noise(*size) for size in before])
+
+
+def test_a_missing_encoder_is_one_line(tmp_path, monkeypatch):
+    """A copy of PyAV that cannot write H.264 says what to install, and no file appears."""
+    monkeypatch.setattr(preprocess, "ENCODER", "no such encoder")
+    with pytest.raises(preprocess.MediaError, match="has no no such encoder: pip install"):
+        preprocess.write_video(tmp_path / "clip.mp4", np.zeros((2, 20, 20, 3), np.uint8), 4)
+    assert not list(tmp_path.iterdir())

@@ -676,7 +676,7 @@ def test_kill_9_at_five_random_steps_and_in_a_save_changes_nothing(start, tmp_pa
     in the end, are those of a run that was left alone; a line of the metrics that was cut is no obstacle."""
     rng, folder, waiting, reached = np.random.default_rng(0), tmp_path / "killed", [], []
     whole, _ = start(small_run, "--out", tmp_path / "whole")
-    killings = [(killed_after, 3, 0), (killed_in_a_save,), *((killed_after, rng.integers(1, 4), rng.uniform(0, 0.2)) for _ in range(5))]
+    killings = [(killed_after, 3, 0), (killed_in_a_save,), *((killed_after, rng.integers(1, 4), rng.uniform(0, 0.05)) for _ in range(5))]
     for number, (program, *when) in enumerate(killings):
         run, err = start(program, *when, "--out", folder, *(["--resume"] if number else []))
         assert status(run, 120) == -signal.SIGKILL, (program, when, err.read_text())

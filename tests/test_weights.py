@@ -1,6 +1,7 @@
 """Checkpoints: whole, strict, and never half-written."""
 
 import pickle
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def test_round_trip(tmp_path, changes):
     assert not loaded.training and all(p.dtype == torch.float32 and p.device.type == "cpu" for p in loaded.parameters())
 
 
-def test_the_mean_of_checkpoints(tmp_path, capsys):
+def test_the_mean_of_checkpoints(tmp_path, capsys, monkeypatch):
     """Each parameter by the shares, the first checkpoint's being the rest; one that saw fewer frames is of the same training, one of another
     shape is not; shares are parts of 1."""
     frames = replace(CONFIG.views, max_frames=5)
@@ -66,6 +67,11 @@ def test_the_mean_of_checkpoints(tmp_path, capsys):
     found, _ = load(out)
     one, two, three = (model.state_dict() for model in models)
     assert found.config == CONFIG
+    monkeypatch.setattr(weights, "load", lambda folder: (load(folder)[0].bfloat16(), TOKENIZER))  # as released folders are: rounded once
+    half, exact = weights.mean(a, {b: 0.25, c: 0.15})[0].state_dict(), [model.bfloat16().float().state_dict() for model in map(deepcopy, models)]
+    for name, p in half.items():
+        assert torch.equal(p, (0.6 * exact[0][name] + 0.25 * exact[1][name] + 0.15 * exact[2][name]).bfloat16()), name
+    monkeypatch.undo()
     for name, p in found.state_dict().items():
         torch.testing.assert_close(p, 0.6 * one[name] + 0.25 * two[name] + 0.15 * three[name])
     save(tmp_path / "d", made(llm=replace(CONFIG.llm, width=16)), TOKENIZER)
