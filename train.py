@@ -508,6 +508,8 @@ def prepare(args: argparse.Namespace, world: World):
     if not args.temporal and (args.temporal_init or args.missing):
         raise ValueError("--temporal-init and --missing go with --temporal")
     seed, folder = data_seed(args), run_folder(args)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder}: a file: give a folder")
     if folder.is_dir():
         with command.alone_in(folder, looking=True):
             weights.recover(folder / "checkpoint")  # a kill may have left it beside its name

@@ -701,6 +701,14 @@ def test_a_program_with_a_mistake_ends(start, tmp_path):
     assert status(run, 120) == 1 and "Traceback" in err.read_text() and "StopIteration" in err.read_text(), err.read_text()
 
 
+def test_a_file_is_no_run_folder(quick, tmp_path, capsys):
+    """--out that names a file is one line, and the file stays."""
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(SystemExit) as end:
+        train.main(["--stage", "1", "--out", str(tmp_path / "mine"), *quick])
+    assert end.value.code == 2 and "mine: a file: give a folder" in capsys.readouterr().err and (tmp_path / "mine").read_text() == "mine"
+
+
 def test_two_runs_do_not_write_to_one_folder(quick, first, tmp_path, capsys):
     """While another process holds the folder --resume is refused in one line and changes nothing; when that is killed, it goes on."""
     folder = shutil.copytree(first, tmp_path / "run")
