@@ -87,7 +87,10 @@ def one_line(program: str):
             expected = isinstance(error, (OSError, ValueError, RuntimeError, MemoryError)) or type(error).__name__ == "FailOnRecompileLimitHit"  # torch's
             if not expected or os.environ.get("MOLMO_TRACEBACK") == "1":
                 raise
-            say(error if str(error) else type(error).__name__)
+            text = str(error) or type(error).__name__
+            if isinstance(error, OSError) and error.filename is not None and error.strerror:  # else "[Errno 17] File exists: 'x'"
+                text = f"{error.filename}: {'a file: give a folder' if isinstance(error, FileExistsError) else error.strerror}"
+            say(text)
             raise SystemExit(2) from None
 
 

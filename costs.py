@@ -57,7 +57,7 @@ class Work:
     @classmethod
     def of(cls, model: Molmo, batch: Batch) -> "Work":
         """The work of a training batch; its padding is not work."""
-        real, visual = batch.example_ids >= 0, model.is_visual(batch.tokens)
+        real, visual = batch.example_ids >= 0, model.mask_ids(batch).visual
         pairs = 0
         for row, examples in enumerate(batch.example_ids):
             for example in examples[real[row]].unique():

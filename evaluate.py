@@ -33,7 +33,6 @@ from itertools import count, groupby, islice
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import command
@@ -48,7 +47,7 @@ from model import Molmo
 from packing import collate
 from pointing import Point
 from preprocess import ViewConfig, Views
-from records import TASKS, TRACKS, Annotation, Lines, Record
+from records import TRACKS, Annotation, Lines, Record
 from tokenizer import Tokenizer
 
 EVALUATION_SEED = 2_000_000  # training seeds lie below
@@ -337,7 +336,7 @@ def frame_by_frame(model: Molmo, tokenizer: Tokenizer, record: Record, how: Betw
         for a in here:
             if how.oracle:
                 a.points = data.points_of(a.record, a.annotation)
-                a.text = str(len(a.points)) if a.annotation.task == "count" else "" if a.points else data.NONE
+                a.text = "" if a.points else data.NONE
             a.figures |= scores(a)
             if how.oracle:
                 a.figures.pop("number differs", None)  # nothing was said

@@ -123,64 +123,6 @@ def _with_token(batch: Batch, token: int, triples: list[list[int]]) -> Batch:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights in eight bits
-
-
-class Linear8(nn.Module):
-    """A linear layer without bias, stored as int8 from -127 to 127 with one scale per output: one byte per weight. No weight is
-    off by more than half a scale, which is 1/254 of the largest weight of its output. Arithmetic stays in the dtype of x (in a
-    compiled step of one token on a CPU it is in float32): the matrix is converted on every call, in such a step inside its loop."""
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        scale = (weight.float().abs().amax(1).clamp(min=1e-12) / 127).to(weight.dtype)  # rounded before it is used
-        self.register_buffer("weight", (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8))
-        self.register_buffer("scale", scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if compiling_one_token(x) and x.device.type == "cpu" and self.weight.shape[1] % 4 == 0:
-            return (word_by_word(x.float(), self.weight) * self.scale).to(x.dtype)
-        weight = self.weight.to(x.dtype)
-        if compiling_one_token(x):
-            return row_by_row(x, weight) * self.scale
-        scale = self.scale.float() if x.is_cuda else self.scale  # or the compiler takes its own product of bytes, which is slower
-        return (linear(x, weight) * scale).to(x.dtype)
-
-
-def word_by_word(x: Tensor, weight: Tensor) -> Tensor:
-    """`row_by_row` for float32 x and int8 weights, i a multiple of 4: reads four weights as one word, and shifts each to the word's
-    end, on little-endian machines. (Without AVX-512, compiled code takes vectors of integers through the stack: int8 at about
-    a seventh of the speed of this.)"""
-    words = weight.view(torch.float32).view(torch.int32)
-    inputs = torch.stack(x.flatten().view(-1, 4).unbind(1)).clone()  # (4, i / 4), row k for byte k of every word; a copy is read in order
-    products = sum(((words << 24 - 8 * byte) >> 24) * inputs[byte] for byte in range(4))
-    return products.sum(-1).view(*x.shape[:-1], -1)
-
-
-class Head8(nn.Module):
-    """The head with its base vocabulary in eight bits."""
-
-    def __init__(self, head: Embedding):
-        super().__init__()
-        self.base, self.new_embedding = Linear8(head.embedding), head.new_embedding
-
-    def logits(self, x: Tensor, extra: bool) -> Tensor:
-        return torch.cat([self.base(x), linear(x, self.new_embedding)], dim=-1) if extra else self.base(x)
-
-
-@torch.no_grad()
-def to_int8(model: Molmo) -> Molmo:
-    """The language model's matrices in eight bits, in place; ViT, connector, point head, norms and word embeddings (so a
-    head tied to them, too) stay as they are."""
-    for block in model.blocks:
-        for part, name in ((block.self_attn, "att_proj"), (block.self_attn, "attn_out"), (block.mlp, "ff_proj"), (block.mlp, "ff_out")):
-            setattr(part, name, Linear8(getattr(part, name).weight))
-    if model.lm_head is not None:
-        model.lm_head = Head8(model.lm_head)
-    return model
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The fast one
 
 
@@ -387,3 +329,61 @@ def generate(model: Molmo, batch: Batch, control: ControlTokens, max_new_tokens:
         speed.read += weights + cache.bytes_read
     speed.decode += speed.lap(device)
     return [Answer(tokens, d.triples, reason) for tokens, d, reason in zip(answers, decoders, reasons)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights in eight bits
+
+
+class Linear8(nn.Module):
+    """A linear layer without bias, stored as int8 from -127 to 127 with one scale per output: one byte per weight. No weight is
+    off by more than half a scale, which is 1/254 of the largest weight of its output. Arithmetic stays in the dtype of x (in a
+    compiled step of one token on a CPU it is in float32): the matrix is converted on every call, in such a step inside its loop."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        scale = (weight.float().abs().amax(1).clamp(min=1e-12) / 127).to(weight.dtype)  # rounded before it is used
+        self.register_buffer("weight", (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if compiling_one_token(x) and x.device.type == "cpu" and self.weight.shape[1] % 4 == 0:
+            return (word_by_word(x.float(), self.weight) * self.scale).to(x.dtype)
+        weight = self.weight.to(x.dtype)
+        if compiling_one_token(x):
+            return row_by_row(x, weight) * self.scale
+        scale = self.scale.float() if x.is_cuda else self.scale  # or the compiler takes its own product of bytes, which is slower
+        return (linear(x, weight) * scale).to(x.dtype)
+
+
+def word_by_word(x: Tensor, weight: Tensor) -> Tensor:
+    """`row_by_row` for float32 x and int8 weights, i a multiple of 4: reads four weights as one word, and shifts each to the word's
+    end, on little-endian machines. (Without AVX-512, compiled code takes vectors of integers through the stack: int8 at about
+    a seventh of the speed of this.)"""
+    words = weight.view(torch.float32).view(torch.int32)
+    inputs = torch.stack(x.flatten().view(-1, 4).unbind(1)).clone()  # (4, i / 4), row k for byte k of every word; a copy is read in order
+    products = sum(((words << 24 - 8 * byte) >> 24) * inputs[byte] for byte in range(4))
+    return products.sum(-1).view(*x.shape[:-1], -1)
+
+
+class Head8(nn.Module):
+    """The head with its base vocabulary in eight bits."""
+
+    def __init__(self, head: Embedding):
+        super().__init__()
+        self.base, self.new_embedding = Linear8(head.embedding), head.new_embedding
+
+    def logits(self, x: Tensor, extra: bool) -> Tensor:
+        return torch.cat([self.base(x), linear(x, self.new_embedding)], dim=-1) if extra else self.base(x)
+
+
+@torch.no_grad()
+def to_int8(model: Molmo) -> Molmo:
+    """The language model's matrices in eight bits, in place; ViT, connector, point head, norms and word embeddings (so a
+    head tied to them, too) stay as they are."""
+    for block in model.blocks:
+        for part, name in ((block.self_attn, "att_proj"), (block.self_attn, "attn_out"), (block.mlp, "ff_proj"), (block.mlp, "ff_out")):
+            setattr(part, name, Linear8(getattr(part, name).weight))
+    if model.lm_head is not None:
+        model.lm_head = Head8(model.lm_head)
+    return model

@@ -94,6 +94,7 @@ class MolmoConfig:
     point: PointConfig = field(default_factory=PointConfig)
     points_as: str = "tokens"  # "tokens": grounding tokens (MolmoPoint); "text": coordinates written out (Molmo2); "tags":
     #                            percent, of one picture (Molmo-1, VideoMolmo)
+    bidirectional: bool = True  # visual tokens also see later ones; False: an ablation of Molmo2
     optimizer: str = "adamw"   # "adamw" as in the papers; "muon" for the matrices of small models trained from scratch
 
     def __post_init__(self):
@@ -488,7 +489,7 @@ class Molmo(nn.Module):
         return gather_windows(past.flatten(0, 1), batch.pooling)[0], known[crop]
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Word embeddings (B, T, d); <im_low> shares <im_patch>'s. (The released inference code: <im_low> has its own,
+        """Word embeddings: tokens (...) -> (..., d); <im_low> shares <im_patch>'s. (The released inference code: <im_low> has its own,
         and what <|vit_index|> carries stands in place of its word embedding.)"""
         if self.config.point.released_inference:
             return self.wte.embed(tokens) * (tokens != self.ids[VIT_INDEX])[..., None]
@@ -536,7 +537,7 @@ class Molmo(nn.Module):
 
     def mask_ids(self, batch: Batch) -> MaskIds:
         order = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
-        return MaskIds(batch.example_ids, batch.branch_ids, order, self.is_visual(batch.tokens))
+        return MaskIds(batch.example_ids, batch.branch_ids, order, self.is_visual(batch.tokens) & self.config.bidirectional)
 
     def forward(self, batch: Batch, drop: Tensor | None = None) -> tuple[Tensor, VisualTokens]:
         """-> hidden states (B, T, d) and what was seen."""

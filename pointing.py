@@ -128,7 +128,6 @@ def grounded_points(triples: Sequence[Sequence[int]], written: Sequence[str], pa
 class PointConfig:
     width: int = 512          # w, of queries and keys
     rope_theta: float = 50_000.0
-    locations: int = 9        # thirds of a patch: 3 * column + row
     norm_eps: float = 1e-6
     released_inference: bool = False  # as the released inference code computes, where that differs from ours
 
@@ -174,7 +173,7 @@ class PointPredictor(nn.Module):
         self.no_more_points = nn.Parameter(torch.zeros(c.width))
         self.subpatch_q = nn.Linear(d, c.width)
         self.subpatch_k = nn.Linear(feature_width, c.width)
-        self.subpatch_loc_k = nn.Linear(d, c.locations)
+        self.subpatch_loc_k = nn.Linear(d, 9)  # thirds of a patch: 3 * column + row
         self.build_vit_embedding = nn.Linear(feature_width, d)  # <|vit_index|> carries the chosen patch
 
     def rotated(self, x: Tensor, index: Tensor) -> Tensor:
@@ -310,7 +309,7 @@ class PointDecoder:
         return token, self.choose_visual_token(self.predictor.x_norm(h)[None])
 
     def choose_visual_token(self, x: Tensor) -> Tensor | None:
-        """Choose a visual token (its embedding is fed back) or "no more points" (nothing is, and `">` is forced)."""
+        """x (1, d): choose a visual token (its embedding is fed back) or "no more points" (nothing is, and `">` is forced)."""
         index = F.pad(self.visual.index, (0, 1))[self.visual_token]  # 0 where a list begins, at -1
         scores = self.predictor.patch_scores(x, index[None], self.keys)[0]
         allowed = F.pad(self.visual.indexable, (0, 1), value=self.visual_token >= 0)  # the stop class is last

@@ -46,7 +46,45 @@ ROUNDING = 0.005   # seconds: in many files moments have two decimals
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. Records: pictures, and who is in them, and what is said
+# 1. Tasks: what each needs, how it is asked for, how it is answered
+
+
+class Task(NamedTuple):
+    needs: str                  # fields that it cannot do without
+    wordings: tuple[str, ...]   # of its prompts; with a question of its own an annotation needs none
+    answer: str = ""            # around the list of points {}, with their number {n}
+    style: str = ""             # put in front of its prompts, if the style is not that of a chat
+
+
+OPTIONS = ("{question}\n{options}\nAnswer with the letter.", "{question}\n{options}\nWhich option is right?",
+           "{question} Choose one:\n{options}")
+TASKS = {
+    "point": Task("label objects", questions.POINT, "{}"),
+    "point_count": Task("label objects", questions.COUNT, "Counting the {} shows a total of {n}."),
+    "count_point": Task("label objects", ("How many {label} are there? Point to them.",
+                                          "Count the {label}, then point to them."), "There are {n} {}."),
+    "count": Task("label", ("How many {label} are there?", "Count the {label}."), "{n}", "only_count"),
+    "track": Task("label objects", ("Track the {label}.", "Follow the {label}.", "Track the {label} at {fps} fps.",
+                                    "Where {do} the {label} go? Answer at {fps} fps."), "{}"),
+    "track_ends": Task("label objects", ("Where {do} the {label} first and last appear?",
+                                         "Show the first and the last place of the {label}."), "{}",
+                       "video_point_ground_start_end"),
+    "track_from": Task("label objects", ("Track {given} at {fps} fps.", "Follow {given} at {fps} fps."), "{}",
+                       "video_single_point_track_per_frame"),
+    "caption": Task("answer", questions.CAPTION),
+    "transcript": Task("answer", ("Describe this {medium} as if you were talking to somebody.",
+                                  "What would somebody say who looks at this {medium}?")),
+    "qa": Task("question answer", ("{question}",)),
+    "short_answer": Task("question answer", ("{question}",), style="short_answer"),
+    "choice": Task("question choices answer", OPTIONS),
+    "chat": Task("messages", ("{question}",)),
+}
+TRACKS = ("track", "track_ends", "track_from")
+DEFAULT_FPS = 2.0  # of tracks: all frames that are seen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Records: pictures, and who is in them, and what is said
 
 
 class Runs(NamedTuple):
@@ -119,7 +157,7 @@ class Annotation:
     answer: str = ""
     choices: list[str] = field(default_factory=list)
     messages: "list[tuple[str, str | Annotation]]" = field(default_factory=list)  # turns of user and assistant, who may point
-    fps: float = 2.0                                        # of tracks
+    fps: float = DEFAULT_FPS                                # of tracks
     start: float | None = None                              # track_from: the moment of the given point; None: the first
     about: str = ""                                         # a word by which evaluation groups its figures; "motion": the label is singular
 
@@ -227,44 +265,6 @@ class Record:
             self.pictures, self.times = [self.pictures[i] for i in kept], [self.times[i] for i in kept]
             self.annotations = self.answerable()
         return self
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Tasks: what each needs, how it is asked for, how it is answered
-
-
-class Task(NamedTuple):
-    needs: str                  # fields that it cannot do without
-    wordings: tuple[str, ...]   # of its prompts; with a question of its own an annotation needs none
-    answer: str = ""            # around the list of points {}, with their number {n}
-    style: str = ""             # put in front of its prompts, if the style is not that of a chat
-
-
-OPTIONS = ("{question}\n{options}\nAnswer with the letter.", "{question}\n{options}\nWhich option is right?",
-           "{question} Choose one:\n{options}")
-TASKS = {
-    "point": Task("label objects", questions.POINT, "{}"),
-    "point_count": Task("label objects", questions.COUNT, "Counting the {} shows a total of {n}."),
-    "count_point": Task("label objects", ("How many {label} are there? Point to them.",
-                                          "Count the {label}, then point to them."), "There are {n} {}."),
-    "count": Task("label", ("How many {label} are there?", "Count the {label}."), "{n}", "only_count"),
-    "track": Task("label objects", ("Track the {label}.", "Follow the {label}.", "Track the {label} at {fps} fps.",
-                                    "Where {do} the {label} go? Answer at {fps} fps."), "{}"),
-    "track_ends": Task("label objects", ("Where {do} the {label} first and last appear?",
-                                         "Show the first and the last place of the {label}."), "{}",
-                       "video_point_ground_start_end"),
-    "track_from": Task("label objects", ("Track {given} at {fps} fps.", "Follow {given} at {fps} fps."), "{}",
-                       "video_single_point_track_per_frame"),
-    "caption": Task("answer", questions.CAPTION),
-    "transcript": Task("answer", ("Describe this {medium} as if you were talking to somebody.",
-                                  "What would somebody say who looks at this {medium}?")),
-    "qa": Task("question answer", ("{question}",)),
-    "short_answer": Task("question answer", ("{question}",), style="short_answer"),
-    "choice": Task("question choices answer", OPTIONS),
-    "chat": Task("messages", ("{question}",)),
-}
-TRACKS = ("track", "track_ends", "track_from")
-DEFAULT_FPS = 2.0  # of tracks: all frames that are seen
 
 
 # ---------------------------------------------------------------------------------------------------------------------

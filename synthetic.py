@@ -15,7 +15,6 @@ earlier ones:
 Points are in pixels, continuous: the centre of the pixel in row r and column c is (c + 0.5, r + 0.5).
 """
 
-import argparse
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -291,7 +290,7 @@ def _cast(rng: np.random.Generator, n: int, smallest: float, largest: float) -> 
     return [Thing(*types[pick], float(rng.uniform(smallest, largest))) for pick in rng.permutation(picks)]
 
 
-# Each use of random numbers has its own stream, named by the number after seed and index: 0 stills, 1 clips, 3 `show`, 4 crowds,
+# Each use of random numbers has its own stream, named by the number after seed and index: 0 stills, 1 clips, 4 crowds,
 # 5 screens, 6 questions (data.draw), 7 lengths of long clips, 8 wordings in evaluation, 9 arrivals, 11 vpos, 13 moments of files,
 # 14 frames for the ViT alone, 15 the order of a mixture, 16 wordings in training. (NumPy takes [seed, index] for [seed, index, 0]: the
 # corpus, [seed, 9], and masks.annotate_file share the numbers of stills. That does no harm, and changing it would change what is drawn.)
@@ -564,45 +563,8 @@ def long_tracks(seed: int, index: int) -> Scene:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. The command line: look at scenes, film the sample clip
+# 6. The command line: film the sample clip
 # ---------------------------------------------------------------------------------------------------------------------
-
-MARKS = ("magenta", "cyan", "lime", "gold", "tomato")
-
-
-def _strip(scene: Scene, asked: list) -> Image.Image:
-    """Up to five frames side by side, with each query's targets ringed in the colour the query is printed in."""
-    shown = np.unique(np.linspace(0, len(scene.frames) - 1, 5).round().astype(int))
-    height, width = scene.frames.shape[1:3]
-    strip = Image.new("RGB", (len(shown) * (width + 4) + 640, max(height, 110) + 8), (40, 40, 40))
-    pen = ImageDraw.Draw(strip)
-    for column, frame in enumerate(shown):
-        left = column * (width + 4)
-        strip.paste(Image.fromarray(scene.frames[frame]), (left, 4))
-        for k, query in enumerate(asked):
-            for x, y in scene.points[frame, query.targets]:
-                if np.isfinite(x):
-                    pen.circle((left + x, 4 + y), 2 + 3 * k, outline=MARKS[k])
-        if scene.is_video:
-            pen.text((left + 4, 4), f"{scene.times[frame]:.1f} s", fill="black")
-    for k, query in enumerate(asked):
-        pen.text((len(shown) * (width + 4) + 8, 8 + 20 * k), f"{query.question} {query.answer}", fill=MARKS[k])
-    return strip
-
-
-def _show(args: argparse.Namespace) -> None:
-    from questions import queries  # a later file, here only
-    scenes = [(clip if args.video else still)(args.seed, args.index + i) for i in range(8)]
-    rng = _generator(args.seed, args.index, 3)
-    strips = [_strip(scene, queries(scene, rng, len(MARKS))) for scene in scenes]
-    sheet = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)))
-    top = 0
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height
-    with command.atomic_write(args.out) as part:
-        sheet.save(part)
-
 
 def cups_world() -> World:
     """The sample clip's world, 320 x 240: a red cup passes behind a house, a yellow one leaves and comes back."""
@@ -630,10 +592,10 @@ def _track(made: World, truth: Scene, thing: int) -> list[dict]:
     return moments
 
 
-def _cups(args: argparse.Namespace) -> None:
+def _cups(folder: Path) -> None:
     from preprocess import write_video  # here only: drawing needs no video library
 
-    made, fps, folder = cups_world(), 24, Path(args.out)
+    made, fps = cups_world(), 24
     folder.mkdir(parents=True, exist_ok=True)
     frames = (made.film(np.array([time])).frames[0] for time in filming_times(fps, made.seconds))
     write_video(folder / "cups.mp4", frames, fps)
@@ -649,18 +611,10 @@ def _cups(args: argparse.Namespace) -> None:
 def main() -> None:
     with command.one_line("synthetic.py"):
         parser = command.Parser(prog="synthetic.py", description="Worlds drawn by code, with their exact truth.")
-        commands = parser.add_subparsers(required=True, metavar="show|cups", parser_class=command.Parser)
-        show = commands.add_parser("show", help="draw a sheet of scenes with queries and their targets")
-        show.add_argument("out", help="the picture to write")
-        show.add_argument("--seed", type=command.number(int, 0, 2**32), default=0, help="of the scenes (default: %(default)s)")
-        show.add_argument("--index", type=command.number(int, 0, 10**9), default=0, help="of the first scene (default: %(default)s)")
-        show.add_argument("--video", action="store_true", help="clips instead of stills")
-        show.set_defaults(run=_show)
+        commands = parser.add_subparsers(required=True, metavar="cups", parser_class=command.Parser)
         cups = commands.add_parser("cups", help="write the sample clip cups.mp4 and its truth cups.json")
         cups.add_argument("out", help="the folder to write to")
-        cups.set_defaults(run=_cups)
-        args = parser.parse_args()
-        args.run(args)
+        _cups(Path(parser.parse_args().out))
 
 
 if __name__ == "__main__":

@@ -150,6 +150,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--preset", default="tiny", choices=sorted({name for name, _ in STAGES}),
                         help="size of the model, and its rows of the stage table (default: %(default)s)")
     parser.add_argument("--points-as", choices=POINTS_AS, help="how the model writes points (default: as the checkpoint or the preset does)")
+    parser.add_argument("--causal", action="store_true", help="visual tokens do not see later ones: an ablation (default: as the checkpoint has it, else they do)")
     parser.add_argument("--init", help="checkpoint to start from: of the stage before, assets/tiny, or a folder of released weights "
                                        "(default: runs/stage<N-1>/checkpoint if there is one and no --out; else stages 1 and 2 begin with random weights)")
     parser.add_argument("--data", nargs="+", metavar="FILE.jsonl",
@@ -579,7 +580,7 @@ def model_for(args: argparse.Namespace, folder: Path, resumes: bool):
         if args.points_as in ("text", "tags"):  # the rest as Molmo2 has it, too
             config = replace(config, points_as=args.points_as, views=replace(config.views, low_res_pointing=True),
                              connector=replace(config.connector, output_layer=True))
-        return Molmo(config).initialize(args.seed), tokenizer
+        return Molmo(replace(config, bidirectional=not args.causal)).initialize(args.seed), tokenizer
 
     model, tokenizer = weights.load(folder / "checkpoint" if resumes else args.init)
     has, asked = model.config.points_as, args.points_as or model.config.points_as
@@ -592,7 +593,9 @@ def model_for(args: argparse.Namespace, folder: Path, resumes: bool):
         raise ValueError(f"--preset {args.preset}: the checkpoint is of the other family, it writes points as {has}")
     if has != asked and (resumes or "tokens" in (has, asked)):  # only these have a pointing head
         raise ValueError(f"--points-as {asked}: the checkpoint writes points as {has}")
-    model.config = replace(model.config, points_as=asked)
+    if resumes and args.causal and model.config.bidirectional:
+        raise ValueError("--causal: the visual tokens of the run that --resume goes on with see each other")
+    model.config = replace(model.config, points_as=asked, bidirectional=model.config.bidirectional and not args.causal)
     if not light:  # released folders are for inference: they name no dropout, or none that training had
         model.config = replace(model.config, llm=replace(model.config.llm, dropout=preset.llm.dropout))
         for block in model.blocks:
@@ -614,38 +617,6 @@ def checksum(path: str) -> str:
 
 def run_folder(args: argparse.Namespace) -> Path:
     return Path(args.out or f"runs/stage{args.stage}")
-
-
-def start(args: argparse.Namespace, world: World):
-    with parallel.said_once():
-        set_cuda_numerics()
-        stage, settings, state, model, tokenizer, loader = prepare(args, world)
-        first = int(state["step"]) if state else None
-        if len(set(map(json.dumps, world.collect(settings | {"first step": first})))) > 1:
-            raise ValueError("the processes have different settings, or other contents of --data or of the run folder")
-    torch.use_deterministic_algorithms(torch.device(args.device).type == "cpu")  # else threads add gradients in any order
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
-    torch.manual_seed(settings["seed"] + 1_000_003 * world.rank)  # of dropout
-    folder = run_folder(args)  # only now, with all bad input ruled out, is anything written
-    folder.mkdir(parents=True, exist_ok=True)
-    with command.alone_in(folder) if world.rank == 0 else nullcontext(), stoppable() as stop_signals:
-        log = Log(folder, first, silent=world.rank > 0)
-        run = Run(model, tokenizer, stage, settings, args, log, stop_signals, world)
-        resumes = state is not None and "probe weight" in state  # was stopped while the ViT was alone
-        begins = state is None and stage.vit_steps > 0 and not args.data and "vit" not in args.freeze
-        if resumes or begins:
-            parallel.replicate(model, world, args.device)
-            pretrain_vit(run, state)
-            state = None
-        if not run.stops():
-            if args.preset in LIGHT:
-                parallel.replicate(model, world, args.device)
-            else:
-                parallel.shard(model, world, args.device, recompute=True, half=has_bfloat16(args.device))
-            if state:
-                loader.state = loading.reshard_state(json.loads(str(state["loaders"])), world.data_rank, world.data_size)
-            with closing(iter(loader)) as batches:  # whatever happens, worker processes end, and the program can
-                train(run, loader, batches, state)
 
 
 def data_seed(args) -> int:
@@ -678,6 +649,38 @@ def make_loader(stage: Stage, seed: int, tokenizer: Tokenizer, config: MolmoConf
     multiple = math.lcm(world.context, stage.tokens if cuda else 1)  # one length: one graph
     return loading.Loader(mixture, Packer(stage.tokens, stage.crops, stage.pool, world.data_size), rows, stage.weights, args.workers,
                           rank=world.data_rank, world=world.data_size, multiple=multiple, pin=cuda)
+
+
+def start(args: argparse.Namespace, world: World):
+    with parallel.said_once():
+        set_cuda_numerics()
+        stage, settings, state, model, tokenizer, loader = prepare(args, world)
+        first = int(state["step"]) if state else None
+        if len(set(map(json.dumps, world.collect(settings | {"first step": first})))) > 1:
+            raise ValueError("the processes have different settings, or other contents of --data or of the run folder")
+    torch.use_deterministic_algorithms(torch.device(args.device).type == "cpu")  # else threads add gradients in any order
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.manual_seed(settings["seed"] + 1_000_003 * world.rank)  # of dropout
+    folder = run_folder(args)  # only now, with all bad input ruled out, is anything written
+    folder.mkdir(parents=True, exist_ok=True)
+    with command.alone_in(folder) if world.rank == 0 else nullcontext(), stoppable() as stop_signals:
+        log = Log(folder, first, silent=world.rank > 0)
+        run = Run(model, tokenizer, stage, settings, args, log, stop_signals, world)
+        resumes = state is not None and "probe weight" in state  # was stopped while the ViT was alone
+        begins = state is None and stage.vit_steps > 0 and not args.data and "vit" not in args.freeze
+        if resumes or begins:
+            parallel.replicate(model, world, args.device)
+            pretrain_vit(run, state)
+            state = None
+        if not run.stops():
+            if args.preset in LIGHT:
+                parallel.replicate(model, world, args.device)
+            else:
+                parallel.shard(model, world, args.device, recompute=True, half=has_bfloat16(args.device))
+            if state:
+                loader.state = loading.reshard_state(json.loads(str(state["loaders"])), world.data_rank, world.data_size)
+            with closing(iter(loader)) as batches:  # whatever happens, worker processes end, and the program can
+                train(run, loader, batches, state)
 
 
 def train(run: Run, loader: loading.Loader, batches: Iterator[Batch], state: dict[str, np.ndarray] | None):

@@ -292,6 +292,7 @@ def released_config(folder: str | Path) -> MolmoConfig:
             points_as="tokens" if pointing else top("points_as", default="text"),
             temporal=TemporalConfig(**top("temporal", default=asdict(TemporalConfig()))),
             optimizer=top("optimizer", default=MolmoConfig.optimizer),
+            bidirectional=top("bidirectional", default=True),
         )
     except (TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{top.path}: {error}") from None
@@ -604,12 +605,14 @@ def _released_files(config: MolmoConfig, tokenizer: Tokenizer) -> dict[str, dict
         entries |= {"patch_embed_dim": config.point.width, "token_prediction_rotary_theta": config.point.rope_theta,
                     "token_prediction_rotary": "one_d", "patch_location": "3x3", "no_more_points_class": True,
                     "embed_selected_vit_patch": "linear", "embed_location": False, "layer_norm_x": True, "norm_logits": True}
-    if config.temporal != TemporalConfig():  # these three are ours: no released model has them
+    if config.temporal != TemporalConfig():  # these four are ours: no released model has them
         entries["temporal"] = asdict(config.temporal)
     if config.optimizer != MolmoConfig.optimizer:
         entries["optimizer"] = config.optimizer
     if config.points_as == "tags":
         entries["points_as"] = "tags"
+    if not config.bidirectional:
+        entries["bidirectional"] = False
     size, normal = {"height": views.crop_size, "width": views.crop_size}, {
         "do_resize": True, "resample": 2, "do_convert_rgb": True, "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}

@@ -63,11 +63,10 @@ def test_sampled_answers_of_a_tree_too(model):  # noqa: F811
     assert len({tuple(answer.tokens) for answer in alone}) > 1
 
 
-@pytest.mark.parametrize("style", ["text", "norm after"])
-def test_trees_of_other_models(style):
-    """The same for a model that writes its points as text, and for one in OLMo's style."""
-    changes = {"points_as": "text"} if style == "text" else {
-        "llm": replace(CONFIG.llm, norm_after=True, norm_heads=False, kv_heads=CONFIG.llm.heads)}
+@pytest.mark.parametrize("changes", [
+    {"points_as": "text"}, {"bidirectional": False}, {"llm": replace(CONFIG.llm, norm_after=True, norm_heads=False, kv_heads=CONFIG.llm.heads)}])
+def test_trees_of_other_models(changes):
+    """The same for a model that writes its points as text, for one whose visual tokens look back only, and for one in OLMo's style."""
     model = scrambled(4, replace(CONFIG, **changes))  # noqa: F811
     alone = [generate_slowly(model, collate([prompt(74, q, **SEEN["image"])]), CONTROL, 20) for q in QUESTIONS]
     for mode in ("views", "static"):

@@ -292,7 +292,7 @@ def reached(model: Molmo, batch: Batch, start: torch.Tensor) -> torch.Tensor:
             for k in before[b].nonzero()[:, 0].tolist():
                 same = examples[b][q] == examples[b][k]
                 near = branches[b][k] in (0, branches[b][q])
-                changed[b, q] |= same and near and (k <= q or (visual[b][q] and visual[b][k]))
+                changed[b, q] |= same and near and (k <= q or (model.config.bidirectional and visual[b][q] and visual[b][k]))
     return changed
 
 
@@ -300,9 +300,12 @@ def differing(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
     return (one != two).any(-1)
 
 
+@pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("image", [0, 1])
-def test_an_image_changes_exactly_what_may_see_it(model, image):
-    """Of two images in one prompt, changing one changes all that sees it, directly or through others, and not a bit else."""
+def test_an_image_changes_exactly_what_may_see_it(image, bidirectional):
+    """Of two images in one prompt, changing one changes all that sees it, directly or through others, and not a bit else; the other
+    image is changed by a later one only if visual tokens look both ways."""
+    model = scrambled(0, replace(CONFIG, bidirectional=bidirectional))
     views = look(8, images=2, sides=(30, 80))
     batch = collate([data.prompt(TOKENIZER, views, "where?"), tree(9, branches=2, images=1)])
     patches = np.nonzero(views.patch_boxes[:, 0] == image)[0]
@@ -314,6 +317,9 @@ def test_an_image_changes_exactly_what_may_see_it(model, image):
     changed = differing(hidden(model, batch), hidden(model, replace(batch, crops=crops)))
     assert torch.equal(changed, reached(model, batch, start))
     assert changed[0].any() and not changed[0].all() and not changed[1].any()
+    other = torch.zeros_like(start)
+    other[0, placeholder] = True
+    assert changed[other & ~start].any() == (image == 0 or bidirectional)
 
 
 def test_text_before_the_images_never_changes(model):

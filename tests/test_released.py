@@ -37,6 +37,7 @@ CONFIGS = {
     "text": replace(SMALL, **AS_TEXT),
     "text, tied": replace(SMALL, llm=replace(SMALL.llm, tied=True), **AS_TEXT),
     "text, olmo": replace(SMALL, llm=OLMO, **AS_TEXT),
+    "points, causal": replace(SMALL, bidirectional=False),
     "points, temporal": replace(SMALL, temporal=TemporalConfig("attention", missing="masked", width=8, heads=2)),
     "tags": replace(SMALL, **(AS_TEXT | {"points_as": "tags"})),
 }

@@ -277,11 +277,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_command_line(tmp_path):
-    """`show` draws a sheet, and a mistake ends in one line and status 2."""
-    sheet = tmp_path / "sheet.png"
-    assert run("show", str(sheet), "--video", "--index", "2").returncode == 0 and sheet.stat().st_size > 10_000
-    wrong = run("show", str(sheet), "--seed", "-1")
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "from 0 to" in wrong.stderr
+    """A folder that cannot be one, or no folder at all, ends in one line and status 2."""
+    (tmp_path / "file").write_text("")
+    for words in (("cups", str(tmp_path / "file")), ("cups",), ()):
+        wrong = run(*words)
+        assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and wrong.stderr.startswith("synthetic.py: ")
 
 
 def test_the_sample_clip_shows_what_its_truth_says(tmp_path):

@@ -181,6 +181,20 @@ def test_temporal_modules_train_in_any_stage_and_stay(quick, tmp_path, capsys):
     assert end.value.code == 2 and "has temporal attention, not add" in capsys.readouterr().err
 
 
+def test_visual_tokens_that_look_back_only(quick, tmp_path, capsys):
+    """--causal makes such a model, also of one that looked both ways; it stays so in the next stage; --resume does not change the run's."""
+    causal = lambda folder: not weights.load(tmp_path / folder / "checkpoint")[0].config.bidirectional
+    train.main(["--stage", "1", "--causal", "--out", str(tmp_path / "1"), *quick])
+    train.main(["--stage", "2", "--init", str(tmp_path / "1/checkpoint"), "--out", str(tmp_path / "2"), *quick])
+    train.main(["--stage", "1", "--out", str(tmp_path / "both"), *quick])
+    assert causal("1") and causal("2") and not causal("both")
+    with pytest.raises(SystemExit) as end:
+        train.main(["--stage", "1", "--resume", "--causal", "--out", str(tmp_path / "both"), *quick])
+    assert end.value.code == 2 and "see each other" in capsys.readouterr().err
+    train.main(["--stage", "2", "--causal", "--init", str(tmp_path / "both/checkpoint"), "--out", str(tmp_path / "both 2"), *quick])
+    assert causal("both 2")
+
+
 def test_tags_train_frame_by_frame(quick, tmp_path, monkeypatch, capsys):
     """--points-as tags makes a model that writes percent, as VideoMolmo does; also of one that wrote coordinates as text,
     which has the same parameters."""
