@@ -473,12 +473,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             # 5. The report: before points are drawn and files written, which may fail
             result = {"media": args.media, "prompt": args.prompt, "text": summary.pop("text"),
                       "points": describe(points, media), **summary, "timing": timing}
-            if not args.json:
-                print("\n".join(report(result)), flush=True)
+            print(json.dumps(result) if args.json else "\n".join(report(result)), flush=True)
 
             # 6. The results: all of them, or none
             annotate(media, points, folder)
-            timing["draw"] = lap()
             (folder / f"{media.names[0]}.points.json").write_text(json.dumps(result, indent=None if args.masks else 1) + "\n")
             written = [os.path.join(args.out, name) for name in sorted(os.listdir(fresh))]
             for path in written:
@@ -486,7 +484,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     os.replace(path, folder / ".before")
                 os.replace(folder / os.path.basename(path), path)
 
-        print(json.dumps(result) if args.json else "\n".join(f"wrote {path}" for path in written))
+        if not args.json:
+            print("\n".join(f"wrote {path}" for path in written))
 
 
 if __name__ == "__main__":

@@ -406,6 +406,8 @@ def test_failure_while_drawing_leaves_nothing(run, media, tmp_path, monkeypatch)
     status, out, err = run(media / "wide.png", media / "tall.png", "Later.")
     assert status == 2 and "no space left" in err and err.count("\n") == 1
     assert out.startswith("Hi\n") and "count: 0" in out and "wrote" not in out
+    status, out, err = run(media / "wide.png", "Later.", "--json", "-")
+    assert status == 2 and "no space left" in err and json.loads(out)["text"] == "Hi"
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
