@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ def device(name: str) -> str:
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name  # under torchrun each process has its own GPU
     try:
         torch.zeros(1, device=own).item()
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise argparse.ArgumentTypeError(f"{name}: not available on this machine: try cpu") from None
     return name
 
@@ -77,7 +78,8 @@ def one_line(program: str):
             if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
                 sys.stdout.reconfigure(errors="replace")  # an answer may hold characters that the terminal has not
             yield
-            sys.stdout.flush()
+            if sys.stdout:  # None if it was closed, as by `>&-`
+                sys.stdout.flush()
         except BrokenPipeError:  # nobody reads on, as after `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise SystemExit(141) from None
@@ -92,6 +94,20 @@ def one_line(program: str):
                 text = f"{error.filename}: {'a file: give a folder' if isinstance(error, FileExistsError) else error.strerror}"
             say(text)
             raise SystemExit(2) from None
+
+
+@contextmanager
+def told_to_end() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP end the program as an error does: temporary files go."""
+    def end(number: int, frame) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))}  # Windows has one
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -485,7 +485,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = command.Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
+    parser = command.Parser(prog="evaluate.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--checkpoint", default=command.HOME / "assets/tiny", help="a folder written by train.py, or of released weights (default: assets/tiny)")
     parser.add_argument("--set", nargs="+", choices=[*data.SETS, *MASK_SETS], metavar="SET",
                         help=f"synthetic sets: {', '.join([*data.SETS, *MASK_SETS])} (default: stills clips)")

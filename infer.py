@@ -69,6 +69,8 @@ from tokenizer import Tokenizer
 
 SHOWN, FADING = 1.0, 0.5  # seconds: how long a point of a video has a marker, and how much of that it fades
 MOST_ROWS = 40            # of points on the terminal; the JSON has all
+LONGEST_SIDE = 16_384     # of a clip, in pixels: the encoder's limit
+LONGEST_NAME = 220        # bytes of a file's name that its results begin with; most file systems end at 255
 SAM2_PIXELS = 8 << 20     # a frame of any size takes as much memory in SAM 2 as a frame of so many pixels itself
 
 
@@ -76,7 +78,7 @@ SAM2_PIXELS = 8 << 20     # a frame of any size takes as much memory in SAM 2 as
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Raises ValueError if what it asks for makes no sense."""
-    parser = command.Parser(prog="infer.py", description=__doc__.split("\n")[0])
+    parser = command.Parser(prog="infer.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("media", nargs="+", metavar="MEDIA", help="an image, several images or one video")
     parser.add_argument("prompt", metavar="PROMPT", help='for example "Point to the cups."')
     parser.add_argument("--checkpoint", default=command.HOME / "assets/tiny", help="a folder written by train.py, or of released weights (default: assets/tiny)")
@@ -118,13 +120,19 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     nearest = next(folder for folder in (args.out, *args.out.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"--out {args.out}: {nearest} is no folder that can be written to: give another")
+    own = set(map(os.path.realpath, args.media))
     for name in result_names(args.media):
+        if len(os.fsencode(name)) > LONGEST_NAME:
+            raise ValueError(f"{name[:40]}...: too long a name for files of results: link to it by a shorter one")
         for path in (args.out / f"{name}.{end}" for end in ("points.json", "points.png", "points.mp4", "masks.mp4")):
             if path.is_dir():
                 raise ValueError(f"{path}: a folder, where a result would go: move it away, or give another --out")
+            if os.path.realpath(path) in own:
+                raise ValueError(f"{path}: a result would go there and replace what is asked about: give another --out")
     before = args.out / f"{Path(args.media[0]).stem}.masks"
-    if args.masks and before.exists() and not (before.is_dir() and all(re.fullmatch(r"[0-9]{5,}\.png", name) for name in os.listdir(before))):
-        raise ValueError(f"{before}: holds other things than masks: move it away, or give another --out")
+    ours = before.is_dir() and before.with_suffix(".masks.mp4").is_file() and all(re.fullmatch(r"[0-9]{5,}\.png", name) for name in os.listdir(before))
+    if args.masks and before.exists() and not ours:
+        raise ValueError(f"{before}: holds other things than masks of an earlier run: move it away, or give another --out")
     return args
 
 
@@ -160,10 +168,17 @@ class Media:
         return min(max(rate, SLOWEST), FASTEST)
 
 
+def check_sides(path: str, frame: np.ndarray) -> None:
+    """ValueError if no clip with such frames could be written."""
+    if max(frame.shape) > LONGEST_SIDE:
+        raise ValueError(f"{path}: {frame.shape[1]}x{frame.shape[0]}: an annotated clip has sides of {LONGEST_SIDE} pixels at most: shrink the video")
+
+
 def read_media(paths: list[str], config: ViewConfig) -> tuple[Media, Views]:
-    """Read one or several images, or one video. Raises MediaError."""
+    """Read one or several images, or one video. Raises MediaError, and ValueError of `check_sides`."""
     if is_video(paths[0]):
         frames, times, of_all = read_video_and_times(paths[0], config.fps, config.max_frames)
+        check_sides(paths[0], frames[0])
         return Media(paths, [], of_all, times), video_views(frames, times, config)
     images = [read_image(path) for path in paths]
     return Media(paths, images, [], []), image_views(images, config)
@@ -229,7 +244,9 @@ class FrameByFrame:
         sampled = sample_frames(times, config.fps, most)
         self.picture = {number: picture for picture, number in enumerate(sampled)}  # frame of the file -> of the sampled ones
         self.media = Media(args.media, [], times, [times[number] for number in sampled])
-        height, width, _ = next(frames_of(args.media[0]))[1].shape
+        first = next(frames_of(args.media[0]))[1]
+        check_sides(args.media[0], first)
+        height, width, _ = first.shape
         gap = max(after - before for before, after in zip(sampled, [*sampled[1:], len(times)]))
         pixels = max(height * width, SAM2_PIXELS if args.sam2 else 0)
         if args.masks and gap * pixels > MAX_CLIP_PIXELS:
@@ -455,7 +472,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         # 4. What it answers
         args.out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".infer-", dir=args.out) as fresh:
+        with command.told_to_end(), tempfile.TemporaryDirectory(prefix=".infer-", dir=args.out) as fresh:
             folder = Path(fresh)
             if args.per_frame:
                 per_frame.follow(propagate, folder) if args.masks else per_frame.point()

@@ -112,8 +112,9 @@ class MolmoConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "MolmoConfig":
-        """Strict inverse of `to_json`: unknown or missing entries raise ValueError."""
-        return _build(cls, json.loads(text), "config")
+        """Strict inverse of `to_json`: unknown or missing entries raise ValueError (`bidirectional` alone may be missing: it is
+        younger than many checkpoints)."""
+        return _build(cls, {"bidirectional": True} | dict(json.loads(text)), "config")
 
 
 def _build(cls, values: dict, name: str):
@@ -131,7 +132,7 @@ def _build(cls, values: dict, name: str):
     made = cls(**{key: value(key, given) for key, given in values.items()})
     for f in fields(cls):
         found, kind = getattr(made, f.name), type(f.default)
-        if kind in (bool, int, float, str) and not isinstance(found, (int, float) if kind is float else kind):
+        if kind in (bool, int, float, str) and type(found) not in ((int, float) if kind is float else (kind,)):
             raise ValueError(f"{name}: {f.name} is {found!r}")
     return made
 

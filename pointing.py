@@ -128,6 +128,7 @@ def grounded_points(triples: Sequence[Sequence[int]], written: Sequence[str], pa
 class PointConfig:
     width: int = 512          # w, of queries and keys
     rope_theta: float = 50_000.0
+    locations: int = 9        # thirds of a patch: 3 * column + row
     norm_eps: float = 1e-6
     released_inference: bool = False  # as the released inference code computes, where that differs from ours
 
@@ -173,7 +174,7 @@ class PointPredictor(nn.Module):
         self.no_more_points = nn.Parameter(torch.zeros(c.width))
         self.subpatch_q = nn.Linear(d, c.width)
         self.subpatch_k = nn.Linear(feature_width, c.width)
-        self.subpatch_loc_k = nn.Linear(d, 9)  # thirds of a patch: 3 * column + row
+        self.subpatch_loc_k = nn.Linear(d, c.locations)
         self.build_vit_embedding = nn.Linear(feature_width, d)  # <|vit_index|> carries the chosen patch
 
     def rotated(self, x: Tensor, index: Tensor) -> Tensor:

@@ -554,6 +554,9 @@ def _picture(frame: av.VideoFrame, size: tuple[int, int] | None) -> np.ndarray:
     """A decoded frame -> (H, W, 3) uint8, upright, over white, resized if it is not of `size` (h, w)."""
     has_alpha = any(component.is_alpha for component in frame.format.components)
     picture = _over_white(frame.to_ndarray(format="rgba")) if has_alpha else frame.to_ndarray(format="rgb24")
+    if (matrix := frame.side_data.get("DISPLAYMATRIX")) is not None:
+        (a, b), (c, d) = np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2].astype(float)
+        picture = picture[::-1] if a * d < b * c else picture  # mirrored: upside down first, then turned
     picture = np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90)))  # both turn counterclockwise
     return picture if size is None or picture.shape[:2] == size else resize(picture, size)
 
@@ -563,7 +566,7 @@ def check_file(path: str | os.PathLike) -> None:
     if os.path.isdir(path):
         raise MediaError(f"{path}: is a folder: give a file")
     if not os.path.isfile(path):
-        raise MediaError(f"{path}: no such file: check the path")
+        raise MediaError(f"{path}: {'a pipe or device: give a file' if os.path.exists(path) else 'no such file: check the path'}")
     if os.path.getsize(path) == 0:
         raise MediaError(f"{path}: is an empty file: copy or download it again")
 

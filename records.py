@@ -545,7 +545,7 @@ class Lines:
             with open(self.path, "rb") as file:
                 file.seek(start)
                 text = file.read(length)
-            line = parse(text.decode("utf-8"), f"{self.path.stem}-{number}", self.path.parent, pointless)
+            line = parse(text.decode("utf-8-sig"), f"{self.path.stem}-{number}", self.path.parent, pointless)
             line.load(config) if config else line.check_files()
             return line
         except (ValueError, OSError) as error:

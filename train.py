@@ -144,7 +144,7 @@ def usual_workers() -> int:
 
 
 def parse(argv: list[str] | None):
-    parser = command.Parser(prog="train.py", description=__doc__.split("\n")[0])
+    parser = command.Parser(prog="train.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), required=True,
                         help="1: images; 2: adds video, tracks, screens, captions; 3: longer videos; 4: single frames with those before them (VideoMolmo)")
     parser.add_argument("--preset", default="tiny", choices=sorted({name for name, _ in STAGES}),

@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -71,6 +73,22 @@ def test_a_reader_that_was_never_there_is_no_error():
     run = subprocess.run([sys.executable, "-c", "import command\nwith command.one_line('x'):\n    print('line')"], cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert (run.returncode, run.stderr) == (141, b"")
+
+
+def test_a_closed_output_is_no_error():
+    """With `>&-` there is nothing to print to: the command runs as it would."""
+    program = "import command\nwith command.one_line('x'):\n    print('line')"
+    done = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, cwd=ROOT, preexec_fn=lambda: os.close(1))
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_told_to_end_a_command_leaves_no_temporary_files(tmp_path, number):
+    """A signal ends the program with the status that a shell would show, and what it made for a while is gone; later signals end it as before."""
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as end, command.told_to_end(), tempfile.TemporaryDirectory(dir=tmp_path):
+        os.kill(os.getpid(), number)
+    assert end.value.code == 128 + number and not list(tmp_path.iterdir()) and signal.getsignal(number) is before
 
 
 def test_what_a_terminal_cannot_show_is_replaced():

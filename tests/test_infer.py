@@ -575,7 +575,7 @@ def test_what_is_not_ours_is_never_replaced(run, media, tmp_path, tiny, monkeypa
     place of a file, and nothing in it is lost."""
     walk(media / "walk.mp4", frames=7)
     asked = will_point(monkeypatch, tiny[1], lambda n: [])
-    for made in ("walk.masks/notes.txt", "walk.masks/00000_png", "walk.masks"):
+    for made in ("walk.masks/notes.txt", "walk.masks/00000_png", "walk.masks/00000.png", "walk.masks"):
         path = tmp_path / "out" / made
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
@@ -588,6 +588,27 @@ def test_what_is_not_ours_is_never_replaced(run, media, tmp_path, tiny, monkeypa
     for more in ((), ("--masks",)):
         refused(run(media / "walk.mp4", "Point to the cups.", *more), "walk.points.json: a folder, where a result would go")
     assert kept.read_text() == "mine" and not asked
+
+
+def test_a_result_never_replaces_what_is_asked_about(run, media, tmp_path, monkeypatch):
+    """A picture with the name that a result would get, in the folder of the results, ends the command before anything is asked."""
+    (tmp_path / "out").mkdir()
+    theirs = shutil.copy(media / "wide.png", tmp_path / "out/wide.points.png")
+    asked = will_write(monkeypatch, Answer([72, 105], [], "stop"))
+    refused(run(media / "wide.png", theirs, "Hello."), "wide.points.png: a result would go there")
+    assert Path(theirs).read_bytes() == (media / "wide.png").read_bytes() and not asked
+
+
+def test_results_that_could_not_be_written_are_refused_early(run, media, tmp_path, monkeypatch):
+    """Names too long for a file system with the ending of a result, frames too large for the encoder: one line, nothing is asked."""
+    asked = will_write(monkeypatch, Answer([72, 105], [], "stop"))
+    long = shutil.copy(media / "wide.png", tmp_path / f"{'a' * 240}.png")
+    refused(run(long, "Hello."), "too long a name")
+    frames = [Image.new("L", (16_386, 2), shade) for shade in (0, 255)]
+    frames[0].save(tmp_path / "wide.gif", save_all=True, append_images=frames[1:], duration=100)
+    for more in ((), ("--masks",)):
+        refused(run(tmp_path / "wide.gif", "Hello.", *more), "16386x2: an annotated clip has sides of 16384 pixels at most")
+    assert not asked
 
 
 def test_too_many_frames_between_two_questions(run, media, tiny, monkeypatch):

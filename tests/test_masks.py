@@ -309,13 +309,14 @@ def masks_file(folder, images: bool = False) -> Path:
 @pytest.mark.parametrize("images", [True, False])
 def test_a_file_of_masks_becomes_one_of_points(tmp_path, images, capsys, monkeypatch):
     """Every mask gives its object a point inside of it, with which the file can be trained on; the masks and all that is said
-    stay, paths too though the new file lies elsewhere; the old file is not touched."""
+    stay, paths too though the new file lies elsewhere, behind a link; the old file is not touched."""
     monkeypatch.setattr(masks, "CANDIDATES", 4)
     path = masks_file(tmp_path / "in", images)
     before = path.read_bytes()
     with pytest.raises(ValueError, match="'points' is missing"):
         Lines(path).record(0, VIEWS)
-    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "far/away")
     masks.main(["annotate", str(path), "--out", str(tmp_path / "elsewhere/made.jsonl")])
     said = capsys.readouterr().out
     assert float(re.search(r"IoU of ([0-9.]+)", said)[1]) > 0.4 and path.read_bytes() == before

@@ -253,6 +253,7 @@ def test_wrong_configs_are_refused(old, new, word):
     assert old in text
     with pytest.raises(ValueError, match=word):
         MolmoConfig.from_json(text.replace(old, new))
+    assert MolmoConfig.from_json(text.replace(',\n "bidirectional": true', "")) == CONFIG  # as before there was such an entry
 
 
 def test_only_models_with_grounding_tokens_speak_them(model):

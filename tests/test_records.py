@@ -189,12 +189,13 @@ def test_masks_in_place_of_points_keep_the_rules_of_points(tmp_path):
 
 
 def test_a_bad_line_is_named_with_its_file(tmp_path):
-    """File and line (empty lines count) stand in front, for bad JSON, missing pictures, points outside and wrong masks."""
+    """File and line (empty lines count) stand in front, for bad JSON, missing pictures, points outside and wrong masks. (A mark of
+    the encoding at the beginning of the file, as Windows writes it, is none.)"""
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
     outside = GOOD | {"objects": [{"id": 4, "points": [{"x": 21, "y": 5}]}]}
     mask = GOOD | {"objects": [{"id": 4, "points": [{"x": 2, "y": 5}], "masks": [{"size": [2, 2], "counts": [4]}]}]}
     texts = [json.dumps(GOOD), "", "{", json.dumps(GOOD | {"images": ["b.png"]}), json.dumps(outside), json.dumps(mask), "\xff"]
-    (tmp_path / "set.jsonl").write_bytes("\n".join(texts).encode("latin-1"))
+    (tmp_path / "set.jsonl").write_bytes(b"\xef\xbb\xbf" + "\n".join(texts).encode("latin-1"))
     lines = Lines(tmp_path / "set.jsonl")
     assert lines.size == 6 and lines.record(0, VIEWS).pictures[0].shape == (10, 20, 3)
     for i, (number, said) in enumerate([(3, "Expecting"), (4, "no such file"), (5, "21, 5 is outside the 20 x 10"),

@@ -198,6 +198,7 @@ BAD = {
     "config that is a list": (lambda f: (f / "config.json").write_text("[]"), ["config.json"]),
     "config with a word for a number": (lambda f: text(f / "config.json", '"kv_heads": 1', '"kv_heads": "one"'), ["config.json"]),
     "config with pools of no size": (lambda f: text(f / "config.json", '"image_pool": 2', '"image_pool": 0'), ["config.json", "above 0"]),
+    "config with a flag for a number": (lambda f: text(f / "config.json", '"kv_heads": 1', '"kv_heads": true'), ["config.json", "kv_heads is True"]),
     "config with a word for a rate": (lambda f: text(f / "config.json", '"fps": 2.0', '"fps": "2"'), ["config.json", "above 0"]),
     "config with a word for a list": (lambda f: text(f / "config.json", '"tied": false', '"tied": "no"'), ["config.json", "tied is 'no'"]),
     "config with patches of two sizes": (lambda f: text(f / "config.json", '"patch_size": 14', '"patch_size": 7'), ["config.json", "patches of 7 px"]),
