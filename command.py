@@ -70,6 +70,10 @@ def one_line(program: str):
     def say(*words: object) -> None:
         print(f"{program}:", *" ".join(map(str, words)).split(), file=sys.stderr)
 
+    def forget() -> None:
+        """What was printed and cannot be written goes nowhere; else Python would try again at its end, and complain."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("default", UserWarning)  # "default": once, however often the file is decoded
@@ -81,7 +85,7 @@ def one_line(program: str):
             if sys.stdout:  # None if it was closed, as by `>&-`
                 sys.stdout.flush()
         except BrokenPipeError:  # nobody reads on, as after `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            forget()
             raise SystemExit(141) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
@@ -93,6 +97,10 @@ def one_line(program: str):
             if isinstance(error, OSError) and error.filename is not None and error.strerror:  # else "[Errno 17] File exists: 'x'"
                 text = f"{error.filename}: {'a file: give a folder' if isinstance(error, FileExistsError) else error.strerror}"
             say(text)
+            try:
+                print(end="", flush=True)
+            except OSError:
+                forget()
             raise SystemExit(2) from None
 
 

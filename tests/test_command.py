@@ -75,6 +75,15 @@ def test_a_reader_that_was_never_there_is_no_error():
     assert (run.returncode, run.stderr) == (141, b"")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_full_disk_is_said_in_one_line():
+    """What was printed cannot be written: one line, status 2."""
+    program = "import command\nwith command.one_line('x'):\n    print('line')"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.startswith(b"x: ") and done.stderr.count(b"\n") == 1
+
+
 def test_a_closed_output_is_no_error():
     """With `>&-` there is nothing to print to: the command runs as it would."""
     program = "import command\nwith command.one_line('x'):\n    print('line')"
