@@ -5,6 +5,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,7 +96,8 @@ def one_line(program: str):
                 raise
             text = str(error) or type(error).__name__
             if isinstance(error, OSError) and error.filename is not None and error.strerror:  # else "[Errno 17] File exists: 'x'"
-                text = f"{error.filename}: {'a file: give a folder' if isinstance(error, FileExistsError) else error.strerror}"
+                path = error.filename2 or error.filename  # of a renaming the new name
+                text = f"{path}: {'a file: give a folder' if isinstance(error, FileExistsError) and os.path.isfile(path) else error.strerror}"
             say(text)
             try:
                 print(end="", flush=True)
@@ -106,16 +108,20 @@ def one_line(program: str):
 
 @contextmanager
 def told_to_end() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP end the program as an error does: temporary files go."""
+    """Inside, SIGTERM and SIGHUP end the program as an error does: temporary files go. (Not those that somebody handles or, as `nohup`,
+    ignores; and only the main thread hears signals.)"""
     def end(number: int, frame) -> None:
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, end) for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))}  # Windows has one
+    both = {getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)}  # Windows has one
+    fatal = {number for number in both if signal.getsignal(number) == signal.SIG_DFL and threading.current_thread() is threading.main_thread()}
+    for number in fatal:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in fatal:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager

@@ -486,7 +486,7 @@ def sheet(record: Record, tokenizer: Tokenizer, config: MolmoConfig) -> Image.Im
     row = lay_out([tree])
     visual = np.isin(row.tokens, [tokenizer.special[name] for name in PICTURE_TOKENS])
     ids = MaskIds(*(torch.from_numpy(np.ascontiguousarray(a))[None] for a in
-                (row.example_ids, row.branch_ids, np.arange(len(visual)), visual)))
+                (row.example_ids, row.branch_ids, np.arange(len(visual)), visual & config.bidirectional)))
     seen = may_attend(ids, ids)[0].numpy()
     paint = np.array([(120, 120, 120), *(tuple(bytes.fromhex(c[1:])) for c in COLORS)], np.uint8)
     mask = np.where(seen[..., None], paint[np.where(row.branch_ids, 1 + (row.branch_ids - 1) % len(COLORS), 0)][:, None], 255)

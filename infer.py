@@ -130,7 +130,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             if os.path.realpath(path) in own:
                 raise ValueError(f"{path}: a result would go there and replace what is asked about: give another --out")
     before = args.out / f"{Path(args.media[0]).stem}.masks"
-    ours = before.is_dir() and before.with_suffix(".masks.mp4").is_file() and all(re.fullmatch(r"[0-9]{5,}\.png", name) for name in os.listdir(before))
+    inside = os.listdir(before) if before.is_dir() else []
+    ours = all(re.fullmatch(r"[0-9]{5,}\.png", name) for name in inside) and (before.with_suffix(".masks.mp4").is_file() or not inside) and before.is_dir()
     if args.masks and before.exists() and not ours:
         raise ValueError(f"{before}: holds other things than masks of an earlier run: move it away, or give another --out")
     return args
@@ -490,7 +491,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             # 5. The report: before points are drawn and files written, which may fail
             result = {"media": args.media, "prompt": args.prompt, "text": summary.pop("text"),
                       "points": describe(points, media), **summary, "timing": timing}
-            print(json.dumps(result) if args.json else "\n".join(report(result)), flush=True)
+            unread = None
+            try:
+                print(json.dumps(result) if args.json else "\n".join(report(result)), flush=True)
+            except OSError as error:  # who asked goes away, the files come all the same
+                unread = error
 
             # 6. The results: all of them, or none
             annotate(media, points, folder)
@@ -501,6 +506,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     os.replace(path, folder / ".before")
                 os.replace(folder / os.path.basename(path), path)
 
+        if unread:
+            raise unread
         if not args.json:
             print("\n".join(f"wrote {path}" for path in written))
 

@@ -536,7 +536,7 @@ def annotate_file(path: str, out: Path, segmenter: Callable[[np.ndarray, float, 
                     raise ValueError(f"{lines.where(index)}: {error}") from None
                 warnings.warn(f"left out: {lines.where(index)}: {error}")
                 continue
-            near = lambda media: os.path.relpath(os.path.realpath(media), out.parent.resolve())
+            near = lambda media: os.path.relpath(media.parent.resolve() / media.name, out.parent.resolve())
             before = None if line.before is None else list(map(near, line.before))
             file.write(dump(line.record, list(map(near, line.images)), line.video and near(line.video), before) + "\n")
     print(f"wrote {out}: {lines.size - bad} lines{f' ({bad} left out)' if bad else ''}, {len(fits)} points; "

@@ -233,6 +233,11 @@ class _Entries:
             raise CheckpointError(f"{self.path}: {self.where}{names[0]} is {found!r}")
         return found
 
+    def flag(self, *names: str, default: bool) -> bool:
+        if type(found := self(*names, default=default)) is not bool:
+            raise CheckpointError(f"{self.path}: {self.where}{names[0]} is {found!r}")
+        return found
+
     def pair(self, *names: str, default: Sequence[int], least: int = 1) -> tuple[int, int]:
         """Two whole numbers, none of them below `least`."""
         found = self(*names, default=default)
@@ -292,7 +297,7 @@ def released_config(folder: str | Path) -> MolmoConfig:
             points_as="tokens" if pointing else top("points_as", default="text"),
             temporal=TemporalConfig(**top("temporal", default=asdict(TemporalConfig()))),
             optimizer=top("optimizer", default=MolmoConfig.optimizer),
-            bidirectional=top("bidirectional", default=True),
+            bidirectional=top.flag("bidirectional", default=True),
         )
     except (TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{top.path}: {error}") from None

@@ -93,11 +93,19 @@ def test_a_closed_output_is_no_error():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_told_to_end_a_command_leaves_no_temporary_files(tmp_path, number):
-    """A signal ends the program with the status that a shell would show, and what it made for a while is gone; later signals end it as before."""
-    before = signal.getsignal(number)
-    with pytest.raises(SystemExit) as end, command.told_to_end(), tempfile.TemporaryDirectory(dir=tmp_path):
-        os.kill(os.getpid(), number)
-    assert end.value.code == 128 + number and not list(tmp_path.iterdir()) and signal.getsignal(number) is before
+    """A signal ends the program with the status that a shell would show, and what it made for a while is gone; later signals end it as
+    before. One that is ignored, as under `nohup`, still is."""
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as end, command.told_to_end(), tempfile.TemporaryDirectory(dir=tmp_path):
+            os.kill(os.getpid(), number)
+        assert end.value.code == 128 + number and not list(tmp_path.iterdir()) and signal.getsignal(number) == signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN)
+        with command.told_to_end():
+            os.kill(os.getpid(), number)
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def test_what_a_terminal_cannot_show_is_replaced():

@@ -590,6 +590,16 @@ def test_what_is_not_ours_is_never_replaced(run, media, tmp_path, tiny, monkeypa
     assert kept.read_text() == "mine" and not asked
 
 
+def test_results_are_written_also_if_nobody_reads_the_answer(media, checkpoint, tmp_path):
+    """A reader that goes away, as after `| head`, ends the command with its status, and costs no file."""
+    unread, write = os.pipe()
+    os.close(unread)
+    done = subprocess.run([sys.executable, "infer.py", media / "wide.png", "Hello.", "--json", "-", "--max-new-tokens", "4",
+                           "--checkpoint", checkpoint, "--out", tmp_path / "out"], cwd=Path(infer.__file__).parent, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"") and tree(tmp_path / "out") == {"wide.points.json", "wide.points.png"}
+
+
 def test_a_result_never_replaces_what_is_asked_about(run, media, tmp_path, monkeypatch):
     """A picture with the name that a result would get, in the folder of the results, ends the command before anything is asked."""
     (tmp_path / "out").mkdir()

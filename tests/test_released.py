@@ -242,6 +242,7 @@ WRONG = {
     "crops that are no squares": (lambda f: edit(f, "vit_config", image_default_input_size=[126, 252]), ("config.json", "only squares")),
     "another YaRN": (lambda f: edit(f, "text_config", rope_scaling={"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64,
                                                                     "mscale": 0.7}), ("config.json", "mscale")),
+    "a number for a flag": (lambda f: change(f, bidirectional=1), ("config.json", "bidirectional is 1")),
     "another model": (lambda f: change(f, model_type="llama"), ("config.json", "llama")),
     "another activation": (lambda f: change(f, vit_config={"hidden_act": "quick_gelu", "image_patch_size": 14}), ("hidden_act", "quick_gelu")),
     "missing entry": (lambda f: change(f, text_config={"hidden_size": 32}), ("config.json", "text_config")),
