@@ -371,10 +371,12 @@ SCENES = {
     "arrivals": (synthetic.arrivals, questions.POINTING),
     "tracks": (synthetic.tracks, questions.TRACKING), "long points": (synthetic.long_clip, questions.POINTING),
     "long tracks": (synthetic.long_tracks, questions.TRACKING),
+    "free stills": (synthetic.still, questions.FREE), "free clips": (synthetic.clip, questions.FREE | questions.FREE_TRACKING),
 }
-SETS = (*SCENES, "multi-image points", "screens", "screen qa", "text", "moments")
+SETS = (*SCENES, "multi-image points", "screens", "screen qa", "text", "moments", "free screens")
+FREE = ("free stills", "free clips", "free screens")  # asked in other words
 # Those that point in more than one picture.
-SEVERAL = ("multi-image points", "clips", "video points", "arrivals", "tracks", "long points", "long tracks")
+SEVERAL = ("multi-image points", "clips", "video points", "arrivals", "tracks", "long points", "long tracks", "free clips")
 
 # Category -> its synthetic sets. (Molmo2, mixture of stage 2.)
 CATEGORIES = {"captions": ("image captions", "video captions"), "image qa": ("image qa",), "video qa": ("video qa",),
@@ -392,9 +394,11 @@ def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, m
     if name == "text":
         asked = {query.question: query for query in (questions.words(rng) for _ in range(branches))}
         return Record(title, [], None, {}, [annotated(query) for query in asked.values()])
-    if name in ("screens", "screen qa"):
+    if name in ("screens", "screen qa", "free screens"):
         scene = screens.screen(seed, index, float(rng.choice([1.0, 1.5, 2.0], p=[0.7, 0.2, 0.1])))
-        asked = screens.queries(scene, rng, branches, more, screens.ABOUT if name == "screens" else screens.READING)
+        asked = screens.queries(scene, rng, branches, more, screens.READING if name == "screen qa" else screens.ABOUT)
+        if name in FREE:
+            asked = [questions.freely(query, "screen", rng) for query in asked]
         return scene_record(scene, asked, masks, title)
     if name == "moments":
         return glimpse(seed, index, rng, branches, masks, more)
@@ -403,11 +407,13 @@ def draw(name: str, seed: int, index: int, branches: int, masks: bool = False, m
     if name == "video qa" and rng.random() < 0.3:
         text, heard = questions.subtitles(scene, rng)
     asked = questions.queries(scene, rng, branches, more, shares)
+    if name in FREE:
+        asked = [questions.freely(query, "video" if scene.is_video else "image", rng) for query in asked]
     heard = heard[:-(-branches // 3)]  # a third of all that is asked, rounded up
     record = scene_record(scene, (heard + asked)[:branches], masks, title)
     record.subtitles = text
     for said in record.annotations:
-        if said.task in ("track", "track_from") and rng.random() < 0.4:
+        if said.task in ("track", "track_from") and not said.question and rng.random() < 0.4:
             said.fps = 1.0
         if said.task == "track_from":
             said.start = min(record.objects[said.objects[0]].points)
@@ -556,11 +562,11 @@ def write_set(name: str, folder: Path, n: int, seed: int, branches: int) -> Path
 
 def corpus(n: int, seed: int) -> Iterator[str]:
     """n texts without line breaks to learn a vocabulary from: what is asked and answered about records of the sets in
-    turn (without `moments`, `arrivals` and `screen qa`), and what stands around it."""
+    turn (without `moments`, `arrivals`, `screen qa` and those asked in other words), and what stands around it."""
     rng, digits = np.random.default_rng([seed, 9]), [f"{half / 2:.1f} " for half in range(61)]
     pieces = ["user", "assistant", "Image 1", "Image 2", "Image 3", '<points coords="', '<tracks coords="', CLOSE_LIST, NONE, *digits]
     records = (draw(name, seed, index, 8) for index in count() for name in SETS
-               if name not in ("moments", "arrivals", "screen qa"))
+               if name not in ("moments", "arrivals", "screen qa", *FREE))
     def texts(record: Record) -> Iterator[str]:
         for said in record.annotations:
             alone = (question_text(said, record, rng), "" if said.points_or_counts else in_words(said))

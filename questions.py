@@ -6,6 +6,7 @@ A label is a noun phrase ("red cups", "leftmost star"); the things it means are 
 picture. Some of the questions are about what is not there. Everything is a pure function of a scene and a generator.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -309,10 +310,16 @@ CAPTIONS = {("caption", ""): 3, ("transcript", ""): 2, ("qa", "colors"): 2}
 ANSWERS = {("qa", ""): 6, ("choice", ""): 4, ("count", "kind"): 1, ("count", "color+kind"): 1}
 POINTING = {key: share for key, share in MIXTURE.items() if key[0].startswith("point")} | {
     ("count_point", "kind"): 3, ("count_point", "color+kind"): 3, ("count_point", "none"): 1}
+FREE = {("point", "kind"): 10, ("point", "color+kind"): 10, ("point", "color"): 4, ("point", "all"): 3, ("point", "size"): 3,
+        ("point", "position"): 4, ("point", "both"): 4, ("point", "none"): 7, ("point", "strange"): 8,
+        ("point_count", "kind"): 4, ("point_count", "color+kind"): 4, ("point_count", "all"): 1, ("point_count", "none"): 3,
+        ("point_count", "strange"): 2, ("count", "kind"): 1, ("count", "color+kind"): 1, ("count", "none"): 1, ("count", "strange"): 1,
+        ("caption", ""): 4, ("qa", ""): 7, ("qa", "strange"): 3}
+FREE_TRACKING = {("track", "kind"): 3, ("track", "color+kind"): 3, ("track", "none"): 1, ("track", "strange"): 1}
 TRACKING = {("track", "kind"): 6, ("track", "color+kind"): 6, ("track", "all"): 1, ("track", "motion"): 5, ("track", "none"): 2,
             ("track_ends", "kind"): 2, ("track_ends", "color+kind"): 2, ("track_ends", "motion"): 1, ("track_from", "given"): 3}
 
-WAYS = {about for mixture in (MIXTURE, CAPTIONS, ANSWERS, POINTING, TRACKING) for _, about in mixture}
+WAYS = {about for mixture in (MIXTURE, CAPTIONS, ANSWERS, POINTING, TRACKING, FREE) for _, about in mixture}
 
 
 def _query(scene: Scene, rng: np.random.Generator, more: dict[str, float], mixture: dict[tuple[str, str], float]) -> Query | None:
@@ -320,6 +327,10 @@ def _query(scene: Scene, rng: np.random.Generator, more: dict[str, float], mixtu
     choices = [key for key in mixture if not (scene.is_video and key[1] in ("size", "position"))]
     weights = np.array([mixture[key] * more.get(key[1], 1) for key in choices])
     task, about = choices[rng.choice(len(choices), p=weights / weights.sum())]
+    if about == "strange":
+        return _ask_strange(scene, rng, task)
+    if about == "both":
+        return _ask_both(scene, rng, task)
     if task == "caption":
         question = str(rng.choice(CAPTION)).format(medium=_medium(scene))
         return Query("caption", question, "", _match(scene), describe(scene), "caption")
@@ -353,3 +364,91 @@ def queries(scene: Scene, rng: np.random.Generator, n: int, more: dict[str, floa
         else:
             found[key], misses = query, 0
     return list(found.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In other words: as people ask who have not read the list above
+
+# {x} is a noun phrase, one or several, with which {is} and {do} agree; {name} "a red cup", {names} "red cups", {this} "the picture"
+FREE_WORDS = {
+    "point": ("point to {x}.", "point at {x}.", "find {x}.", "locate {x}.", "show me {x}.", "mark {x}.", "where {is} {x}?", "where can I find {x}?",
+              "where do you see {x}?", "can you point to {x}?", "can you find {x}?", "could you mark {x}?", "I am looking for {x}.", "look for {x}.",
+              "highlight {x}.", "select {x}.", "click on {x}.", "segment {x}.", "identify {x}.", "detect {x}.", "point out {x}.",
+              "give me the position of {x}.", "put a dot on {x}.", "in {this}, point to {x}.", "{x}"),
+    "count": ("how many {names} are there?", "how many {names}?", "how many {names} do you see?", "how many {names} can you see?",
+              "how many {names} are in {this}?", "how many {names} are visible?", "count the {names}.", "count all {names}.", "count {names}.",
+              "the number of {names}?", "number of {names}", "tell me how many {names} there are."),
+    "click": ("click on {x}.", "click {x}.", "tap {x}.", "tap on {x}.", "press {x}.", "hit {x}.", "select {x}.", "choose {x}.", "go to {x}.",
+              "point to {x}.", "find {x}.", "show me {x}.", "where is {x}?", "can you click on {x}?", "{x}"),
+    "track": ("track {x}.", "follow {x}.", "track {x} through {this}.", "follow {x} over time.", "keep an eye on {x}.", "trace {x}.", "where {do} {x} go?"),
+    "exists": ("is there {name}?", "do you see {name}?", "can you see {name}?", "is there {name} in {this}?", "is {name} in {this}?",
+               "are there any {names}?", "are there {names}?", "any {names}?", "do you see any {names}?", "does {this} show {name}?"),
+    "color-of": ("what color is the {name}?", "what colour is the {name}?", "which color is the {name}?", "what is the color of the {name}?",
+                 "color of the {name}?", "tell me the color of the {name}."),
+    "kind-of": ("what is the {name}?", "what's the {name}?", "tell me what the {name} is."),
+    "caption": ("describe {this}.", "what do you see?", "what is in {this}?", "what's in {this}?", "tell me what you see.", "describe what you see.",
+                "what does {this} show?", "what is shown?", "what can you see in {this}?", "describe {this} in detail.", "caption {this}.", "what is this?",
+                "tell me about {this}."),
+}
+MEDIA = {"image": ("the image", "this image", "the picture", "this picture"), "video": ("the video", "this video", "the clip", "this clip"),
+         "screen": ("the screen", "this screen")}
+BESIDE = {"leftmost": ("on the left", "farthest to the left"), "rightmost": ("on the right", "farthest to the right"),
+          "topmost": ("at the top", "highest up"), "bottommost": ("at the bottom", "lowest down")}
+SINGULARS = {plural: kind for kind, plural in PLURALS.items()}
+STRANGE = ("dog cat horse cow pig duck bird eagle owl elephant lion tiger bear rabbit frog snake spider monkey whale dragon boy girl king queen "
+           "doctor robot hat shirt shoe sock glove coat belt phone laptop keyboard camera lamp table chair bed bottle "
+           "plate fork spoon bowl pan book pen pencil bag flower apple banana lemon carrot pizza cake sandwich egg tomato boat ship plane train truck "
+           "bicycle road river mountain cloud bridge tower guitar piano drum computer helmet umbrella towel pillow mirror coin arrow flag ladder "
+           "hammer rope candle basket bell kite tent barrel anchor crown sword stone bone feather letter number word sign").split()
+
+
+def _ask_strange(scene: Scene, rng: np.random.Generator, task: str) -> Query:
+    """A query about something that no scene ever has."""
+    name = f"{choose(rng, [*COLORS, '', '', '', '']) * (rng.random() < 0.5)} {choose(rng, STRANGE)}".strip()
+    if task == "qa":
+        return Query("qa", f"Is there {_article(name)}?", "", [], "No.", "exists")
+    return _ask(scene, rng, task, "strange", f"{name}s", [])
+
+
+def _ask_both(scene: Scene, rng: np.random.Generator, task: str) -> Query | None:
+    """A query about things of two sorts, "red cups and stars"; None if they overlap."""
+    (one, these), (other, those) = (_pick(scene, rng, choose(rng, ("kind", "color+kind"))) for _ in range(2))
+    return None if set(these) & set(those) else _ask(scene, rng, task, "both", f"{one} and {other}", sorted(these + those))
+
+
+def _meant(query: Query, rng: np.random.Generator) -> tuple[str, bool]:
+    """A noun phrase for what a query with a label means, and whether it is singular. "The red cup" may be one or none, and does not say
+    which; "every red cup" may be any number."""
+    label, (first, *rest) = query.label, query.label.split()
+    if query.about == "position":
+        return choose(rng, (f"the {label}", *(f"the {' '.join(rest)} {where}" for where in BESIDE[first]))), True
+    if query.about == "size":
+        return f"the {label}", True
+    if first == "the":  # an element of a screen
+        return label, True
+    if query.about == "both":
+        return choose(rng, (label, f"the {label}", f"all {label}", f"the {label.replace(' and ', ' and the ')}")), False
+    if query.about == "all":
+        return choose(rng, (("everything", True), ("every object", True), ("all things", False), ("all objects", False), ("all the things", False)))
+    *look, noun = label.split()
+    one = " ".join([*look, SINGULARS.get(noun, noun.removesuffix("s"))])
+    if rng.random() < 0.4:
+        return choose(rng, [f"every {one}", f"each {one}", *[f"the {one}"] * (2 * (len(query.targets) < 2))]), True
+    return choose(rng, (f"the {label}", f"all {label}", f"all the {label}", label)), False
+
+
+def freely(query: Query, medium: str, rng: np.random.Generator) -> Query:
+    """The same query in other words, half of the time without a capital letter, or without its full stop or question mark."""
+    way = "count" if query.task == "point_count" else query.task if query.task in FREE_WORDS else query.about
+    if query.label.startswith("the "):
+        way = query.about if query.about == "use" else "click"
+    x, singular = _meant(query, rng) if query.label else ("", False)
+    name = re.sub(r"^(Is there|What color is the|What is the) |\?$", "", query.question)  # of questions that are answered in words
+    *look, noun = (query.label or name.removeprefix("a ").removeprefix("an ")).split() or [""]
+    names = query.label or " ".join([*look, PLURALS.get(noun, f"{noun}s")])
+    words = choose(rng, FREE_WORDS.get(way, (query.question,))).format(x=x, name=name, names=names, this=choose(rng, MEDIA[medium]),
+                                                **{"is": "is" if singular else "are", "do": "does" if singular else "do"})
+    if words.endswith(".") and way != "use" and rng.random() < 0.1:
+        words = f"please {words}"
+    words = (words[0].upper() if rng.random() < 0.5 else words[0].lower()) + words[1:]
+    return replace(query, question=words if rng.random() < 0.5 else words.rstrip(".?"))

@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+import data
 import questions
 import synthetic
 from questions import queries
@@ -289,3 +290,69 @@ def test_where_every_kind_is_something_is_still_absent():
     rng = np.random.default_rng(0)
     for kind, color in (questions._absent(scene, rng) for _ in range(200)):
         assert kind in KINDS and color and (kind, color) not in {(thing.kind, thing.color) for thing in scene.things}
+
+
+# ---- in other words --------------------------------------------------------------------------------------------------
+
+NOUNS = {form: kind for kind in KINDS for form in (kind, synthetic.PLURALS[kind])}
+BESIDE = {"left": "leftmost", "right": "rightmost", "top": "topmost", "highest": "topmost", "bottom": "bottommost", "lowest": "bottommost"}
+
+
+def named(words: str) -> tuple[Counter, Counter, Counter]:
+    """The colours, kinds and places that a text names, whatever the number of the nouns."""
+    said = re.findall(r"[a-z]+", words.lower())
+    return (Counter(w for w in said if w in COLORS), Counter(NOUNS[w] for w in said if w in NOUNS),
+            Counter(BESIDE.get(w, w) for w in said if w in BESIDE or w in questions.SIDES or w in questions.LARGEST + questions.SMALLEST))
+
+
+def test_other_words_mean_the_same():
+    """A query asked in other words names the same colours, kinds, sizes and places, no more and no fewer, and nothing else about it
+    changes; "the cup" is said of one or none only, so that it does not tell which."""
+    ways, mixture = Counter(), questions.FREE | questions.FREE_TRACKING
+    for i, scene in enumerate(scenes(60, 40)):
+        rng = np.random.default_rng(i)
+        for query in queries(scene, rng, 12, mixture=mixture if scene.is_video else questions.FREE):
+            free = questions.freely(query, "video" if scene.is_video else "image", rng)
+            assert (free.task, free.label, free.targets, free.answer, free.about) == (query.task, query.label, query.targets, query.answer, query.about)
+            assert named(free.question) == named(query.label or query.question if query.task != "caption" else ""), (free.question, query)
+            assert not re.search(r"[{}]|\b(\w+) \1\b", free.question)
+            if single := re.search(r"\bthe (?:\w+ )?(\w+)\b(?! of)", free.question) if query.about in ("kind", "color+kind", "none") and query.label else None:
+                if single[1] in KINDS and single[1] != "fish":
+                    assert len(query.targets) < 2
+                    ways["one", bool(query.targets)] += 1
+            ways[query.task, query.about] += 1
+    assert set(mixture) - set(ways) <= {("caption", ""), ("qa", ""), ("qa", "strange")}
+    assert ways["one", True] > 5 < ways["one", False]
+
+
+def test_other_words_are_many():
+    """A query has dozens of wordings: with and without a capital letter and a mark at the end, with verbs that agree."""
+    query = questions.Query("point", "Point to the red cups.", "red cups", [0], "", "color+kind")
+    asked = {questions.freely(query, "image", np.random.default_rng(i)).question for i in range(3000)}
+    assert len(asked) > 200 and {"where is the red cup?", "Where are the red cups", "every red cup", "Find all red cups."} <= asked
+    assert not any(re.search(r"\bare (the|every|each) red cup\b|\bis .*\bcups\b", words) for words in asked)
+    several = {questions.freely(questions.replace(query, targets=[0, 1]), "image", np.random.default_rng(i)).question for i in range(600)}
+    assert not any("the red cup" in re.sub("red cups", "", words) for words in several) and any("each red cup" in words for words in several)
+
+
+def test_strange_things_are_nowhere():
+    """What is asked for as strange is in no scene, neither as a kind nor as a part that is drawn on one, and the answer is that there is none."""
+    assert not {*KINDS, *NOUNS, *COLORS, "thing", "object", "door", "window", "wheel"} & set(questions.STRANGE)
+    assert len(set(questions.STRANGE)) == len(questions.STRANGE) > 80
+    for i, scene in enumerate(scenes(20, 20)):
+        for query in queries(scene, np.random.default_rng(i), 6, mixture={key: 1 for key in questions.FREE if key[1] == "strange"}):
+            noun = re.findall(r"\w+", query.label.removesuffix("s") or query.question)[-1]
+            assert noun in questions.STRANGE and not query.targets and query.answer == ("No." if query.task == "qa" else "")
+
+
+def test_screens_are_asked_in_other_words():
+    """The element's whole name, its use or its place stays in the words."""
+    for index in range(20):
+        record = data.draw("free screens", 3, index, 8)
+        plain = data.draw("screens", 3, index, 8)
+        for free, said in zip(record.annotations, plain.annotations, strict=True):
+            assert (free.label, free.objects, free.about) == (said.label, said.objects, said.about)
+            if said.about == "use":
+                assert free.question.lower().rstrip(".?") == said.question.lower().rstrip(".?")
+            elif said.label.startswith("the "):
+                assert said.label.lower() in free.question.lower()
