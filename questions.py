@@ -369,27 +369,31 @@ def queries(scene: Scene, rng: np.random.Generator, n: int, more: dict[str, floa
 # ---------------------------------------------------------------------------------------------------------------------
 # In other words: as people ask who have not read the list above
 
-# {x} is a noun phrase, one or several, with which {is} and {do} agree; {name} "a red cup", {names} "red cups", {this} "the picture"
+# {x} is a noun phrase, one or several, with which {is} and {do} agree; {name} "a red cup", {names} "red cups", {this} "the picture".
+# What ends in a full stop is a command, before which POLITE may stand.
 FREE_WORDS = {
-    "point": ("point to {x}.", "point at {x}.", "find {x}.", "locate {x}.", "show me {x}.", "mark {x}.", "where {is} {x}?", "where can I find {x}?",
-              "where do you see {x}?", "can you point to {x}?", "can you find {x}?", "could you mark {x}?", "I am looking for {x}.", "look for {x}.",
-              "highlight {x}.", "select {x}.", "click on {x}.", "segment {x}.", "identify {x}.", "detect {x}.", "point out {x}.",
-              "give me the position of {x}.", "put a dot on {x}.", "in {this}, point to {x}.", "{x}"),
-    "count": ("how many {names} are there?", "how many {names}?", "how many {names} do you see?", "how many {names} can you see?",
-              "how many {names} are in {this}?", "how many {names} are visible?", "count the {names}.", "count all {names}.", "count {names}.",
-              "the number of {names}?", "number of {names}", "tell me how many {names} there are."),
-    "click": ("click on {x}.", "click {x}.", "tap {x}.", "tap on {x}.", "press {x}.", "hit {x}.", "select {x}.", "choose {x}.", "go to {x}.",
-              "point to {x}.", "find {x}.", "show me {x}.", "where is {x}?", "can you click on {x}?", "{x}"),
-    "track": ("track {x}.", "follow {x}.", "track {x} through {this}.", "follow {x} over time.", "keep an eye on {x}.", "trace {x}.", "where {do} {x} go?"),
-    "exists": ("is there {name}?", "do you see {name}?", "can you see {name}?", "is there {name} in {this}?", "is {name} in {this}?",
-               "are there any {names}?", "are there {names}?", "any {names}?", "do you see any {names}?", "does {this} show {name}?"),
+    "point": ("point to {x}.", "point at {x}.", "point out {x}.", "find {x}.", "locate {x}.", "show me {x}.", "show {x}.", "mark {x}.", "label {x}.",
+              "tag {x}.", "highlight {x}.", "select {x}.", "pick {x}.", "click on {x}.", "touch {x}.", "segment {x}.", "identify {x}.", "detect {x}.",
+              "indicate {x}.", "look for {x}.", "put a dot on {x}.", "tell me where {x} {is}.", "give me the position of {x}.", "where {is} {x}?",
+              "where can I find {x}?", "where do you see {x}?", "do you know where {x} {is}?", "I am looking for {x}!", "I need {x}!", "{x}!"),
+    "count": ("count {names}.", "count the {names}.", "count all {names}.", "tell me how many {names} there are.", "give me the number of {names}.",
+              "how many {names} are there?", "how many {names}?", "how many {names} do you see?", "how many {names} can you see?",
+              "how many {names} are visible?", "how many {names} does it show?", "what is the number of {names}?", "number of {names}!"),
+    "click": ("click on {x}.", "click {x}.", "tap {x}.", "tap on {x}.", "press {x}.", "hit {x}.", "select {x}.", "choose {x}.", "go to {x}.", "use {x}.",
+              "point to {x}.", "find {x}.", "show me {x}.", "where is {x}?", "I need {x}!", "{x}!"),
+    "track": ("track {x}.", "follow {x}.", "trace {x}.", "keep an eye on {x}.", "watch {x}.", "show me the way of {x}.", "track the way of {x}.",
+              "where {do} {x} go?", "how {do} {x} move?"),
+    "exists": ("is there {name}?", "do you see {name}?", "can you see {name}?", "does it show {name}?", "is {name} visible?", "can you find {name}?",
+               "are there any {names}?", "are there {names}?", "do you see any {names}?", "any {names}?", "I wonder if there is {name}."),
     "color-of": ("what color is the {name}?", "what colour is the {name}?", "which color is the {name}?", "what is the color of the {name}?",
-                 "color of the {name}?", "tell me the color of the {name}."),
-    "kind-of": ("what is the {name}?", "what's the {name}?", "tell me what the {name} is."),
-    "caption": ("describe {this}.", "what do you see?", "what is in {this}?", "what's in {this}?", "tell me what you see.", "describe what you see.",
-                "what does {this} show?", "what is shown?", "what can you see in {this}?", "describe {this} in detail.", "caption {this}.", "what is this?",
-                "tell me about {this}."),
+                 "what color does the {name} have?", "color of the {name}?", "tell me the color of the {name}.", "name the colour of the {name}.",
+                 "the {name} has which color?"),
+    "kind-of": ("what is the {name}?", "what's the {name}?", "tell me what the {name} is.", "what kind of thing is the {name}?", "name the {name}."),
+    "caption": ("describe {this}.", "describe {this} in detail.", "caption {this}.", "tell me about {this}.", "tell me what you see.", "describe what you see.",
+                "list what you see.", "what do you see?", "what is in {this}?", "what's in {this}?", "what does {this} show?", "what is shown?",
+                "what can you see in {this}?", "what is this?", "what is going on?"),
 }
+POLITE = ("please", "can you", "could you", "would you", "I want you to", "now", "go ahead and")
 MEDIA = {"image": ("the image", "this image", "the picture", "this picture"), "video": ("the video", "this video", "the clip", "this clip"),
          "screen": ("the screen", "this screen")}
 BESIDE = {"leftmost": ("on the left", "farthest to the left"), "rightmost": ("on the right", "farthest to the right"),
@@ -397,7 +401,7 @@ BESIDE = {"leftmost": ("on the left", "farthest to the left"), "rightmost": ("on
 SINGULARS = {plural: kind for kind, plural in PLURALS.items()}
 STRANGE = ("dog cat horse cow pig duck bird eagle owl elephant lion tiger bear rabbit frog snake spider monkey whale dragon boy girl king queen "
            "doctor robot hat shirt shoe sock glove coat belt phone laptop keyboard camera lamp table chair bed bottle "
-           "plate fork spoon bowl pan book pen pencil bag flower apple banana lemon carrot pizza cake sandwich egg tomato boat ship plane train truck "
+           "plate fork spoon bowl pan book pen pencil bag flower apple banana lemon carrot pizza cake egg boat ship plane train truck "
            "bicycle road river mountain cloud bridge tower guitar piano drum computer helmet umbrella towel pillow mirror coin arrow flag ladder "
            "hammer rope candle basket bell kite tent barrel anchor crown sword stone bone feather letter number word sign").split()
 
@@ -438,7 +442,7 @@ def _meant(query: Query, rng: np.random.Generator) -> tuple[str, bool]:
 
 
 def freely(query: Query, medium: str, rng: np.random.Generator) -> Query:
-    """The same query in other words, half of the time without a capital letter, or without its full stop or question mark."""
+    """The same query in other words: now and then politely, half of the time with a capital letter, and with a mark at the end."""
     way = "count" if query.task == "point_count" else query.task if query.task in FREE_WORDS else query.about
     if query.label.startswith("the "):
         way = query.about if query.about == "use" else "click"
@@ -446,9 +450,12 @@ def freely(query: Query, medium: str, rng: np.random.Generator) -> Query:
     name = re.sub(r"^(Is there|What color is the|What is the) |\?$", "", query.question)  # of questions that are answered in words
     *look, noun = (query.label or name.removeprefix("a ").removeprefix("an ")).split() or [""]
     names = query.label or " ".join([*look, PLURALS.get(noun, f"{noun}s")])
-    words = choose(rng, FREE_WORDS.get(way, (query.question,))).format(x=x, name=name, names=names, this=choose(rng, MEDIA[medium]),
-                                                **{"is": "is" if singular else "are", "do": "does" if singular else "do"})
-    if words.endswith(".") and way != "use" and rng.random() < 0.1:
-        words = f"please {words}"
+    words = choose(rng, FREE_WORDS.get(way, (query.question,))).format(
+        x=x, name=name, names=names, this=choose(rng, MEDIA[medium]), **{"is": "is" if singular else "are", "do": "does" if singular else "do"})
+    words, end = words.rstrip(".?!"), words[-1]
+    if end == "." and way != "use" and rng.random() < 0.3:
+        words = f"{choose(rng, POLITE)} {words}"
+    if way != "caption" and rng.random() < 0.15:
+        words = f"{words} {choose(rng, ('here', f'in {choose(rng, MEDIA[medium])}', 'please'))}"
     words = (words[0].upper() if rng.random() < 0.5 else words[0].lower()) + words[1:]
-    return replace(query, question=words if rng.random() < 0.5 else words.rstrip(".?"))
+    return replace(query, question=words + end.replace("!", ".") * (rng.random() < 0.5))

@@ -329,7 +329,7 @@ def test_other_words_are_many():
     """A query has dozens of wordings: with and without a capital letter and a mark at the end, with verbs that agree."""
     query = questions.Query("point", "Point to the red cups.", "red cups", [0], "", "color+kind")
     asked = {questions.freely(query, "image", np.random.default_rng(i)).question for i in range(3000)}
-    assert len(asked) > 200 and {"where is the red cup?", "Where are the red cups", "every red cup", "Find all red cups."} <= asked
+    assert len(asked) > 1000 and {"where is the red cup?", "Where are the red cups", "find the red cups", "Show me red cups."} <= asked
     assert not any(re.search(r"\bare (the|every|each) red cup\b|\bis .*\bcups\b", words) for words in asked)
     several = {questions.freely(questions.replace(query, targets=[0, 1]), "image", np.random.default_rng(i)).question for i in range(600)}
     assert not any("the red cup" in re.sub("red cups", "", words) for words in several) and any("each red cup" in words for words in several)
@@ -353,6 +353,6 @@ def test_screens_are_asked_in_other_words():
         for free, said in zip(record.annotations, plain.annotations, strict=True):
             assert (free.label, free.objects, free.about) == (said.label, said.objects, said.about)
             if said.about == "use":
-                assert free.question.lower().rstrip(".?") == said.question.lower().rstrip(".?")
+                assert free.question.lower().startswith(said.question.lower().rstrip(".?"))
             elif said.label.startswith("the "):
                 assert said.label.lower() in free.question.lower()
