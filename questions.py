@@ -315,7 +315,7 @@ FREE = {("point", "kind"): 10, ("point", "color+kind"): 10, ("point", "color"): 
         ("point_count", "kind"): 4, ("point_count", "color+kind"): 4, ("point_count", "all"): 1, ("point_count", "none"): 3,
         ("point_count", "strange"): 2, ("count", "kind"): 1, ("count", "color+kind"): 1, ("count", "none"): 1, ("count", "strange"): 1,
         ("caption", ""): 4, ("qa", ""): 7, ("qa", "strange"): 3}
-FREE_TRACKING = {("track", "kind"): 3, ("track", "color+kind"): 3, ("track", "none"): 1, ("track", "strange"): 1}
+FREE_TRACKING = {("track", "kind"): 10, ("track", "color+kind"): 10, ("track", "none"): 3, ("track", "strange"): 3}
 TRACKING = {("track", "kind"): 6, ("track", "color+kind"): 6, ("track", "all"): 1, ("track", "motion"): 5, ("track", "none"): 2,
             ("track_ends", "kind"): 2, ("track_ends", "color+kind"): 2, ("track_ends", "motion"): 1, ("track_from", "given"): 3}
 
