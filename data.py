@@ -324,8 +324,7 @@ def album(seed: int, index: int, rng: np.random.Generator, branches: int, masks:
     """Two or three stills; what is asked for may be in any of them."""
     scenes = [synthetic.still(seed, 4 * index + i) for i in range(rng.integers(2, 4))]
     together = replace(scenes[0], things=[thing for scene in scenes for thing in scene.things])
-    shares = {key: share for key, share in questions.POINTING.items() if key[1] not in ("size", "position")}
-    asked = questions.queries(together, rng, branches, more, shares)
+    asked = questions.queries(together, rng, branches, more, questions.EVERYWHERE)
     parts, objects = [scene_record(scene, [], masks) for scene in scenes], {}
     for number, part in enumerate(parts):
         for thing in part.objects.values():
@@ -346,7 +345,7 @@ def glimpse(seed: int, index: int, rng: np.random.Generator, branches: int, mask
         scene = made.film(times[times >= 0])
         asked = questions.deeds(scene, rng, max(branches - 1, 1)) if wanted else []
         if wanted in ("", *(query.about for query in asked)):
-            asked += questions.queries(scene, rng, min(branches - len(asked), 1) if wanted else branches, more, questions.POINTING)
+            asked += questions.queries(scene, rng, min(branches - len(asked), 1) if wanted else branches, more, questions.EVERYWHERE)
             half_hidden = {i for i, mask in enumerate(scene.masks[-1]) if mask.any() and not np.isfinite(scene.points[-1, i, 0])}
             said = [query for query in asked if not half_hidden & set(query.targets)]  # neither there nor not there
     return scene_record(scene, said, masks, f"moments-{index}").moment(len(scene.times) - 1, HISTORY)

@@ -114,26 +114,29 @@ def _ask(scene: Scene, rng: np.random.Generator, task: str, about: str, label: s
 
 
 def _outermost(scene: Scene, group: list[int], side: str) -> int | None:
-    """The thing of the group that lies farthest to a side by the middle of what shows of it, if it leads by 12% of the picture; else
-    None. (Not by its point, which for one kind is at the top and for another at the bottom.)"""
+    """The thing of the group that lies farthest to a side by the middle of what shows of it, if at every moment it leads all others in
+    view by 12% of the picture, and each of them is in view with it at some moment; else None. (Not by its point, which for one kind is
+    at the top and for another at the bottom.)"""
     if len(group) < 2:
         return None
     axis, sign = SIDES[side]
-    extents = {i: np.flatnonzero(scene.masks[0, i].any(axis)) for i in group}  # columns for x, rows for y
-    first, second = sorted(group, key=lambda i: sign * (extents[i][0] + extents[i][-1]))[:2]
-    lead = sign * (extents[second][[0, -1]].mean() - extents[first][[0, -1]].mean())
-    return first if lead >= 0.12 * scene.frames.shape[2 - axis] else None
+    shown = scene.masks[:, group].any(2 + axis)  # (F, n, columns for x or rows for y)
+    middle = (shown.argmax(-1) + shown.shape[-1] - 1 - shown[..., ::-1].argmax(-1)) / 2
+    place = np.where(np.isfinite(scene.points[:, group, 0]), sign * middle, np.nan)
+    lead = place[:, None] - place[:, :, None]  # (F, n, n): of each over each
+    far = (~(lead < 0.12 * shown.shape[-1])).all(0) & np.isfinite(lead).any(0)
+    return next((i for i, ahead in zip(group, far | np.eye(len(group), dtype=bool)) if ahead.all()), None)
 
 
 def _extreme(scene: Scene, group: list[int], word: str) -> int | None:
     """The largest or smallest thing of the group, if its size differs from the next one's by a factor of 1.35 and the area that
-    shows of it is the largest or smallest, too; else None."""
+    shows of it (in a clip: at most) is the largest or smallest, too; else None."""
     order = sorted(group, key=lambda i: scene.things[i].size, reverse=word in LARGEST)
-    sizes = [scene.things[i].size for i in order[:2]]
+    sizes, areas = [scene.things[i].size for i in order[:2]], {i: scene.masks[:, i].sum((1, 2)).max() for i in group}
     if len(order) < 2 or max(sizes) < 1.35 * min(sizes):
         return None
     foremost = max if word in LARGEST else min  # a star has less area than a ball of its size
-    return order[0] if foremost(order, key=lambda i: np.count_nonzero(scene.masks[0, i])) == order[0] else None
+    return order[0] if foremost(order, key=areas.get) == order[0] else None
 
 
 def choose(rng: np.random.Generator, options: Sequence):
@@ -141,13 +144,13 @@ def choose(rng: np.random.Generator, options: Sequence):
     return options[rng.integers(len(options))] if options else None
 
 
-def _ask_one(scene: Scene, rng: np.random.Generator, about: str) -> Query | None:
-    """A point query for one thing by its size or its position among its kind or among all; None if all are unclear."""
+def _ask_one(scene: Scene, rng: np.random.Generator, task: str, about: str) -> Query | None:
+    """A query for one thing by its size or its position among its kind or among all; None if all are unclear."""
     words, find = (LARGEST + SMALLEST, _extreme) if about == "size" else (tuple(SIDES), _outermost)
     kinds = [""] + sorted({thing.kind for thing in scene.things})
     found = [(f"{word} {kind or 'thing'}", find(scene, _match(scene, kind), word)) for kind in kinds for word in words]
     chosen = choose(rng, [(label, target) for label, target in found if target is not None])
-    return chosen and _ask(scene, rng, "point", about, chosen[0], [chosen[1]])
+    return chosen and _ask(scene, rng, task, about, chosen[0], [chosen[1]])
 
 
 def _ask_qa(scene: Scene, rng: np.random.Generator) -> Query | None:
@@ -165,7 +168,7 @@ def _ask_qa(scene: Scene, rng: np.random.Generator) -> Query | None:
     else:
         found = [(f"What is the {thing.color} thing?", i, thing.name) for i, thing in enumerate(things)
                  if _match(scene, color=thing.color) == [i]]
-        outermost = {} if scene.is_video else {side: _outermost(scene, _match(scene), side) for side in SIDES}
+        outermost = {side: _outermost(scene, _match(scene), side) for side in SIDES}
         found += [(f"What is the {side} thing?", i, things[i].name) for side, i in outermost.items() if i is not None]
     chosen = choose(rng, found)
     return chosen and Query("qa", chosen[0], "", [chosen[1]], chosen[2], about)
@@ -271,13 +274,14 @@ def deeds(scene: Scene, rng: np.random.Generator, n: int) -> list[Query]:
 
 
 def mixed_up(scene: Scene, targets: list[int]) -> bool:
-    """Whether the frames leave open which is which: one of the targets and something that looks just like it have both been seen, are
-    both out of view in a frame, and one of them is seen again."""
+    """Whether the frames leave open which is which of one of the targets and something that looks just like it: both have been seen, are
+    both out of view in a frame, and one of them is seen again; or one is seen for the first time while the other is out of view."""
     seen = np.isfinite(scene.points[..., 0])
     before, after = np.logical_or.accumulate(seen), np.logical_or.accumulate(seen[::-1])[::-1]
-    gone, names = before & ~seen, [thing.name for thing in scene.things]
-    return any(name == names[i] and j != i and (gone[:, i] & gone[:, j] & (after[:, i] | after[:, j])).any()
-               for i in targets for j, name in enumerate(names))
+    gone, first = before & ~seen, seen & (np.cumsum(seen, axis=0) == 1)
+    unclear = lambda i, j: (gone[:, i] & gone[:, j] & (after[:, i] | after[:, j]) | first[:, i] & gone[:, j] | gone[:, i] & first[:, j]).any()
+    names = [thing.name for thing in scene.things]
+    return any(name == names[i] and j != i and unclear(i, j) for i in targets for j, name in enumerate(names))
 
 
 def subtitles(scene: Scene, rng: np.random.Generator) -> tuple[str, list[Query]]:
@@ -301,21 +305,24 @@ def words(rng: np.random.Generator) -> Query:
     return Query("qa", question, "", [], answer, "words")
 
 
-# What is asked, and how often. Size and position are asked of stills only: in a clip they change.
+# What is asked, and how often.
 MIXTURE = {("point", "kind"): 20, ("point", "color+kind"): 20, ("point", "color"): 8, ("point", "all"): 3,
            ("point", "size"): 4, ("point", "position"): 6, ("point", "none"): 16,
            ("point_count", "kind"): 5, ("point_count", "color+kind"): 5, ("point_count", "color"): 4, ("point_count", "none"): 6,
            ("caption", ""): 3, ("qa", ""): 8}
 CAPTIONS = {("caption", ""): 3, ("transcript", ""): 2, ("qa", "colors"): 2}
-ANSWERS = {("qa", ""): 6, ("choice", ""): 4, ("count", "kind"): 1, ("count", "color+kind"): 1}
+ANSWERS = {("qa", ""): 6, ("choice", ""): 4, ("count", "kind"): 1, ("count", "color+kind"): 1, ("count", "none"): 0.5}
 POINTING = {key: share for key, share in MIXTURE.items() if key[0].startswith("point")} | {
     ("count_point", "kind"): 3, ("count_point", "color+kind"): 3, ("count_point", "none"): 1}
-FREE = {("point", "kind"): 10, ("point", "color+kind"): 10, ("point", "color"): 4, ("point", "all"): 3, ("point", "size"): 3,
-        ("point", "position"): 4, ("point", "both"): 4, ("point", "none"): 7, ("point", "strange"): 8,
-        ("point_count", "kind"): 4, ("point_count", "color+kind"): 4, ("point_count", "all"): 1, ("point_count", "none"): 3,
+# For several pictures, and for one moment of a clip: there "the largest" and "the leftmost" could mean another one in each.
+EVERYWHERE = {key: share for key, share in POINTING.items() if key[1] not in ("size", "position")}
+FREE = {("point", "kind"): 10, ("point", "color+kind"): 10, ("point", "color"): 4, ("point", "all"): 3, ("point", "size"): 5,
+        ("point", "position"): 6, ("point", "both"): 7, ("point", "none"): 7, ("point", "strange"): 8,
+        ("point_count", "kind"): 4, ("point_count", "color+kind"): 4, ("point_count", "all"): 1, ("point_count", "both"): 2, ("point_count", "none"): 3,
         ("point_count", "strange"): 2, ("count", "kind"): 1, ("count", "color+kind"): 1, ("count", "none"): 1, ("count", "strange"): 1,
-        ("caption", ""): 4, ("qa", ""): 7, ("qa", "strange"): 3}
-FREE_TRACKING = {("track", "kind"): 10, ("track", "color+kind"): 10, ("track", "none"): 3, ("track", "strange"): 3}
+        ("caption", ""): 6, ("qa", ""): 7, ("qa", "strange"): 3}
+FREE_TRACKING = {("track", "kind"): 9, ("track", "color+kind"): 11, ("track", "size"): 1, ("track", "position"): 1, ("track", "none"): 3,
+                 ("track", "strange"): 3}
 TRACKING = {("track", "kind"): 6, ("track", "color+kind"): 6, ("track", "all"): 1, ("track", "motion"): 5, ("track", "none"): 2,
             ("track_ends", "kind"): 2, ("track_ends", "color+kind"): 2, ("track_ends", "motion"): 1, ("track_from", "given"): 3}
 
@@ -324,9 +331,8 @@ WAYS = {about for mixture in (MIXTURE, CAPTIONS, ANSWERS, POINTING, TRACKING, FR
 
 def _query(scene: Scene, rng: np.random.Generator, more: dict[str, float], mixture: dict[tuple[str, str], float]) -> Query | None:
     """One query drawn from a mixture; None if this scene has no clear answer to it."""
-    choices = [key for key in mixture if not (scene.is_video and key[1] in ("size", "position"))]
-    weights = np.array([mixture[key] * more.get(key[1], 1) for key in choices])
-    task, about = choices[rng.choice(len(choices), p=weights / weights.sum())]
+    weights = np.array([share * more.get(about, 1) for (_, about), share in mixture.items()])
+    task, about = list(mixture)[rng.choice(len(mixture), p=weights / weights.sum())]
     if about == "strange":
         return _ask_strange(scene, rng, task)
     if about == "both":
@@ -346,7 +352,7 @@ def _query(scene: Scene, rng: np.random.Generator, more: dict[str, float], mixtu
     if about == "motion":
         return _ask_motion(scene, rng, task)
     if about in ("size", "position"):
-        return _ask_one(scene, rng, about)
+        return _ask_one(scene, rng, task, about)
     return _ask(scene, rng, task, about, *_pick(scene, rng, about))
 
 
@@ -375,7 +381,7 @@ FREE_WORDS = {
     "point": ("point to {x}.", "point at {x}.", "point out {x}.", "find {x}.", "locate {x}.", "show me {x}.", "show {x}.", "mark {x}.", "label {x}.",
               "tag {x}.", "highlight {x}.", "select {x}.", "pick {x}.", "click on {x}.", "touch {x}.", "segment {x}.", "identify {x}.", "detect {x}.",
               "indicate {x}.", "look for {x}.", "put a dot on {x}.", "tell me where {x} {is}.", "give me the position of {x}.", "where {is} {x}?",
-              "where can I find {x}?", "where do you see {x}?", "do you know where {x} {is}?", "I am looking for {x}!", "I need {x}!", "{x}!"),
+              "where can I find {x}?", "where do you see {x}?", "do you know where {x} {is}?", "I am looking for {x}!", "I need {x}!", "{x}!", "{names}!"),
     "count": ("count {names}.", "count the {names}.", "count all {names}.", "tell me how many {names} there are.", "give me the number of {names}.",
               "how many {names} are there?", "how many {names}?", "how many {names} do you see?", "how many {names} can you see?",
               "how many {names} are visible?", "how many {names} does it show?", "what is the number of {names}?", "number of {names}!"),
@@ -408,7 +414,7 @@ STRANGE = ("dog cat horse cow pig duck bird eagle owl elephant lion tiger bear r
 
 def _ask_strange(scene: Scene, rng: np.random.Generator, task: str) -> Query:
     """A query about something that no scene ever has."""
-    name = f"{choose(rng, [*COLORS, '', '', '', '']) * (rng.random() < 0.5)} {choose(rng, STRANGE)}".strip()
+    name = f"{choose(rng, [*COLORS, *[''] * (2 * len(COLORS))])} {choose(rng, STRANGE)}".strip()
     if task == "qa":
         return Query("qa", f"Is there {_article(name)}?", "", [], "No.", "exists")
     return _ask(scene, rng, task, "strange", f"{name}s", [])

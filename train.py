@@ -58,7 +58,7 @@ from tokenizer import Tokenizer
 PARTS = ("vit", "connector", "llm", "point")
 LIGHT = ("tiny", "small")  # presets that need no care for memory: whole in every process, all activations kept
 SMALL_EVALUATION = 40  # records of each set
-FORMAT = 8             # what the loader's numbers mean: a run of another format cannot be resumed
+FORMAT = 9             # what the loader's numbers mean: a run of another format cannot be resumed
 Z_LOSS = 1e-4          # weight of the squared log-normaliser of the head, which keeps it from drifting
 VIT_BATCH, VIT_LR, VIT_WARMUP = 10, 3e-3, 20  # of the ViT alone: scenes a step, peak rate, steps
 
@@ -118,9 +118,9 @@ TINY = {
                                      "captions": 14, "image qa": 6, "video qa": 5, "text": 3}, "uniform",
              per_part(2e-4, 3e-4, 2e-3, 2e-3), per_part(20, 20, 20, 20), ("stills", "clips", "screens", "tracks"), vit_steps=10_000,
              more={"none": 1.3, "absent": 1.3, "position": 2.5, "size": 2}, vit_frozen_steps=2200),
-    3: Stage(6000, 2, 2048, 40, 32, {"image points": 5, "multi-image points": 4, "screens": 16, "screen qa": 12, "video points": 5, "arrivals": 1,
-                                     "tracks": 42, "captions": 26, "image qa": 3, "video qa": 6, "text": 1, "long points": 2, "long tracks": 9,
-                                     "free stills": 12, "free clips": 14, "free screens": 8},
+    3: Stage(6000, 2, 2048, 40, 32, {"image points": 5, "multi-image points": 6, "screens": 16, "screen qa": 12, "video points": 5, "arrivals": 1,
+                                     "tracks": 42, "captions": 30, "image qa": 3, "video qa": 7, "text": 1, "long points": 2, "long tracks": 9,
+                                     "free stills": 16, "free clips": 20, "free screens": 10},
              "uniform", per_part(2e-4, 1e-4, 1.2e-3, 1.2e-3), per_part(20, 20, 20, 20), ("video points", "long points", "long tracks"),
              more={"none": 2, "absent": 1.5, "position": 2.5, "size": 2, "place": 3, "all": 3}),
     4: Stage(400, 2, 1024, 100, 32, {"moments": 1.0}, "uniform", per_part(2e-4, 8e-4, 8e-4, 8e-4), per_part(20, 20, 20, 20),
