@@ -130,7 +130,7 @@ def _outermost(scene: Scene, group: list[int], side: str) -> int | None:
 
 def _extreme(scene: Scene, group: list[int], word: str) -> int | None:
     """The largest or smallest thing of the group, if its size differs from the next one's by a factor of 1.35 and the area that
-    shows of it (in a clip: at most) is the largest or smallest, too; else None."""
+    shows of it (in a clip, when most of it shows) is the largest or smallest, too; else None."""
     order = sorted(group, key=lambda i: scene.things[i].size, reverse=word in LARGEST)
     sizes, areas = [scene.things[i].size for i in order[:2]], {i: scene.masks[:, i].sum((1, 2)).max() for i in group}
     if len(order) < 2 or max(sizes) < 1.35 * min(sizes):
